@@ -1,0 +1,24 @@
+"""tinytwinflow: one-step generation with one network (TwinFlow, arXiv 2512.05150), small enough to read.
+
+    import tinytwinflow as ttf
+
+    net = ttf.nets.MLP(dim=2)
+    loss = ttf.TwinFlowLoss(order=2, share=1 / 3)
+    out = loss(net, x)                          # out.total.backward()
+    x = ttf.sample(net, z, steps=1)
+
+The rooms, in reading order: path, exact, twin, losses, samplers, reference, nets, data, metrics, ema, train.
+"""
+
+from . import data, ema, exact, losses, metrics, nets, path, reference, samplers, train, twin
+from .exact import GaussianMixture, Twins
+from .losses import Draws, Losses, TwinFlowLoss
+from .samplers import sample, time_grid
+from .twin import gap, generate, twin_velocities
+
+__version__ = "0.1.0"
+__all__ = [
+    "Draws", "GaussianMixture", "Losses", "TwinFlowLoss", "Twins",
+    "gap", "generate", "sample", "time_grid", "twin_velocities",
+    "data", "ema", "exact", "losses", "metrics", "nets", "path", "reference", "samplers", "train", "twin",
+]  # fmt: skip

@@ -1,0 +1,208 @@
+"""The command line: python -m tinytwinflow [toy | train | sample | evaluate | compare | bench]."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import bench, compare, pictures
+from .data import NAMES
+from .evaluate import evaluate, sampled, table
+from .recipes import RECIPES, method_of, settings
+from .runs import continue_run, read_config, read_log, start, trained
+from .samplers import MODES
+
+
+def parser():
+    whole = argparse.ArgumentParser(prog="tinytwinflow", description="TwinFlow: one-step generation with one network.")
+    commands = whole.add_subparsers(dest="command", required=True)
+
+    def add(name, does, run):
+        command = commands.add_parser(name, help=does, description=does)
+        command.set_defaults(run=run)
+        return command
+
+    def add_training(command):
+        command.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
+        command.add_argument("--data", help=f"FILE.npy, FILE.csv or one of {', '.join(NAMES)}")
+        command.add_argument("--data-dir", help="folder in which a data FILE is looked for")
+        command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--out", metavar="DIR")
+
+    toy = add("toy", "train TwinFlow and flow matching on 2D data, compare them, draw them (the default)", run_toy)
+    add_training(toy)
+
+    train = add("train", "train a recipe", run_train)
+    train.add_argument("recipe", help=", ".join(RECIPES))
+    add_training(train)
+    train.add_argument("--resume", action="store_true", help="go on with the run in DIR from its last checkpoint")
+    train.add_argument("--init-from", metavar="RUN", help="run folder or checkpoint to take the first weights from")
+
+    draw = add("sample", "sample from a run", run_sample)
+    draw.add_argument("folder", metavar="RUN")
+    draw.add_argument("--steps", type=int, default=1, help="network calls (default 1)")
+    draw.add_argument("--mode", default="any", help=", ".join(MODES))
+    draw.add_argument("--n", type=int, default=5000)
+    draw.add_argument("--cond", type=int, help="label, for a conditional run")
+    draw.add_argument("--seed", type=int, default=0)
+    draw.add_argument("--out", metavar="FILE", help="FILE.png, a picture (default), or FILE.npy, the points")
+    draw.add_argument("--device", default="cpu")
+
+    measure = add("evaluate", "measure a run at 1, 2, 4, 8 and 100 NFE next to flow matching", run_evaluate)
+    measure.add_argument("folder", metavar="RUN")
+    measure.add_argument("--device", default="cpu")
+
+    peers = add("compare", "TwinFlow, its any-step base alone, and flow matching on equal terms", run_compare)
+    peers.add_argument("--data", nargs="+", default=list(compare.DATA), metavar="D")
+    peers.add_argument("--seeds", type=int, default=3, metavar="K", help="seeds 0 .. K-1 (default 3)")
+    peers.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
+    peers.add_argument("--out", default="runs/compare", metavar="DIR")
+
+    speed = add("bench", "step time, sampling time, memory, and share of the machine's matrix peak", run_bench)
+    speed.add_argument("--device", default="cpu")
+    speed.add_argument("--threads", type=int, help="CPU threads")
+    return whole
+
+
+def device_of(name):
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {name!r} is unknown or not on this machine") from None
+    return name
+
+
+def config_of(args, recipe):
+    config = {"recipe": recipe, "seed": args.seed, **settings(recipe, args.changes)}
+    if args.data:
+        config["data"] = args.data
+    if config["data"].endswith((".npy", ".csv")):
+        config["data"] = str((Path(args.data_dir or ".") / config["data"]).resolve())
+    return config
+
+
+def show(folder, result, kept):
+    """Draw a measured run: real data, one call, flow matching at 100 and at 1, the gap."""
+    config = read_config(folder)
+    method = method_of(config)
+    panels = [("data", kept["data"], pictures.DATA), (f"{method}, 1 NFE", kept[method, 1], pictures.ONE)]
+    for nfe in (100, 1):
+        if ("flow matching", nfe) in kept and method != "flow matching":
+            panels.append((f"flow matching, {nfe} NFE", kept["flow matching", nfe], pictures.FLOW))
+    title = f"{Path(config['data']).name}, {config['steps']} steps, seed {config['seed']}"
+    panels = [(name, x.numpy(), color) for name, x, color in panels]
+    pictures.draw(Path(folder) / "samples.png", panels, read_log(folder), config, title)
+    print(table(result))
+    print(f"\n{folder}/samples.png  {folder}/metrics.json")
+
+
+def run_toy(args):
+    began = time.perf_counter()
+    folder = Path(args.out or "runs/toy")
+    config = config_of(args, "toy")
+    set_aside(folder)
+    start(folder, config)
+    continue_run(folder, device=device_of(args.device))
+    result, kept = evaluate(folder, nfes=(1, 2, 4), device=args.device)
+    show(folder, result, kept)
+    print(f"{time.perf_counter() - began:.0f} s on {args.device}, {torch.get_num_threads()} threads")
+
+
+def set_aside(folder):
+    """Move an earlier run out of the way of a new one: folder -> folder.1, folder.2, ..."""
+    if not folder.exists():
+        return
+    number = 1
+    while folder.with_name(f"{folder.name}.{number}").exists():
+        number += 1
+    folder.rename(folder.with_name(f"{folder.name}.{number}"))
+    print(f"{folder} moved to {folder}.{number}")
+
+
+def run_train(args):
+    folder = Path(args.out or f"runs/{args.recipe}")
+    config = config_of(args, args.recipe)
+    device = device_of(args.device)
+    if not args.resume:
+        start(folder, config)
+    elif not folder.is_dir():
+        raise ValueError(f"{folder}: no such run to resume")
+    elif not (folder / "config.json").exists() and not (folder / "checkpoint.pt").exists():
+        start(folder, config)
+    else:
+        own = read_config(folder)
+        for change in args.changes:
+            key = change.partition("=")[0]
+            if config[key] != own[key]:
+                raise ValueError(f"a resumed run keeps its settings: {key} is {own[key]!r} there, not {config[key]!r}")
+    continue_run(folder, init_from=args.init_from, device=device)
+    result, kept = evaluate(folder, nfes=(1, 2, 4), with_baseline=False, device=device)
+    show(folder, result, kept)
+
+
+def run_sample(args):
+    if args.n < 1:
+        raise ValueError(f"--n must be at least 1, got {args.n}")
+    out = Path(args.out or Path(args.folder) / f"samples-{args.steps}.png")
+    if out.suffix not in (".png", ".npy"):
+        raise ValueError(f"--out takes FILE.png or FILE.npy, got {out}")
+    net, config, saved = trained(args.folder, device_of(args.device))
+    about = saved["data"]
+    classes = about["classes"] if config["conditional"] else 0
+    if args.cond is not None and not (classes and 0 <= args.cond < classes):
+        known = f"labels 0 to {classes - 1}" if classes else "no labels, it is not conditional"
+        raise ValueError(f"--cond {args.cond}: this run knows {known}")
+    x = sampled(net, args.n, about["dim"], args.steps, args.mode, args.seed, args.cond, classes)
+    x = (x if about["mean"] is None else x * about["std"].cpu() + about["mean"].cpu()).numpy()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npy":
+        np.save(out, x)
+    else:
+        pictures.draw_one(out, x, f"{method_of(config)}, {args.steps} NFE, mode {args.mode}")
+    print(out)
+
+
+def run_evaluate(args):
+    result, kept = evaluate(args.folder, device=device_of(args.device))
+    show(args.folder, result, kept)
+
+
+def run_compare(args):
+    if args.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    compare.compare(args.data, args.seeds, args.changes, Path(args.out))
+
+
+def run_bench(args):
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    bench.bench(device_of(args.device))
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = ["toy", *argv]
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ValueError as error:
+        print(f"tinytwinflow: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"tinytwinflow: training stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tinytwinflow: stopped; `train ... --resume` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Two-dimensional data sets, and any table of points from a file.
+
+Every set is a function (n, generator) -> points (n, 2) and labels (n,), scaled to a spread of about
+one in each direction, the spread of the noise. The label says which piece of the set a point is from.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .exact import GaussianMixture
+
+
+def _uniform(n, generator, low=0.0, high=1.0):
+    return low + (high - low) * torch.rand(n, generator=generator)
+
+
+def _normal(n, generator, scale):
+    return scale * torch.randn(n, 2, generator=generator)
+
+
+def _pieces(n, generator, k):
+    return torch.randint(k, (n,), generator=generator)
+
+
+def _polar(radius, angle):
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+
+
+def _eight():
+    angle = torch.arange(8) * math.pi / 4
+    return GaussianMixture(math.sqrt(2) * _polar(torch.ones(8), angle), (0.1**2 * torch.eye(2)).expand(8, 2, 2))
+
+
+def _twenty_five():
+    axis = torch.linspace(-1.4, 1.4, 5)
+    return GaussianMixture(torch.cartesian_prod(axis, axis), (0.07**2 * torch.eye(2)).expand(25, 2, 2))
+
+
+def checkerboard(n, generator):
+    k = _pieces(n, generator, 8)
+    column, row = k % 4, k // 4
+    corner = torch.stack([column - 2, 2 * row - 2 + column % 2], 1)
+    return (corner + torch.rand(n, 2, generator=generator)) / 1.15, k
+
+
+def moons(n, generator):
+    k, angle = _pieces(n, generator, 2), _uniform(n, generator, 0, math.pi)
+    upper, lower = _polar(torch.ones(n), angle), _polar(torch.ones(n), angle + math.pi) + torch.tensor([1.0, 0.5])
+    x = torch.where(k[:, None] == 0, upper, lower) + _normal(n, generator, 0.05)
+    return (x - torch.tensor([0.5, 0.25])) / torch.tensor([0.87, 0.5]), k
+
+
+def swissroll(n, generator):
+    angle = 1.5 * math.pi * (1 + 2 * _uniform(n, generator))
+    x = _polar(angle, angle) + _normal(n, generator, 0.3)
+    return (x - torch.tensor([1.3, -1.0])) / 6.8, torch.zeros(n, dtype=torch.long)
+
+
+def circles(n, generator):
+    k = _pieces(n, generator, 2)
+    radius = torch.where(k == 0, 1.0, 0.4)
+    return 1.8 * (_polar(radius, _uniform(n, generator, 0, 2 * math.pi)) + _normal(n, generator, 0.04)), k
+
+
+def rings(n, generator):
+    k = _pieces(n, generator, 4)
+    return 0.5 * (_polar(k + 1.0, _uniform(n, generator, 0, 2 * math.pi)) + _normal(n, generator, 0.08)), k
+
+
+def pinwheel(n, generator):
+    k, x = _pieces(n, generator, 5), _normal(n, generator, 1.0) * torch.tensor([0.3, 0.1]) + torch.tensor([1.0, 0.0])
+    angle = 2 * math.pi / 5 * k + 0.25 * x[:, 0].exp()
+    cos, sin = angle.cos(), angle.sin()
+    turned = torch.stack([x[:, 0] * cos - x[:, 1] * sin, x[:, 0] * sin + x[:, 1] * cos], 1)
+    return 1.3 * turned, k
+
+
+def two_spirals(n, generator):
+    k, angle = _pieces(n, generator, 2), 3 * math.pi * _uniform(n, generator).sqrt()
+    x = _polar(angle, angle + math.pi * k) + _normal(n, generator, 0.25)
+    return x / 4.7, k
+
+
+def scurve(n, generator):
+    s = 3 * math.pi * _uniform(n, generator, -0.5, 0.5)
+    x = torch.stack([s.sin(), s.sign() * (s.cos() - 1)], 1) + _normal(n, generator, 0.05)
+    return x / torch.tensor([0.75, 1.2]), torch.zeros(n, dtype=torch.long)
+
+
+def sine(n, generator):
+    s = _uniform(n, generator, -math.pi, math.pi)
+    x = torch.stack([s / 1.8, 1.4 * (2 * s).sin()], 1) + _normal(n, generator, 0.08)
+    return x, torch.zeros(n, dtype=torch.long)
+
+
+MIXTURES = {"8gaussians": _eight, "25gaussians": _twenty_five}
+SETS = {
+    "checkerboard": checkerboard,
+    "moons": moons,
+    "swissroll": swissroll,
+    "circles": circles,
+    "rings": rings,
+    "pinwheel": pinwheel,
+    "2spirals": two_spirals,
+    "scurve": scurve,
+    "sine": sine,
+}
+NAMES = (*MIXTURES, *SETS)
+
+
+def mixture(name):
+    """The exact mixture behind a data set, or None where there is none."""
+    return MIXTURES[name]() if name in MIXTURES else None
+
+
+def points(name, n, generator=None):
+    """Draw n points of a named set.  -> x (n, 2) float32, labels (n,). Raises ValueError for another name."""
+    if name in MIXTURES:
+        return MIXTURES[name]().sample(n, generator, dtype=torch.float32, labels=True)
+    if name not in SETS:
+        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(NAMES)}, or a FILE.npy or FILE.csv")
+    return SETS[name](n, generator)
+
+
+def classes(name):
+    """Number of labels of a named set."""
+    return int(points(name, 4096, torch.Generator().manual_seed(0))[1].max()) + 1
+
+
+def read_points(path):
+    """Read a table of points, a row a point, from .npy or .csv (comma, one header line allowed).
+
+    -> (n, D) float32. Raises ValueError if the file is missing, of another kind, empty, not numeric,
+    not finite, of one row, or if a column never changes.
+    """
+    path = Path(path)
+    if path.suffix not in (".npy", ".csv"):
+        raise ValueError(f"{path}: points are read from .npy or .csv files")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    try:
+        if path.suffix == ".npy":
+            x = np.load(path, allow_pickle=False)
+        else:
+            first = path.read_text().split("\n", 1)[0]
+            header = any(not _is_number(word) for word in first.split(","))
+            x = np.loadtxt(path, delimiter=",", skiprows=int(header), ndmin=2)
+        x = np.asarray(x, dtype=np.float64)
+    except (ValueError, TypeError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a table of numbers ({str(error).splitlines()[0]})") from None
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"{path}: points must be a table (n, D), got shape {x.shape}")
+    if len(x) < 2:
+        raise ValueError(f"{path}: needs at least 2 points, got {len(x)}")
+    if not np.isfinite(x).all():
+        row = int(np.flatnonzero(~np.isfinite(x).all(1))[0])
+        raise ValueError(f"{path}: row {row} holds NaN or infinity")
+    if (x.std(0) == 0).any():
+        raise ValueError(f"{path}: column {int(np.flatnonzero(x.std(0) == 0)[0])} is constant")
+    return torch.from_numpy(x).float()
+
+
+def _is_number(word):
+    try:
+        float(word)
+        return True
+    except ValueError:
+        return False
+
+
+class Points:
+    """Training data as a function of the step: batch(i) is the same whenever and wherever it is asked.
+
+    A named set is drawn afresh at each step; a file's points are standardised, shuffled once an
+    epoch and cut into batches that run on over the end of an epoch. Nothing has to be stored to
+    resume: the position in the data is the step.
+    """
+
+    def __init__(self, name, batch_size, seed=0):
+        self.name, self.batch_size, self.seed = name, batch_size, seed
+        self.table, self.mean, self.std = None, None, None
+        if name in NAMES:
+            self.dim = 2
+            self.classes = classes(name)
+        elif str(name).endswith((".npy", ".csv")):
+            self.table = read_points(name)
+            self.mean, self.std = self.table.mean(0), self.table.std(0)
+            self.dim, self.classes = self.table.shape[1], 0
+        else:
+            points(name, 1)
+
+    def _generator(self, *key):
+        seed = np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(seed >> 1))
+
+    def batch(self, step):
+        """Points (batch_size, D) and labels (batch_size,) or None of one step."""
+        if self.table is None:
+            return points(self.name, self.batch_size, self._generator(0, step))
+        n = len(self.table)
+        index = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        rows = torch.empty_like(index)
+        for epoch in index.div(n, rounding_mode="floor").unique().tolist():
+            here = index.div(n, rounding_mode="floor") == epoch
+            rows[here] = torch.randperm(n, generator=self._generator(0, epoch))[index[here] % n]
+        return self.standardise(self.table[rows]), None
+
+    def fresh(self, n, draw=0):
+        """n real points that training never sees in this order, to measure against; `draw` tells sets apart.
+
+        Two draws of a file without replacement are disjoint halves if the file has 2 n points.
+        """
+        if self.table is None:
+            return points(self.name, n, self._generator(1, draw))[0]
+        half = torch.randperm(len(self.table), generator=self._generator(1))
+        half = half[draw % 2 :: 2]
+        return self.standardise(self.table[half[torch.arange(n) % len(half)]])
+
+    def standardise(self, x):
+        """From the units of the data to spread one."""
+        return x if self.mean is None else (x - self.mean) / self.std
+
+    def restore(self, x):
+        """Back to the units of the data."""
+        return x if self.mean is None else x * self.std + self.mean

@@ -1,0 +1,275 @@
+"""TwinFlowLoss: base + self-adversarial + rectification (Eq. 10), each at the least cost we know.
+
+Every row of the batch carries one part of the loss, and one forward with gradient serves them all:
+
+    part          network input             is drawn onto                                   equation
+    any-step      F(x_t, t, r)              a small true step, then the teacher's jumps     1
+    flow          F(x_t, t, t)              u = z - x                                       1, N = 0
+    adversarial   F(x_t', -t', -t')         z' - x_fake, the fakes made without gradient    2
+    rectify       F(z, 1, 0)                itself + dv, the gap at its own noised fake     9
+
+`reference.py` computes the same numbers with one forward per symbol; the tests hold the two together.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .path import expand, interpolate, jump, velocity
+from .twin import gap, generate, join, repeat, take
+
+
+def squared(a, b):
+    """Mean over a sample's elements of (a - b)^2, the default metric.  (B, *D), (B, *D) -> (B,)."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+def normalised(a, b, c=1e-3):
+    """The released code's metric: d / sqrt(d + c^2), d the squared metric, without gradient through the root.
+
+    Its gradient has the length of a root-mean-square error's, so a step does not vanish with the error.
+    """
+    d = squared(a, b)
+    return d / (d.detach() + c**2).sqrt()
+
+
+METRICS = {"squared": squared, "normalised": normalised}
+
+
+def split(n, shares, generator=None, device="cpu"):
+    """Whole numbers of rows, one for each share, that sum to n and are n * share in expectation.
+
+    Each end of a part is rounded down after adding the same uniform number, so a part has n * share
+    rows to within one; drawn only if some n * share is not whole.
+    """
+    ends = [round(n * sum(shares[: i + 1]), 6) for i in range(len(shares))]
+    offset = 0.0
+    if any(end != int(end) for end in ends):
+        offset = torch.rand((), generator=generator, device=device, dtype=torch.float64).item()
+    ends = [0, *(int(end + offset) for end in ends)]
+    return tuple(b - a for a, b in zip(ends[:-1], ends[1:]))
+
+
+def mean(values, expected):
+    """Sum over the rows of a part, divided by the number of rows expected in it; 0 for a part of share 0."""
+    return values.sum() / expected if expected else values.sum()
+
+
+class Losses(NamedTuple):
+    """What a loss returns: scalars, of which only `total` carries a gradient. total = base +
+    adversarial + rectify (weights included); gap is the mean of dv^2 at the noised fakes."""
+
+    total: torch.Tensor
+    base: torch.Tensor
+    adversarial: torch.Tensor
+    rectify: torch.Tensor
+    gap: torch.Tensor
+
+
+@dataclass
+class Draws:
+    """All that is random in one loss, a row a sample, the rows ordered part after part."""
+
+    counts: tuple  # rows in each part: any-step, flow, adversarial, rectify
+    rows: torch.Tensor  # (B,) which sample of the batch each row takes
+    z: torch.Tensor  # (B, *D) base: noise of the path; twin parts: noise the fake is made of
+    z_new: torch.Tensor  # (B, *D) twin parts: noise the fake is noised with; data-free base: noise of x
+    t: torch.Tensor  # (B,) t, or t' in the twin parts
+    r: torch.Tensor  # (B,) target time; t in the flow part
+    inner: list  # N - 1 tensors, the times t_1 > ... > t_{N-1} of the any-step rows
+
+    def slices(self):
+        ends = [sum(self.counts[:i]) for i in range(5)]
+        return [slice(a, b) for a, b in zip(ends[:-1], ends[1:])]
+
+
+@dataclass
+class TwinFlowLoss:
+    """The TwinFlow loss.  loss(net, x, cond, teacher) -> Losses.
+
+    order          N of Eq. 1: teacher jumps after the small step; 0 is flow matching alone
+    share          the paper's lambda: share of the batch in the two twin parts, half each
+    flow_share     share of the base rows with r = t. The paper draws them with any r < t; keeping
+                   a part at r = t holds the velocity, which the gap dv is read from, in place
+    dt             length of the small true step
+    times          (a, b) > 0 of the Kumaraswamy law of t; (1, 1) is uniform
+    even_inner     teacher's times evenly spaced (released code), not t_i ~ U(r, t_{i-1}) (paper)
+    metric         "squared" (mean over elements) or "normalised" (released code), see `distance`
+    adversarial_weight, rectify_weight   1 in the paper; released code: rectify_weight 0.5
+    rectify_clip   clips dv elementwise; None in the paper, 1 in the released code
+    clip           clips the any-step correction elementwise
+    guidance       w: u becomes u + w (v(x_t, t, c) - v(x_t, t, null)) in the base rows
+    guidance_range times t where guidance acts
+    data_free      never read x, only its shape: see `_base_pairs`
+
+    Each part is a sum over its rows divided by the rows expected in it, share * B. Where that is not
+    whole the numbers of rows are drawn at random around it, so the expected gradient is the same
+    for every batch size, 1 included.
+    """
+
+    order: int = 2
+    share: float = 1 / 3
+    flow_share: float = 0.5
+    dt: float = 0.01
+    times: tuple = (1.0, 1.0)
+    even_inner: bool = False
+    metric: str = "squared"
+    adversarial_weight: float = 1.0
+    rectify_weight: float = 1.0
+    rectify_clip: float | None = None
+    clip: float = 1.0
+    guidance: float = 0.0
+    guidance_range: tuple = (0.0, 1.0)
+    data_free: bool = False
+
+    def __post_init__(self):
+        def need(ok, what):
+            if not ok:
+                raise ValueError(what)
+
+        need(isinstance(self.order, int) and self.order >= 0, f"order must be a whole number >= 0, got {self.order!r}")
+        need(0 <= self.share <= 1, f"share must lie in [0, 1], got {self.share!r}")
+        need(0 <= self.flow_share <= 1, f"flow_share must lie in [0, 1], got {self.flow_share!r}")
+        need(0 < self.dt < 1, f"dt must lie in (0, 1), got {self.dt!r}")
+        need(len(self.times) == 2 and min(self.times) > 0, f"times must be two positive numbers, got {self.times!r}")
+        need(self.metric in METRICS, f"unknown metric {self.metric!r}: choose from {', '.join(METRICS)}")
+        for name in ("adversarial_weight", "rectify_weight", "guidance"):
+            value = getattr(self, name)
+            need(0 <= value < math.inf, f"{name} must be a number >= 0, got {value!r}")
+        need(self.clip > 0, f"clip must be > 0, got {self.clip!r}")
+        need(self.rectify_clip is None or self.rectify_clip > 0, f"rectify_clip must be > 0, got {self.rectify_clip!r}")
+        low, high = self.guidance_range
+        need(0 <= low <= high <= 1, f"guidance_range must be two times 0 <= low <= high <= 1, got {low}, {high}")
+
+    def shares(self):
+        """Expected share of the batch in each part: any-step, flow, adversarial, rectify."""
+        flow = 1.0 if self.order == 0 else self.flow_share
+        return ((1 - self.share) * (1 - flow), (1 - self.share) * flow, self.share / 2, self.share / 2)
+
+    def __call__(self, net, x, cond=None, teacher=None, null=None, original=None, generator=None):
+        """Draw the random numbers and compute the loss of a batch.
+
+        net, teacher, original: velocity fields net(x, t, r, cond). teacher is F^-, used without
+        gradient (default: net itself; in practice its EMA). original gives the velocities of guidance
+        and of data-free training (default: teacher). x (B, *D). cond: None, tensor or dict, leading
+        dimension B; null: the same for "no condition", leading dimension 1 or B, needed for
+        guidance. generator: on the device of x. Returns Losses. Raises ValueError if x is not a
+        floating-point batch, or null is missing.
+        """
+        if not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
+            raise ValueError(f"x must be a floating-point batch (B, *D), got {x.dtype} of shape {tuple(x.shape)}")
+        if self.guidance and (cond is None or null is None):
+            raise ValueError("guidance > 0 needs cond and null, the condition that stands for none")
+        return self.evaluate(self.draw(x, generator), net, x, cond, teacher, null, original)
+
+    def draw(self, x, generator=None):
+        """Draw everything random for a batch like x.  (B, *D) -> Draws."""
+
+        def rand(n):
+            return torch.rand(n, generator=generator, dtype=x.dtype, device=x.device)
+
+        def randn():
+            return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+        B = len(x)
+        counts = split(B, self.shares(), generator, x.device)
+        any_step, base = counts[0], counts[0] + counts[1]
+        a, b = self.times
+        t = (1 - rand(B) ** (1 / b)) ** (1 / a)
+        t[base:] = rand(B - base)
+        t[:any_step] = self.dt + (1 - self.dt) * t[:any_step]
+        r = t.clone()
+        r[:any_step] = rand(any_step) * (t[:any_step] - self.dt)
+        inner, t_i = [], t[:any_step] - self.dt
+        for i in range(1, self.order):
+            step = 1 / (self.order - i + 1) if self.even_inner else rand(any_step)
+            t_i = t_i - step * (t_i - r[:any_step])
+            inner.append(t_i)
+        rows = torch.randperm(B, generator=generator, device=x.device)
+        return Draws(counts, rows, randn(), randn(), t, r, inner)
+
+    def evaluate(self, draws, net, x, cond=None, teacher=None, null=None, original=None):
+        """The loss for given draws.  See `__call__`."""
+        teacher = net if teacher is None else teacher
+        original = teacher if original is None else original
+        any_step, flow, adversarial, rectify = draws.slices()
+        base = slice(0, flow.stop)
+        x, cond = x[draws.rows], take(cond, draws.rows)
+        z, z_new, t, r = draws.z, draws.z_new, draws.t, draws.r
+
+        with torch.no_grad():
+            x_t, u = self._base_pairs(draws, base, net, x, cond, null, original)
+            x_fake = self._fakes(draws, adversarial, net, cond)
+            x_t_fake = interpolate(x_fake, z_new[adversarial], t[adversarial])
+            u_fake = velocity(x_fake, z_new[adversarial])
+
+        F = net(
+            torch.cat([x_t, x_t_fake, z[rectify]]),
+            torch.cat([t[base], -t[adversarial], torch.ones_like(t[rectify])]),
+            torch.cat([r[base], -t[adversarial], torch.zeros_like(t[rectify])]),
+            cond,
+        )
+
+        with torch.no_grad():
+            correction = self._any_step_correction(draws, any_step, F[any_step], x_t, u, cond, teacher)
+            dv = self._gap_at_fakes(draws, rectify, F[rectify], net, cond)
+            target = torch.cat([F[any_step] - correction, u[flow], u_fake, F[rectify] + dv])
+
+        d = METRICS[self.metric](F, target)
+        expected = [len(x) * share for share in self.shares()]
+        base_loss = mean(d[base], expected[0] + expected[1])
+        adversarial_loss = self.adversarial_weight * mean(d[adversarial], expected[2])
+        rectify_loss = self.rectify_weight * mean(d[rectify], expected[3])
+        total = base_loss + adversarial_loss + rectify_loss
+        gap_size = mean(squared(dv, torch.zeros_like(dv)), expected[3])
+        return Losses(total, base_loss.detach(), adversarial_loss.detach(), rectify_loss.detach(), gap_size)
+
+    def _base_pairs(self, draws, base, net, x, cond, null, original):
+        """Points x_t and velocities u of the base rows.
+
+        Data-free, x is the network's own sample and u the original's velocity at x_t: the straight
+        line's own z - x would teach the network what it already makes.
+        """
+        z, t, cond = draws.z[base], draws.t[base], take(cond, base)
+        if self.data_free and len(z):
+            x_t = interpolate(generate(net, draws.z_new[base], cond), z, t)
+            u = original(x_t, t, t, cond)
+        else:
+            x_t, u = interpolate(x[base], z, t), velocity(x[base], z)
+        if self.guidance:
+            low, high = self.guidance_range
+            on = ((t >= low) & (t <= high)).nonzero()[:, 0]
+            both = join(take(cond, on), take(repeat(null, len(x)), on))
+            x_on, t_on = x_t[on].repeat(2, *[1] * (x.ndim - 1)), t[on].repeat(2)
+            v, v_null = original(x_on, t_on, t_on, both).chunk(2)
+            u[on] += self.guidance * (v - v_null)
+        return x_t, u
+
+    def _fakes(self, draws, rows, net, cond):
+        """x_fake = sg(z - F(z, 1, 0)) for the adversarial rows (Eq. 2)."""
+        z = draws.z[rows]
+        return generate(net, z, take(cond, rows)) if len(z) else z
+
+    def _any_step_correction(self, draws, rows, F, x_t, u, cond, teacher):
+        """clip([(t - r) F - sum] / dt - u), the gradient of the any-step part (Eq. 1)."""
+        if not len(F):
+            return F
+        t, r, u, cond = draws.t[rows], draws.r[rows], u[rows], take(cond, rows)
+        t_i = t - self.dt
+        x_i = jump(x_t[rows], u, t, t_i)
+        teacher_sum = torch.zeros_like(F)
+        for t_next in [*draws.inner, r]:
+            step = expand(t_i - t_next, F) * teacher(x_i, t_i, t_next, cond)
+            teacher_sum, x_i, t_i = teacher_sum + step, x_i - step, t_next
+        correction = (expand(t - r, F) * F - teacher_sum) / self.dt - u
+        return correction.clamp(-self.clip, self.clip)
+
+    def _gap_at_fakes(self, draws, rows, F, net, cond):
+        """dv = v - v_fake at the noised one-step samples z - F(z, 1, 0) of the rectify rows (Eq. 9)."""
+        if not len(F):
+            return F
+        z, z_new, t = draws.z[rows], draws.z_new[rows], draws.t[rows]
+        dv = gap(net, interpolate(z - F, z_new, t), t, take(cond, rows))
+        return dv if self.rectify_clip is None else dv.clamp(-self.rectify_clip, self.rectify_clip)

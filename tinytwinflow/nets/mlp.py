@@ -1,0 +1,54 @@
+"""A multilayer perceptron for points: the smallest network that is a velocity field."""
+
+import math
+
+import torch
+from torch import nn
+
+
+class MLP(nn.Module):
+    """Velocity field for points.  net(x, t, r, cond) : (B, dim), (B,), (B,), (B,) -> (B, dim).
+
+    t and r lie in [-1, 1]. Sines and cosines of t pi k / 2 tell t from -t for every t in (0, 1],
+    t = 1 included (whole multiples of pi would not). r enters through t - r, so that r = t is the
+    same input, zero, at every t. With `classes`, cond holds labels in [0, classes]; the
+    last one, `classes` itself, is the null label "no class". Raises ValueError for a shape or label
+    that does not fit.
+    """
+
+    def __init__(self, dim, width=256, depth=4, classes=0, frequencies=8):
+        super().__init__()
+        self.dim, self.classes = dim, classes
+        self.register_buffer("k", torch.arange(1, frequencies + 1) * math.pi / 2, persistent=False)
+        sizes = [dim + 4 * frequencies] + [width] * depth
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:]))
+        self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.out = nn.Linear(width, dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def embed(self, t):
+        """Sines and cosines of a time.  (B,) -> (B, 2 * frequencies)."""
+        angle = t[:, None] * self.k
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    def forward(self, x, t, r, cond=None):
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}, this network takes (B, {self.dim})")
+        if t.shape != x.shape[:1] or r.shape != x.shape[:1]:
+            raise ValueError(f"t and r must have shape ({len(x)},), got {tuple(t.shape)} and {tuple(r.shape)}")
+        h = self.layers[0](torch.cat([x, self.embed(t), self.embed(t - r)], dim=1))
+        if self.classes:
+            h = h + self.label(self.check_labels(cond, len(x)))
+        for layer in self.layers[1:]:
+            h = layer(nn.functional.silu(h))
+        return self.out(nn.functional.silu(h))
+
+    def check_labels(self, cond, n):
+        if cond is None:
+            raise ValueError(f"this network is conditional: cond must hold labels in [0, {self.classes}]")
+        if cond.shape != (n,) or cond.is_floating_point():
+            raise ValueError(f"labels must be {n} whole numbers, got {cond.dtype} of shape {tuple(cond.shape)}")
+        if cond.device.type == "cpu" and n and not (0 <= cond.min() and cond.max() <= self.classes):
+            raise ValueError(f"labels must lie in [0, {self.classes}], got {cond.min()} to {cond.max()}")
+        return cond

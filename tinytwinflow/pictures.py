@@ -1,0 +1,93 @@
+"""Pictures of a run. matplotlib is imported only when one is drawn."""
+
+from pathlib import Path
+
+import numpy as np
+
+INK, DATA, ONE, FLOW = "#222222", "#555555", "#d1495b", "#2e6f95"
+
+
+def _canvas(panels):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.1 * panels, 3.6), dpi=130, layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def scatter(axis, x, title, color, limits):
+    """Points of the first two dimensions, drawn faintly so that density shows."""
+    y = x[:, 1] if x.shape[1] > 1 else np.zeros(len(x))
+    axis.scatter(x[:, 0], y, s=1.2, alpha=0.35, color=color, linewidths=0, rasterized=True)
+    axis.set(title=title, xlim=limits[0], ylim=limits[1], xticks=[], yticks=[], aspect="equal")
+    axis.title.set_fontsize(10)
+
+
+def _limits(x):
+    low, high = np.quantile(x[:, :2], 0.001, axis=0), np.quantile(x[:, :2], 0.999, axis=0)
+    middle, half = (low + high) / 2, 0.6 * (high - low).max()
+    limits = [(m - half, m + half) for m in middle]
+    return limits if len(limits) == 2 else [limits[0], (-half, half)]
+
+
+def gap_curve(axis, log, warmup_steps):
+    """The gap between the two velocities at noised fakes, over training, averaged over 50 records."""
+    records = [r for r in log if r["step"] > warmup_steps and r["gap"] > 0]
+    step, gap = np.array([r["step"] for r in records]), np.array([r["gap"] for r in records])
+    width = max(1, min(50, len(gap) // 4))
+    if len(gap):
+        axis.plot(step[width - 1 :], np.convolve(gap, np.ones(width) / width, "valid"), color=INK, lw=1.2)
+        axis.set_yscale("log")
+    axis.axvspan(0, warmup_steps, color="#eeeeee", lw=0)
+    if warmup_steps:
+        axis.text(warmup_steps / 2, 0.5, "flow matching\\nwarm-up", rotation=90, ha="center", va="center",
+                  transform=axis.get_xaxis_transform(), fontsize=8, color="#777777")  # fmt: skip
+    axis.set(title="gap of real and fake velocity", xlabel="training step", ylabel="mean of (v - v_fake)²")
+    axis.set_xlim(left=0)
+    axis.title.set_fontsize(10)
+
+
+def draw(path, panels, log, config, title):
+    """Draw samples side by side, then the gap over training.
+
+    panels: list of (title, points (n, D), color); the first sets the limits of all.
+    """
+    figure, axes = _canvas(len(panels) + 1)
+    limits = _limits(panels[0][1])
+    for axis, (name, x, color) in zip(axes, panels):
+        scatter(axis, x[:8000], name, color, limits)
+    gap_curve(axes[-1], log, config["warmup_steps"])
+    figure.suptitle(title, fontsize=11)
+    aside = Path(path).with_suffix(".tmp.png")
+    figure.savefig(aside)
+    aside.replace(path)
+
+
+def draw_one(path, x, title):
+    """Draw one set of points (n, D)."""
+    figure, axes = _canvas(1)
+    scatter(axes[0], x, title, ONE, _limits(x))
+    figure.savefig(path)
+
+
+def draw_comparison(path, rows, floors, names):
+    """Sliced W2 against NFE, a panel a data set; flow matching at 100 NFE and real data as lines."""
+    figure, axes = _canvas(len(names))
+    for axis, name in zip(axes, names):
+        for method, color in (("twinflow", ONE), ("rcgm", "#edae49"), ("flow matching", FLOW)):
+            own = [r for r in rows if r["data"] == name and r["method"] == method]
+            few = [r for r in own if r["nfe"] <= 8]
+            x, y, spread = ([r[key] for r in few] for key in ("nfe", "sliced_wasserstein", "sliced_wasserstein_spread"))
+            axis.errorbar(x, y, spread, color=color, marker="o", ms=4, label=method)
+            for r in own:
+                if r["nfe"] == 100:
+                    axis.axhline(r["sliced_wasserstein"], color=color, ls="--", lw=1, label="flow matching, 100 NFE")
+        axis.axhline(floors[name], color="#999999", ls=":", lw=1, label="real data")
+        axis.set(title=Path(name).name, xscale="log", yscale="log", xlabel="NFE", xticks=[1, 2, 4])
+        axis.set_xticklabels(["1", "2", "4"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("sliced W2")
+    axes[-1].legend(fontsize=7)
+    figure.savefig(path)

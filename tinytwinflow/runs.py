@@ -1,0 +1,136 @@
+"""A run folder: config.json, log.jsonl, checkpoint.pt, samples.png, metrics.json.
+
+Written in an order, and each file in a way, that a crash at any moment leaves a folder to resume.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .data import Points
+from .nets import MLP
+from .recipes import check, loss_of
+from .train import load, load_weights, new_state, save, train
+
+
+def write_json(path, content):
+    """Write a JSON file aside, then rename it into place."""
+    aside = Path(path).with_suffix(".tmp")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+def read_config(folder):
+    """Settings of a run. Raises ValueError if the folder holds none."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, so {folder} is no run folder")
+    try:
+        config = json.loads(path.read_text())
+        check(config)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the settings of a run ({error})") from None
+    return config
+
+
+def net_of(config, dim, classes):
+    """The network that a run's settings describe."""
+    return MLP(dim, config["width"], config["depth"], classes if config["conditional"] else 0)
+
+
+def trained(folder, device="cpu"):
+    """A run's averaged network and settings, ready to sample.  -> net, config, checkpoint.
+
+    Raises ValueError if the folder holds no run, or its checkpoint does not fit it.
+    """
+    config, path = read_config(folder), Path(folder) / "checkpoint.pt"
+    saved = load(path, device)
+    net = net_of(config, saved["data"]["dim"], saved["data"]["classes"]).to(device)
+    load_weights(net, saved["average"], path)
+    return net.requires_grad_(False), config, saved
+
+
+def start(folder, config):
+    """Make a new run folder. Raises ValueError if a run is there already: nothing is overwritten."""
+    folder = Path(folder)
+    if (folder / "config.json").exists() or (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{folder} already holds a run: --resume continues it, --out DIR starts another")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+
+
+def _cut_log(path, step):
+    """Drop the log's lines after a step, and a line cut short by a crash."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                lines.append(line)
+        except json.JSONDecodeError:
+            break
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(line + "\n" for line in lines))
+    os.replace(aside, path)
+
+
+def continue_run(folder, init_from=None, device="cpu"):
+    """Train a run to its last step from wherever it stands, with a log line a step and checkpoints.
+
+    A folder without checkpoint is at step 0; init_from, the path of a run or checkpoint, then gives the
+    first weights. Returns the final State. Raises ValueError if the folder, its data or its checkpoint
+    does not fit, FloatingPointError if training goes astray.
+    """
+    folder = Path(folder)
+    config, checkpoint, log = read_config(folder), folder / "checkpoint.pt", folder / "log.jsonl"
+    if log.exists() and not checkpoint.exists():
+        raise ValueError(f"{checkpoint}: no such checkpoint, though {log} shows that there was one")
+    data = Points(config["data"], config["batch_size"], config["seed"])
+    if config["conditional"] and not data.classes:
+        raise ValueError(f"{config['data']} has no labels: --set conditional=false")
+    torch.manual_seed(config["seed"])
+    net = net_of(config, data.dim, data.classes).to(device)
+    state = new_state(net, config["lr"], seed=config["seed"])
+    about_data = {"dim": data.dim, "classes": data.classes, "mean": data.mean, "std": data.std}
+
+    def write_checkpoint():
+        save(checkpoint, {**state.state_dict(), "data": about_data})
+
+    if checkpoint.exists():
+        saved = load(checkpoint, device)
+        load_weights(net, saved["net"], checkpoint)
+        state.load_state_dict(saved)
+    else:
+        if init_from is not None:
+            path = Path(init_from) / "checkpoint.pt" if Path(init_from).is_dir() else Path(init_from)
+            weights = load(path, device)["average"]
+            load_weights(net, weights, path)
+            load_weights(state.average, weights, path)
+        write_checkpoint()
+
+    def batch(step):
+        x, label = data.batch(step)
+        return x.to(device), label.to(device) if config["conditional"] else None
+
+    records = train(
+        state, loss_of(config), batch, config["steps"], ema=config["ema"], warmup_steps=config["warmup_steps"],
+        null=data.classes if config["conditional"] else None, label_dropout=config["label_dropout"],
+    )  # fmt: skip
+    _cut_log(log, state.step)
+    bar = tqdm(records, total=config["steps"], initial=state.step, desc=folder.name, disable=None)
+    with open(log, "a") as file:
+        for record in bar:
+            if record["step"] % config["log_every"] == 0 or record["step"] == config["steps"]:
+                file.write(json.dumps(record) + "\n")
+                bar.set_postfix(loss=f"{record['total']:.3f}", refresh=False)
+            if record["step"] % config["checkpoint_every"] == 0 or record["step"] == config["steps"]:
+                file.flush()
+                write_checkpoint()
+    return state
+
+
+def read_log(folder):
+    """The records of a run's log.  -> list of dicts, one a logged step."""
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]

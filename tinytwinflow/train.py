@@ -1,0 +1,131 @@
+"""The training loop: a generator that takes one step each time it is asked, and never loses a run.
+
+    state = new_state(net, lr=2e-3)
+    for record in train(state, loss, batch, steps=4000):
+        print(record["step"], record["total"])
+
+`state` is all that training knows: stopped at any step, saved, loaded and continued, it goes on
+bit for bit as if it had never stopped.
+"""
+
+import dataclasses
+import math
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .ema import average_of, update, warmed_up
+
+
+@dataclass
+class State:
+    """A network in training: net, its moving average, the optimiser, the noise generator, steps done."""
+
+    net: torch.nn.Module
+    average: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    step: int = 0
+
+    def state_dict(self):
+        return {
+            "net": self.net.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, saved):
+        self.net.load_state_dict(saved["net"])
+        self.average.load_state_dict(saved["average"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.generator.set_state(saved["generator"].cpu())
+        self.step = saved["step"]
+
+
+def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0):
+    """Start of training: AdamW without weight decay (Table 6), the average equal to the network."""
+    device = next(net.parameters()).device
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0.0, foreach=True)
+    optimizer.param_groups[0]["initial_lr"] = lr
+    return State(net, average_of(net), optimizer, torch.Generator(device).manual_seed(seed))
+
+
+def learning_rate(step, steps, warm_up=100):
+    """Factor on the learning rate: a linear rise over the first steps, then a cosine to zero."""
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train(state, loss, batch, steps, ema=0.999, warmup_steps=0, null=None, label_dropout=0.0):
+    """Take training steps up to `steps`, yielding after each a record: step, lr and the loss terms.
+
+    loss: a TwinFlowLoss; during the first `warmup_steps` the same without jumps and twins, which is
+    flow matching. batch(i) gives data and condition (None without) of step i. null: label that
+    stands for no condition; it replaces a share `label_dropout` of the labels.
+    Raises FloatingPointError, before the weights are touched, if a loss term is not finite.
+    """
+    flow_matching = dataclasses.replace(loss, order=0, share=0.0)
+    null = None if null is None else torch.as_tensor([null])
+    while state.step < steps:
+        i = state.step
+        x, cond = batch(i)
+        if null is not None and label_dropout:
+            drop = torch.rand(len(x), generator=state.generator) < label_dropout
+            cond = torch.where(drop, null, cond)
+        for group in state.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * learning_rate(i, steps)
+        current = flow_matching if i < warmup_steps else loss
+        out = current(state.net, x, cond, null=null, generator=state.generator)
+        record = {name: value.item() for name, value in out._asdict().items()}
+        for name, value in record.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"step {i + 1}: the {name} loss is {value}; lower lr or rectify_weight")
+        state.optimizer.zero_grad()
+        out.total.backward()
+        state.optimizer.step()
+        update(state.average, state.net, warmed_up(ema, i))
+        state.step += 1
+        yield {"step": state.step, "lr": state.optimizer.param_groups[0]["lr"], **record}
+
+
+def save(path, content):
+    """Write a checkpoint so that a crash at any moment leaves the old file or the new one, whole.
+
+    Raises FloatingPointError, writing nothing, if a weight is not finite.
+    """
+    for name, value in content["net"].items():
+        if not value.isfinite().all():
+            raise FloatingPointError(f"step {content['step']}: weight {name} is not finite; the last checkpoint stays")
+    aside = Path(path).with_suffix(".tmp")
+    with open(aside, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def load(path, device="cpu"):
+    """Read a checkpoint. Raises ValueError with one line if it is missing, cut short or no checkpoint."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+        raise ValueError(f"{path}: the file is cut short or is no checkpoint") from None
+    if not isinstance(content, dict) or not {"net", "average", "step"} <= content.keys():
+        raise ValueError(f"{path}: holds no net, average and step, so it is no checkpoint of this library")
+    return content
+
+
+def load_weights(net, weights, path):
+    """Put weights into a network. Raises ValueError that names the first tensor that does not fit."""
+    own = net.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        here, there = (tuple(w[name].shape) if name in w else None for w in (own, weights))
+        if here != there:
+            raise ValueError(f"{path}: holds another network ({name} is {there} there, {here} here)")
+    net.load_state_dict(weights)
