@@ -56,7 +56,7 @@ def moons(n, generator):
 def swissroll(n, generator):
     angle = 1.5 * math.pi * (1 + 2 * _uniform(n, generator))
     x = _polar(angle, angle) + _normal(n, generator, 0.3)
-    return (x - torch.tensor([1.3, -1.0])) / 6.8, torch.zeros(n, dtype=torch.long)
+    return (x - torch.tensor([1.95, 0.18])) / 6.8, torch.zeros(n, dtype=torch.long)
 
 
 def circles(n, generator):
@@ -147,9 +147,10 @@ def read_points(path):
         if path.suffix == ".npy":
             x = np.load(path, allow_pickle=False)
         else:
-            first = path.read_text().split("\n", 1)[0]
-            header = any(not _is_number(word) for word in first.split(","))
-            x = np.loadtxt(path, delimiter=",", skiprows=int(header), ndmin=2)
+            lines = [line for line in path.read_text().splitlines() if line.strip()]
+            header = any(not _is_number(word) for word in lines[0].split(",")) if lines else False
+            lines = lines[int(header) :]
+            x = np.loadtxt(lines, delimiter=",", ndmin=2) if lines else np.empty((0, 1))
         x = np.asarray(x, dtype=np.float64)
     except (ValueError, TypeError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a table of numbers ({str(error).splitlines()[0]})") from None

@@ -212,10 +212,11 @@ class TwinFlowLoss:
             cond,
         )
 
+        F_sg = F.detach()
         with torch.no_grad():
-            correction = self._any_step_correction(draws, any_step, F[any_step], x_t, u, cond, teacher)
-            dv = self._gap_at_fakes(draws, rectify, F[rectify], net, cond)
-            target = torch.cat([F[any_step] - correction, u[flow], u_fake, F[rectify] + dv])
+            correction = self._any_step_correction(draws, any_step, F_sg[any_step], x_t, u, cond, teacher)
+            dv = self._gap_at_fakes(draws, rectify, F_sg[rectify], net, cond)
+            target = torch.cat([F_sg[any_step] - correction, u[flow], u_fake, F_sg[rectify] + dv])
 
         d = METRICS[self.metric](F, target)
         expected = [len(x) * share for share in self.shares()]

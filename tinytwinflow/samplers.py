@@ -70,7 +70,7 @@ def sample(net, z, steps=1, mode="any", order=1, cond=None, stochastic=None, ext
     if order == 2 and mode != "multi":
         raise ValueError(f"order=2 averages two velocities and needs mode='multi', got mode={mode!r}")
     stochastic = float(mode == "few") if stochastic is None else stochastic
-    if stochastic != "sde" and not 0 <= stochastic <= 1:
+    if stochastic != "sde" and (isinstance(stochastic, str) or not 0 <= stochastic <= 1):
         raise ValueError(f"stochastic must lie in [0, 1] or be 'sde', got {stochastic!r}")
     if not (extrapolation >= 0 and math.isfinite(extrapolation)):
         raise ValueError(f"extrapolation must be >= 0, got {extrapolation!r}")

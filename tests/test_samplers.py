@@ -1,0 +1,190 @@
+"""Laws of the samplers, tested with exact fields: what is exact must be exact, what converges must do so at its order."""
+
+import math
+
+import pytest
+import torch
+from conftest import mixtures, seeds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinytwinflow import GaussianMixture, sample, time_grid
+
+close = torch.testing.assert_close
+MODES = st.sampled_from(["any", "few", "multi"])
+
+
+class Counted:
+    """A field that keeps the times it is asked for."""
+
+    def __init__(self, field):
+        self.field, self.asked = field, []
+
+    def __call__(self, x, t, r, cond=None):
+        self.asked.append((t[0].item(), r[0].item()))
+        return self.field(x, t, r, cond)
+
+
+def gaussian(scale, mean=0.0):
+    return GaussianMixture([[mean]], [[[scale**2]]])
+
+
+def exact_jump(scale):
+    """Average velocity of N(0, scale^2), in closed form: x_r = x_t s(r) / s(t)."""
+
+    def field(x, t, r, cond=None):
+        s = lambda t: ((1 - t) ** 2 * scale**2 + t**2).sqrt()  # noqa: E731
+        v = ((t - (1 - t) * scale**2) / s(t) ** 2)[:, None] * x
+        average = (1 - s(r) / s(t))[:, None] * x / torch.where(t == r, 1.0, t - r)[:, None]
+        return torch.where((t == r)[:, None], v, average)
+
+    return field
+
+
+shapes = st.tuples(*[st.floats(0.5, 2.0)] * 3)
+gaps = st.tuples(*[st.floats(0, 0.2).map(lambda a: round(a, 3))] * 2)
+
+
+@given(st.integers(1, 30), shapes, gaps)
+def test_grid_falls_from_one_to_zero(intervals, shape, gap):
+    grid = time_grid(intervals, shape, gap)
+    assert len(grid) == intervals + 1 and grid[-1] == 0
+    assert all(a > b for a, b in zip(grid[:-1], grid[1:]))
+    if gap == (0.0, 0.0):
+        assert grid[0] == 1
+
+
+@given(st.integers(2, 30), gaps)
+def test_even_grid_keeps_its_gaps(intervals, gap):
+    grid = time_grid(intervals, gaps=gap)
+    assert math.isclose(grid[0], 1 - gap[0])
+    if gap[1] > 0:
+        assert math.isclose(grid[-2], gap[1], abs_tol=1e-12)
+
+
+@given(st.integers(1, 8), shapes)
+def test_grid_is_the_kumaraswamy_transform_of_progress(intervals, shape):
+    a, b, c = shape
+    for i, t in enumerate(time_grid(intervals, shape)):
+        assert math.isclose(1 - t, (1 - (1 - (i / intervals) ** a) ** b) ** c, abs_tol=1e-12)
+
+
+@settings(max_examples=10)
+@given(mixtures(), st.integers(1, 5), shapes, seeds)
+def test_any_step_sampling_with_the_exact_field_is_exact_on_every_grid(mixture, steps, shape, seed):
+    z = torch.randn(4, mixture.means.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    close(sample(mixture, z, steps, "any", shape=shape), mixture.flow(z, 1.0, 0.0), atol=1e-6, rtol=1e-6)
+
+
+@settings(max_examples=10)
+@given(mixtures(), seeds)
+def test_any_step_trajectory_lies_on_the_exact_flow(mixture, seed):
+    z = torch.randn(3, mixture.means.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    states = sample(mixture, z, 4, "any", trajectory=True)
+    assert states.shape == (5, *z.shape)
+    for state, t in zip(states, time_grid(4)):
+        close(state, mixture.flow(z, 1.0, t), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_euler_is_first_order_and_heun_second(order):
+    """Global error C h^order: doubling the calls divides it by 2^order, measured between 64 and 256 calls."""
+    mixture = GaussianMixture([[-1.0], [0.8]], [[[0.2]], [[0.3]]])
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    truth = mixture.flow(z, 1.0, 0.0)
+    errors = [(sample(mixture, z, n, "multi", order=order) - truth).abs().mean() for n in (64, 128, 256)]
+    rates = [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:])]
+    assert all(abs(rate - order) < 0.25 for rate in rates), rates
+
+
+@given(st.integers(1, 12), MODES, st.sampled_from([1, 2]))
+def test_the_number_of_network_calls_is_the_argument(steps, mode, order):
+    net = Counted(exact_jump(0.5))
+    sample(net, torch.randn(2, 1), steps, mode, order=order if mode == "multi" else 1)
+    assert len(net.asked) == steps
+
+
+@given(st.integers(1, 6))
+def test_each_mode_asks_for_its_own_target_time(steps):
+    grid = time_grid(steps)
+    for mode, targets in (("any", grid[1:]), ("few", [0.0] * steps), ("multi", grid[:-1])):
+        net = Counted(exact_jump(0.5))
+        sample(net, torch.randn(2, 1, dtype=torch.float64), steps, mode)
+        assert net.asked == list(zip(grid[:-1], targets))
+
+
+def test_heun_asks_for_velocities_at_both_ends_of_an_interval():
+    net = Counted(exact_jump(0.5))
+    sample(net, torch.randn(2, 1, dtype=torch.float64), 5, "multi", order=2)
+    times = [1.0, 2 / 3, 2 / 3, 1 / 3, 1 / 3]
+    assert all(math.isclose(t, r) for t, r in net.asked)
+    assert all(math.isclose(t, want) for (t, _), want in zip(net.asked, times))
+
+
+@given(st.floats(0.2, 2), st.integers(2, 4), seeds)
+@settings(max_examples=10)
+def test_few_step_sampling_keeps_a_gaussians_marginal(scale, steps, seed):
+    """With the exact jump to data and fresh noise at each step, x_t has variance (1-t)^2 s^2 + t^2 at every t."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(40000, 1, generator=generator, dtype=torch.float64)
+    states = sample(exact_jump(scale), z, steps, "few", trajectory=True, generator=generator)
+    for state, t in zip(states, time_grid(steps)):
+        assert abs(state.var() / ((1 - t) ** 2 * scale**2 + t**2) - 1) < 0.05
+
+
+def test_sde_sampling_keeps_a_gaussians_marginal_as_the_steps_grow(generator):
+    """The variance of the result tends to the data's, its error falling about as 1 / steps; a fixed
+    share of fresh noise does not do that: it pulls the samples together."""
+    z = torch.randn(40000, 1, generator=generator, dtype=torch.float64)
+
+    def error(steps, stochastic):
+        x = sample(exact_jump(0.7), z, steps, "multi", stochastic=stochastic, generator=generator)
+        return abs(x.var().item() / 0.7**2 - 1)
+
+    assert error(400, "sde") < 0.02
+    assert error(400, "sde") < 0.5 * error(40, "sde")
+    assert error(400, 1.0) > 0.3
+
+
+@given(seeds, MODES, st.floats(0, 1))
+@settings(max_examples=10)
+def test_same_seed_same_bytes(seed, mode, stochastic):
+    net, z = exact_jump(0.7), torch.randn(5, 1)
+    runs = [
+        sample(net, z, 4, mode, stochastic=stochastic, generator=torch.Generator().manual_seed(seed)) for _ in range(2)
+    ]
+    assert torch.equal(*runs)
+
+
+def test_sampling_leaves_the_global_random_state_alone_when_given_a_generator(generator):
+    before = torch.get_rng_state()
+    sample(exact_jump(0.7), torch.zeros(2, 1), 4, "few", generator=generator)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_extrapolation_moves_along_the_last_change():
+    """Two steps by hand: the second estimate x^ becomes x^ + k (x^ - last x^)."""
+    net, z, k = exact_jump(0.5), torch.tensor([[1.0]]).double(), 0.3
+    first, second = sample(net, z, 2, "multi", trajectory=True)[:2]
+    v1 = net(first, torch.ones(1).double(), torch.ones(1).double())
+    half = torch.full((1,), 0.5).double()
+    clean1, clean2 = first - v1, second - 0.5 * net(second, half, half)
+    close(sample(net, z, 2, "multi", extrapolation=k), clean2 + k * (clean2 - clean1))
+
+
+def test_wrong_use_says_what_is_allowed():
+    net, z = exact_jump(0.5), torch.zeros(2, 1)
+    for kwargs, message in [
+        ({"mode": "fast"}, "unknown mode 'fast': choose from any, few, multi"),
+        ({"steps": 0}, "steps must be a whole number of network calls >= 1, got 0"),
+        ({"steps": 1.5}, "steps must be a whole number"),
+        ({"order": 3}, "order must be 1 or 2"),
+        ({"order": 2}, "needs mode='multi'"),
+        ({"stochastic": 1.2}, r"stochastic must lie in \[0, 1\]"),
+        ({"stochastic": "ode"}, "stochastic must lie in"),
+        ({"extrapolation": -1}, "extrapolation must be >= 0"),
+        ({"shape": (0, 1, 1)}, "three positive numbers"),
+        ({"gaps": (0.5, 0.6)}, "gaps must be two numbers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sample(net, z, **kwargs)

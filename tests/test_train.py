@@ -1,0 +1,175 @@
+"""The loop and the run folder: nothing lost, nothing changed by stopping, nothing bad saved."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinytwinflow import TwinFlowLoss, ema
+from tinytwinflow.data import Points
+from tinytwinflow.nets import MLP
+from tinytwinflow.recipes import settings as recipe
+from tinytwinflow.runs import continue_run, read_log, start, trained
+from tinytwinflow.train import learning_rate, load, new_state, save, train
+
+SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "eval_samples=64"]
+
+
+def config(*changes, seed=0):
+    return {"recipe": "toy", "seed": seed, **recipe("toy", [*SMALL, *changes])}
+
+
+def small_state(seed=0):
+    torch.manual_seed(seed)
+    return new_state(MLP(2, 16, 2), lr=1e-2, seed=seed)
+
+
+def weights(state):
+    return [p for net in (state.net, state.average) for p in net.state_dict().values()]
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 11), st.integers(0, 3))
+def test_interrupted_training_equals_uninterrupted(stop, seed):
+    """Stopped after any step, saved, loaded into fresh objects and continued: every record and weight the same."""
+    batch, loss = Points("moons", 16, seed).batch, TwinFlowLoss()
+    unlabelled = lambda i: (batch(i)[0], None)  # noqa: E731
+    whole = small_state(seed)
+    records = list(train(whole, loss, unlabelled, 12, warmup_steps=4))
+    first, second = small_state(seed), small_state(seed + 10)
+    before = list(itertools.islice(train(first, loss, unlabelled, 12, warmup_steps=4), stop))
+    second.load_state_dict(first.state_dict())
+    second.optimizer.param_groups[0]["initial_lr"] = 1e-2
+    assert before + list(train(second, loss, unlabelled, 12, warmup_steps=4)) == records
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second)))
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_end(tmp_path):
+    """kill -9 again and again, wherever it strikes; the run still ends with the weights and log of a quiet one."""
+    changes = [*SMALL, "steps=300", "checkpoint_every=20"]
+    command = [sys.executable, "-m", "tinytwinflow", "train", "toy", "--set", *changes, "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    subprocess.run([*command, str(quiet)], check=True, env=environment, capture_output=True)
+    killed.mkdir()
+    kills = 0
+    while True:
+        process = subprocess.Popen([*command, str(killed), "--resume"], env=environment, stderr=subprocess.PIPE)
+        log = killed / "log.jsonl"
+        lines = log.read_text().count("\n") if log.exists() else 0
+        while process.poll() is None and kills < 3:
+            if log.exists() and log.read_text().count("\n") > lines + 30:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.wait()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, process.stderr.read().decode()
+    assert kills
+    a, b = load(quiet / "checkpoint.pt"), load(killed / "checkpoint.pt")
+    assert all(torch.equal(a["net"][name], b["net"][name]) for name in a["net"])
+    assert all(torch.equal(a["average"][name], b["average"][name]) for name in a["average"])
+    assert read_log(quiet) == read_log(killed)
+
+
+def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path, state = tmp_path / "checkpoint.pt", small_state()
+    save(path, state.state_dict())
+
+    def cut_short(content, file):
+        file.write(b"half a checkpoint")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", cut_short)
+    with pytest.raises(OSError, match="disk full"):
+        save(path, {**state.state_dict(), "step": 7})
+    assert load(path)["step"] == 0
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(tmp_path):
+    """The weights are untouched, and a checkpoint with a weight that is not finite is never written."""
+    state = small_state()
+    before = [p.clone() for p in weights(state)]
+
+    def batch(step):
+        return torch.full((4, 2), float("nan") if step else 0.0), None
+
+    steps = train(state, TwinFlowLoss(), batch, 5)
+    next(steps)
+    before = [p.clone() for p in weights(state)]
+    with pytest.raises(FloatingPointError, match="step 2: the total loss is nan"):
+        next(steps)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(state)))
+    path = tmp_path / "checkpoint.pt"
+    save(path, state.state_dict())
+    next(state.net.parameters()).data.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="weight layers.0.weight is not finite"):
+        save(path, state.state_dict())
+    assert all(value.isfinite().all() for value in load(path)["net"].values())
+
+
+def test_warm_up_is_flow_matching_and_twins_come_after(tmp_path):
+    start(tmp_path / "run", config("steps=8"))
+    continue_run(tmp_path / "run")
+    log = read_log(tmp_path / "run")
+    assert [r["step"] for r in log] == list(range(1, 9))
+    assert all(r["adversarial"] == r["rectify"] == r["gap"] == 0 for r in log[:4])
+    assert all(r["adversarial"] > 0 for r in log[4:])
+
+
+def test_a_run_can_start_from_the_weights_of_another(tmp_path):
+    start(tmp_path / "flow", config("steps=6", "share=0", "order=0"))
+    continue_run(tmp_path / "flow")
+    start(tmp_path / "twin", config("steps=1", "warmup_steps=0", "lr=1e-12", seed=5))
+    continue_run(tmp_path / "twin", init_from=tmp_path / "flow")
+    a, b = trained(tmp_path / "flow")[0], trained(tmp_path / "twin")[0]
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(a.parameters(), b.parameters()))
+
+
+@given(st.floats(0, 0.99), st.integers(1, 5))
+def test_moving_average_is_the_weighted_sum_of_the_past(decay, steps):
+    net = torch.nn.Linear(1, 1).double()
+    average, expected = ema.average_of(net), net.weight.item()
+    for i in range(steps):
+        with torch.no_grad():
+            net.weight.fill_(float(i))
+        ema.update(average, net, decay)
+        expected = decay * expected + (1 - decay) * i
+    assert average.weight.item() == pytest.approx(expected)
+    assert not average.weight.requires_grad
+    with pytest.raises(ValueError, match="decay must lie"):
+        ema.update(average, net, 1.0)
+
+
+@given(st.integers(1, 5000))
+def test_learning_rate_rises_then_falls_to_zero(steps):
+    rates = [learning_rate(i, steps) for i in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_conditional_training_learns_with_guidance_and_dropout(tmp_path):
+    start(tmp_path / "run", config("steps=8", "conditional=true", "guidance=0.5"))
+    state = continue_run(tmp_path / "run")
+    assert state.net.classes == 8
+    assert all(value == value for record in read_log(tmp_path / "run") for value in record.values())
+
+
+def test_config_is_kept_and_checkpoint_is_plain_data(tmp_path):
+    own = config("steps=3", "warmup_steps=1")
+    start(tmp_path / "run", own)
+    continue_run(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == own
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 3 and saved["data"]["dim"] == 2
