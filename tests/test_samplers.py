@@ -1,4 +1,4 @@
-"""Laws of the samplers, tested with exact fields: what is exact must be exact, what converges must do so at its order."""
+"""Laws of the samplers, with exact fields: what is exact must be exact, what converges must do so at its order."""
 
 import math
 

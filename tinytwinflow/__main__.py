@@ -12,12 +12,19 @@ from . import bench, compare, pictures
 from .data import NAMES
 from .evaluate import evaluate, sampled, table
 from .recipes import RECIPES, method_of, settings
-from .runs import continue_run, read_config, read_log, start, trained
+from .runs import continue_run, data_of, read_config, read_log, start, trained
 from .samplers import MODES
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for a wrong argument."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def parser():
-    whole = argparse.ArgumentParser(prog="tinytwinflow", description="TwinFlow: one-step generation with one network.")
+    whole = Parser(prog="tinytwinflow", description="TwinFlow: one-step generation with one network.")
     commands = whole.add_subparsers(dest="command", required=True)
 
     def add(name, does, run):
@@ -103,13 +110,14 @@ def show(folder, result, kept):
 def run_toy(args):
     began = time.perf_counter()
     folder = Path(args.out or "runs/toy")
-    config = config_of(args, "toy")
+    config, device = config_of(args, "toy"), device_of(args.device)
+    data_of(config)
     set_aside(folder)
     start(folder, config)
-    continue_run(folder, device=device_of(args.device))
-    result, kept = evaluate(folder, nfes=(1, 2, 4), device=args.device)
+    continue_run(folder, device=device)
+    result, kept = evaluate(folder, nfes=(1, 2, 4), device=device)
     show(folder, result, kept)
-    print(f"{time.perf_counter() - began:.0f} s on {args.device}, {torch.get_num_threads()} threads")
+    print(f"{time.perf_counter() - began:.0f} s on {device}, {torch.get_num_threads()} threads")
 
 
 def set_aside(folder):

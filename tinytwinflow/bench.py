@@ -64,7 +64,7 @@ def training_step(loss, batch_size, device, classes=0, width=256, depth=4):
     return step
 
 
-def bench(device="cpu", batch_size=512, rounds=9):
+def bench(device="cpu", batch_size=512, points=10000, rounds=9):
     """Measure and print. Returns the figures as a dict."""
     flow = TwinFlowLoss(order=0, share=0.0)
     runs = {
@@ -75,7 +75,7 @@ def bench(device="cpu", batch_size=512, rounds=9):
     }
     times = in_turn(runs, device, rounds)
     net = MLP(2).to(device)
-    z = torch.randn(10000, 2, device=device)
+    z = torch.randn(points, 2, device=device)
     sampling = in_turn({n: lambda n=n: sample(net, z, n) for n in (1, 2, 100)}, device, rounds=3, repeats=1)
     peak = matrix_peak(device)
     products = 2 * batch_size * sum(p.numel() for p in net.parameters() if p.ndim == 2)
@@ -90,7 +90,7 @@ def bench(device="cpu", batch_size=512, rounds=9):
     for name, value in times.items():
         same = times["flow matching, labels" if "," in name else "flow matching"]
         print(f"{name:<28}{1e3 * value:>8.2f}{value / same:>18.2f}")
-    print(f"{'sampling 10,000 points':<28}{'ms':>8}{'x 1 NFE':>18}")
+    print(f"{f'sampling {points:,} points':<28}{'ms':>8}{'x 1 NFE':>18}")
     for n, value in sampling.items():
         print(f"{f'{n} NFE':<28}{1e3 * value:>8.1f}{value / sampling[1]:>18.1f}")
     print(f"matrix peak {peak / 1e9:.0f} GFLOP/s float32; a flow matching step reaches {share:.0%} of it")

@@ -53,9 +53,21 @@ def trained(folder, device="cpu"):
     return net.requires_grad_(False), config, saved
 
 
+def data_of(config):
+    """The training data that a run's settings describe."""
+    data = Points(config["data"], config["batch_size"], config["seed"])
+    if config["conditional"] and not data.classes:
+        raise ValueError(f"{config['data']} has no labels: --set conditional=false")
+    return data
+
+
 def start(folder, config):
-    """Make a new run folder. Raises ValueError if a run is there already: nothing is overwritten."""
+    """Make a new run folder, having looked at its data.
+
+    Raises ValueError if the data is not there, or a run is there already: nothing is overwritten.
+    """
     folder = Path(folder)
+    data_of(config)
     if (folder / "config.json").exists() or (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} already holds a run: --resume continues it, --out DIR starts another")
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,9 +99,7 @@ def continue_run(folder, init_from=None, device="cpu"):
     config, checkpoint, log = read_config(folder), folder / "checkpoint.pt", folder / "log.jsonl"
     if log.exists() and not checkpoint.exists():
         raise ValueError(f"{checkpoint}: no such checkpoint, though {log} shows that there was one")
-    data = Points(config["data"], config["batch_size"], config["seed"])
-    if config["conditional"] and not data.classes:
-        raise ValueError(f"{config['data']} has no labels: --set conditional=false")
+    data = data_of(config)
     torch.manual_seed(config["seed"])
     net = net_of(config, data.dim, data.classes).to(device)
     state = new_state(net, config["lr"], seed=config["seed"])
