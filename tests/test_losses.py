@@ -448,3 +448,5 @@ def test_wrong_use_says_what_is_allowed():
             TwinFlowLoss()(net, x)
     with pytest.raises(ValueError, match="guidance > 0 needs cond and null"):
         TwinFlowLoss(guidance=1.0)(net, torch.zeros(3, 2).double())
+    with pytest.raises(ValueError, match="data_free needs original"):
+        TwinFlowLoss(data_free=True)(net, torch.zeros(3, 2).double())

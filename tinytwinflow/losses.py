@@ -162,6 +162,8 @@ class TwinFlowLoss:
             raise ValueError(f"x must be a floating-point batch (B, *D), got {x.dtype} of shape {tuple(x.shape)}")
         if self.guidance and (cond is None or null is None):
             raise ValueError("guidance > 0 needs cond and null, the condition that stands for none")
+        if self.data_free and original is None and teacher is None:
+            raise ValueError("data_free needs original, the frozen network whose velocity is learnt from")
         return self.evaluate(self.draw(x, generator), net, x, cond, teacher, null, original)
 
     def draw(self, x, generator=None):

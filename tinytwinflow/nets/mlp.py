@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from ..path import check_time
+
 
 class MLP(nn.Module):
     """Velocity field for points.  net(x, t, r, cond) : (B, dim), (B,), (B,), (B,) -> (B, dim).
@@ -13,7 +15,7 @@ class MLP(nn.Module):
     t = 1 included (whole multiples of pi would not). r enters through t - r, so that r = t is the
     same input, zero, at every t. With `classes`, cond holds labels in [0, classes]; the
     last one, `classes` itself, is the null label "no class". Raises ValueError for a shape or label
-    that does not fit.
+    that does not fit, and for a time outside [-1, 1].
     """
 
     def __init__(self, dim, width=256, depth=4, classes=0, frequencies=8):
@@ -37,7 +39,11 @@ class MLP(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}, this network takes (B, {self.dim})")
         if t.shape != x.shape[:1] or r.shape != x.shape[:1]:
             raise ValueError(f"t and r must have shape ({len(x)},), got {tuple(t.shape)} and {tuple(r.shape)}")
+        check_time(t, low=-1.0)
+        check_time(r, low=-1.0, name="r")
         h = self.layers[0](torch.cat([x, self.embed(t), self.embed(t - r)], dim=1))
+        if cond is not None and not self.classes:
+            raise ValueError("this network is unconditional: it takes no cond")
         if self.classes:
             h = h + self.label(self.check_labels(cond, len(x)))
         for layer in self.layers[1:]:
