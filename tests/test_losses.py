@@ -85,6 +85,7 @@ settings_of_a_loss = st.fixed_dictionaries(
     {
         "order": orders,
         "share": shares,
+        "one_step_share": st.sampled_from([0.0, 0.5]),
         "flow_share": st.sampled_from([0.0, 0.5, 1.0]),
         "metric": st.sampled_from(list(METRICS)),
         "adversarial_weight": st.sampled_from([0.5, 1.0]),
@@ -431,6 +432,7 @@ def test_wrong_use_says_what_is_allowed():
         ({"order": 1.5}, "order must be"),
         ({"share": 1.2}, r"share must lie in \[0, 1\]"),
         ({"flow_share": -0.1}, "flow_share must lie"),
+        ({"one_step_share": 2}, "one_step_share must lie"),
         ({"dt": 0.0}, r"dt must lie in \(0, 1\)"),
         ({"metric": "lpips"}, "unknown metric 'lpips': choose from squared, normalised"),
         ({"rectify_weight": -1.0}, "rectify_weight must be"),

@@ -93,6 +93,8 @@ class TwinFlowLoss:
     share          the paper's lambda: share of the batch in the two twin parts, half each
     flow_share     share of the base rows with r = t. The paper draws them with any r < t; keeping
                    a part at r = t holds the velocity, which the gap dv is read from, in place
+    one_step_share share of the any-step rows put at t = 1, r = 0, the jump that one-step sampling makes;
+                   0 in the paper, 1/2 in the released code. See the recipe for what it does
     dt             length of the small true step
     times          (a, b) > 0 of the Kumaraswamy law of t; (1, 1) is uniform
     even_inner     teacher's times evenly spaced (released code), not t_i ~ U(r, t_{i-1}) (paper)
@@ -112,6 +114,7 @@ class TwinFlowLoss:
     order: int = 2
     share: float = 1 / 3
     flow_share: float = 0.5
+    one_step_share: float = 0.0
     dt: float = 0.01
     times: tuple = (1.0, 1.0)
     even_inner: bool = False
@@ -132,6 +135,7 @@ class TwinFlowLoss:
         need(isinstance(self.order, int) and self.order >= 0, f"order must be a whole number >= 0, got {self.order!r}")
         need(0 <= self.share <= 1, f"share must lie in [0, 1], got {self.share!r}")
         need(0 <= self.flow_share <= 1, f"flow_share must lie in [0, 1], got {self.flow_share!r}")
+        need(0 <= self.one_step_share <= 1, f"one_step_share must lie in [0, 1], got {self.one_step_share!r}")
         need(0 < self.dt < 1, f"dt must lie in (0, 1), got {self.dt!r}")
         need(len(self.times) == 2 and min(self.times) > 0, f"times must be two positive numbers, got {self.times!r}")
         need(self.metric in METRICS, f"unknown metric {self.metric!r}: choose from {', '.join(METRICS)}")
@@ -181,9 +185,10 @@ class TwinFlowLoss:
         a, b = self.times
         t = (1 - rand(B) ** (1 / b)) ** (1 / a)
         t[base:] = rand(B - base)
-        t[:any_step] = self.dt + (1 - self.dt) * t[:any_step]
+        one_step = rand(any_step) < self.one_step_share
+        t[:any_step] = torch.where(one_step, 1.0, self.dt + (1 - self.dt) * t[:any_step])
         r = t.clone()
-        r[:any_step] = rand(any_step) * (t[:any_step] - self.dt)
+        r[:any_step] = torch.where(one_step, 0.0, rand(any_step) * (t[:any_step] - self.dt))
         inner, t_i = [], t[:any_step] - self.dt
         for i in range(1, self.order):
             step = 1 / (self.order - i + 1) if self.even_inner else rand(any_step)

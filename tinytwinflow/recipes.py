@@ -22,6 +22,7 @@ TOY = {
     "order": 2,
     "share": 1 / 3,
     "flow_share": 0.5,
+    "one_step_share": 0.3,
     "dt": 0.01,
     "times": [1.0, 1.0],
     "even_inner": False,
