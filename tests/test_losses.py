@@ -25,7 +25,8 @@ def network(seed, classes=0):
     """A small float64 MLP with random weights everywhere, its last layer included."""
     torch.manual_seed(seed)
     net = MLP(2, width=16, depth=2, classes=classes).double()
-    torch.nn.init.normal_(net.out.weight, std=0.3)
+    for layer in (net.out, net.twin_in, net.twin_out):
+        torch.nn.init.normal_(layer.weight, std=0.3)
     return net
 
 
@@ -64,8 +65,10 @@ def by_the_book(loss, draws, net, x, cond=None, teacher=None, null=None, origina
     terms = []
     if draws.counts[0]:
         x_rows, u = velocity(any_step)
-        terms.append(reference.base(net, teacher, x_rows, z[any_step], t[any_step], r[any_step], draws.inner, loss.dt,
-                                    loss.clip, pick(any_step), u, d).sum() / (expected[0] + expected[1]))  # fmt: skip
+        times = t[any_step], r[any_step], draws.inner
+        kwargs = {"dt": loss.dt, "clip": loss.clip, "gain": loss.gain, "cond": pick(any_step), "u": u, "d": d}
+        values = reference.base(net, teacher, x_rows, z[any_step], *times, **kwargs)
+        terms.append(values.sum() / (expected[0] + expected[1]))
     if draws.counts[1]:
         x_rows, u = velocity(flow)
         values = reference.flow_matching(net, x_rows, z[flow], t[flow], pick(flow), u, d)
@@ -95,6 +98,7 @@ settings_of_a_loss = st.fixed_dictionaries(
         "guidance_range": st.sampled_from([(0.0, 1.0), (0.3, 0.8)]),
         "even_inner": st.booleans(),
         "data_free": st.booleans(),
+        "gain": st.sampled_from([math.inf, 2.0]),
         "clip": st.sampled_from([0.3, 100.0]),
         "times": st.sampled_from([(1.0, 1.0), (0.5, 2.0)]),
     }
@@ -439,6 +443,7 @@ def test_wrong_use_says_what_is_allowed():
         ({"guidance": float("inf")}, "guidance must be"),
         ({"guidance_range": (0.9, 0.1)}, "guidance_range must be"),
         ({"times": (0.0, 1.0)}, "times must be"),
+        ({"gain": 0.0}, "gain must be"),
         ({"clip": 0.0}, "clip must be"),
         ({"rectify_clip": 0.0}, "rectify_clip must be"),
     ]:

@@ -12,7 +12,8 @@ from tinytwinflow.nets import MLP
 def mlp(seed=0, dim=2, classes=0):
     torch.manual_seed(seed)
     net = MLP(dim, 32, 3, classes)
-    torch.nn.init.normal_(net.out.weight)
+    for layer in (net.out, net.twin_in, net.twin_out):
+        torch.nn.init.normal_(layer.weight)
     return net.double()
 
 
@@ -24,7 +25,7 @@ def test_output_has_the_shape_of_x(seed, dim, B):
 
 @given(seeds, st.one_of(inside, st.just(1.0)))
 def test_the_sign_of_time_is_seen_at_every_time(seed, t):
-    """t = 1 included, where whole multiples of pi would make both embeddings equal."""
+    """t = 1 included."""
     net, x, t = mlp(seed), torch.ones(1, 2).double(), torch.tensor([t]).double()
     assert (net(x, t, t) - net(x, -t, -t)).abs().max() > 1e-6
 
@@ -45,9 +46,19 @@ def test_rows_do_not_see_each_other(seed):
     torch.testing.assert_close(together, alone)
 
 
+@given(seeds, inside)
+def test_the_twin_is_born_equal_to_the_real_field(seed, t):
+    """Whatever the real field has learnt: until the twin's own layers move, the gap is zero."""
+    net, x, t = mlp(seed), torch.ones(1, 2).double(), torch.tensor([t]).double()
+    for layer in (net.twin_in, net.twin_out):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    assert torch.equal(net(x, t, t), net(x, -t, -t))
+
+
 def test_a_new_network_is_zero_and_labels_matter():
     x, t = torch.randn(4, 2), torch.rand(4)
-    assert not MLP(2)(x, t, t).any()
+    assert not MLP(2)(x, t, t).any() and not MLP(2)(x, -t, -t).any()
     net = mlp(classes=3)
     outputs = [net(x.double(), t.double(), t.double(), torch.full((4,), label)) for label in range(4)]
     assert all((a - b).abs().max() > 1e-6 for i, a in enumerate(outputs) for b in outputs[:i])

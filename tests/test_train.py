@@ -33,7 +33,7 @@ def small_state(seed=0):
 
 
 def weights(state):
-    return [p for net in (state.net, state.average) for p in net.state_dict().values()]
+    return [p for net in (state.net, state.average, state.teacher) for p in net.state_dict().values()]
 
 
 @settings(max_examples=8)

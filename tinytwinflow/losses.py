@@ -101,6 +101,8 @@ class TwinFlowLoss:
     metric         "squared" (mean over elements) or "normalised" (released code), see `distance`
     adversarial_weight, rectify_weight   1 in the paper; released code: rectify_weight 0.5
     rectify_clip   clips dv elementwise; None in the paper, 1 in the released code
+    gain           bounds the weight (t - r) / dt that Eq. 1's error of F gets in the regression form; the paper
+                   sets no bound. A long jump then needs no clip, whose bias it escapes: see README
     clip           clips the any-step correction elementwise
     guidance       w: u becomes u + w (v(x_t, t, c) - v(x_t, t, null)) in the base rows
     guidance_range times t where guidance acts
@@ -122,6 +124,7 @@ class TwinFlowLoss:
     adversarial_weight: float = 1.0
     rectify_weight: float = 1.0
     rectify_clip: float | None = None
+    gain: float = math.inf
     clip: float = 1.0
     guidance: float = 0.0
     guidance_range: tuple = (0.0, 1.0)
@@ -142,6 +145,7 @@ class TwinFlowLoss:
         for name in ("adversarial_weight", "rectify_weight", "guidance"):
             value = getattr(self, name)
             need(0 <= value < math.inf, f"{name} must be a number >= 0, got {value!r}")
+        need(self.gain > 0, f"gain must be > 0, got {self.gain!r}")
         need(self.clip > 0, f"clip must be > 0, got {self.clip!r}")
         need(self.rectify_clip is None or self.rectify_clip > 0, f"rectify_clip must be > 0, got {self.rectify_clip!r}")
         low, high = self.guidance_range
@@ -261,7 +265,10 @@ class TwinFlowLoss:
         return generate(net, z, take(cond, rows)) if len(z) else z
 
     def _any_step_correction(self, draws, rows, F, x_t, u, cond, teacher):
-        """clip([(t - r) F - sum] / dt - u), the gradient of the any-step part (Eq. 1)."""
+        """clip([(t - r) F - sum] / dt - u), the gradient of the any-step part (Eq. 1).
+
+        Where (t - r) / dt exceeds the gain, dt gives way to (t - r) / gain as the divisor.
+        """
         if not len(F):
             return F
         t, r, u, cond = draws.t[rows], draws.r[rows], u[rows], take(cond, rows)
@@ -271,7 +278,8 @@ class TwinFlowLoss:
         for t_next in [*draws.inner, r]:
             step = expand(t_i - t_next, F) * teacher(x_i, t_i, t_next, cond)
             teacher_sum, x_i, t_i = teacher_sum + step, x_i - step, t_next
-        correction = (expand(t - r, F) * F - teacher_sum) / self.dt - u
+        divisor = expand(((t - r) / self.gain).clamp(min=self.dt), F)
+        correction = (expand(t - r, F) * F - teacher_sum - self.dt * u) / divisor
         return correction.clamp(-self.clip, self.clip)
 
     def _gap_at_fakes(self, draws, rows, F, net, cond):

@@ -17,20 +17,22 @@ TOY = {
     "lr": 4e-3,
     "warmup_steps": 1000,
     "ema": 0.999,
+    "teacher_ema": 0.99,
     "label_dropout": 0.1,
     # the loss, see TwinFlowLoss
-    "order": 2,
-    "share": 1 / 3,
-    "flow_share": 0.5,
-    "one_step_share": 0.3,
+    "order": 8,
+    "share": 0.2,
+    "flow_share": 0.7,
+    "one_step_share": 0.5,
     "dt": 0.01,
     "times": [1.0, 1.0],
-    "even_inner": False,
+    "even_inner": True,
     "metric": "squared",
-    "adversarial_weight": 1.0,
+    "adversarial_weight": 0.1,
     "rectify_weight": 0.1,
     "rectify_clip": None,
-    "clip": 1.0,
+    "gain": 4.0,
+    "clip": 10.0,
     "guidance": 0.0,
     "guidance_range": [0.0, 1.0],
     # what a run leaves behind
@@ -87,10 +89,9 @@ def check(config):
         raise ValueError(f"eval_samples must be at least 2, got {config['eval_samples']}")
     if not config["lr"] > 0:
         raise ValueError(f"lr must be > 0, got {config['lr']}")
-    if not 0 <= config["ema"] < 1:
-        raise ValueError(f"ema must lie in [0, 1), got {config['ema']}")
-    if not 0 <= config["label_dropout"] < 1:
-        raise ValueError(f"label_dropout must lie in [0, 1), got {config['label_dropout']}")
+    for key in ("ema", "teacher_ema", "label_dropout"):
+        if not 0 <= config[key] < 1:
+            raise ValueError(f"{key} must lie in [0, 1), got {config[key]}")
     if not 0 <= config["warmup_steps"] <= config["steps"]:
         raise ValueError(
             f"warmup_steps must lie in [0, steps], got {config['warmup_steps']} of {config['steps']} steps"

@@ -46,12 +46,13 @@ def any_step_jump(F_, x_t, u, t, r, inner, dt, cond=None):
     return total
 
 
-def base(F, F_, x, z, t, r, inner, dt=0.01, clip=1.0, cond=None, u=None, d=squared):
+def base(F, F_, x, z, t, r, inner, dt=0.01, clip=1.0, gain=float("inf"), cond=None, u=None, d=squared):
     """L_base (Eq. 1) in the regression form with the clipped correction.
 
     target = F^-(x_t, t, r) - clip([(t - r) F^- - sum] / dt - u), the sum being Eq. 1's. F^- at
     (x_t, t, r) is the value of the network being trained, so the correction, not the lag of a
-    teacher, is the gradient. Rows with t - r < dt are plain flow matching.
+    teacher, is the gradient. Rows with t - r < dt are plain flow matching. A finite gain (not in the
+    paper) scales the bracket's weight (t - r) / dt down to it before the clip.
     """
     x_t = interpolate(x, z, t)
     u = velocity(x, z) if u is None else u
@@ -60,7 +61,8 @@ def base(F, F_, x, z, t, r, inner, dt=0.01, clip=1.0, cond=None, u=None, d=squar
     with torch.no_grad():
         sum_ = any_step_jump(F_, x_t, u, t, r, inner, dt, cond) - dt * u
         correction = (expand(t - r, x_t) * F_sg - sum_) / dt - u
-        target = F_sg - correction.clamp(-clip, clip)
+        scale = (gain * dt / (t - r).clamp(min=dt)).clamp(max=1)
+        target = F_sg - (expand(scale, x_t) * correction).clamp(-clip, clip)
     return torch.where(t - r < dt, flow_matching(F, x, z, t, cond, u, d), d(F_x, target))
 
 

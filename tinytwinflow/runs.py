@@ -118,16 +118,17 @@ def continue_run(folder, init_from=None, device="cpu"):
             weights = load(path, device)["average"]
             load_weights(net, weights, path)
             load_weights(state.average, weights, path)
+            load_weights(state.teacher, weights, path)
         write_checkpoint()
 
     def batch(step):
         x, label = data.batch(step)
         return x.to(device), label.to(device) if config["conditional"] else None
 
-    records = train(
-        state, loss_of(config), batch, config["steps"], ema=config["ema"], warmup_steps=config["warmup_steps"],
-        null=data.classes if config["conditional"] else None, label_dropout=config["label_dropout"],
-    )  # fmt: skip
+    keys = ("ema", "teacher_ema", "warmup_steps", "label_dropout")
+    null = data.classes if config["conditional"] else None
+    options = {key: config[key] for key in keys}
+    records = train(state, loss_of(config), batch, config["steps"], null=null, **options)
     _cut_log(log, state.step)
     bar = tqdm(records, total=config["steps"], initial=state.step, desc=folder.name, disable=None)
     with open(log, "a") as file:

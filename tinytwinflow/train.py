@@ -22,10 +22,14 @@ from .ema import average_of, update, warmed_up
 
 @dataclass
 class State:
-    """A network in training: net, its moving average, the optimiser, the noise generator, steps done."""
+    """A network in training: net, two moving averages of it, the optimiser, the noise generator, steps done.
+
+    `average`, the slow one, is the model to sample from; `teacher`, the fast one, is F^-.
+    """
 
     net: torch.nn.Module
     average: torch.nn.Module
+    teacher: torch.nn.Module
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
     step: int = 0
@@ -34,6 +38,7 @@ class State:
         return {
             "net": self.net.state_dict(),
             "average": self.average.state_dict(),
+            "teacher": self.teacher.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "step": self.step,
@@ -42,17 +47,18 @@ class State:
     def load_state_dict(self, saved):
         self.net.load_state_dict(saved["net"])
         self.average.load_state_dict(saved["average"])
+        self.teacher.load_state_dict(saved["teacher"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.generator.set_state(saved["generator"].cpu())
         self.step = saved["step"]
 
 
 def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0):
-    """Start of training: AdamW without weight decay (Table 6), the average equal to the network."""
+    """Start of training: AdamW without weight decay (Table 6), the averages equal to the network."""
     device = next(net.parameters()).device
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0.0, foreach=True)
     optimizer.param_groups[0]["initial_lr"] = lr
-    return State(net, average_of(net), optimizer, torch.Generator(device).manual_seed(seed))
+    return State(net, average_of(net), average_of(net), optimizer, torch.Generator(device).manual_seed(seed))
 
 
 def learning_rate(step, steps, warm_up=100):
@@ -60,7 +66,7 @@ def learning_rate(step, steps, warm_up=100):
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train(state, loss, batch, steps, ema=0.999, warmup_steps=0, null=None, label_dropout=0.0):
+def train(state, loss, batch, steps, ema=0.999, teacher_ema=0.99, warmup_steps=0, null=None, label_dropout=0.0):
     """Take training steps up to `steps`, yielding after each a record: step, lr and the loss terms.
 
     loss: a TwinFlowLoss; during the first `warmup_steps` the same without jumps and twins, which is
@@ -79,7 +85,7 @@ def train(state, loss, batch, steps, ema=0.999, warmup_steps=0, null=None, label
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate(i, steps)
         current = flow_matching if i < warmup_steps else loss
-        out = current(state.net, x, cond, null=null, generator=state.generator)
+        out = current(state.net, x, cond, state.teacher, null, generator=state.generator)
         record = {name: value.item() for name, value in out._asdict().items()}
         for name, value in record.items():
             if not math.isfinite(value):
@@ -88,6 +94,7 @@ def train(state, loss, batch, steps, ema=0.999, warmup_steps=0, null=None, label
         out.total.backward()
         state.optimizer.step()
         update(state.average, state.net, warmed_up(ema, i))
+        update(state.teacher, state.net, warmed_up(teacher_ema, i))
         state.step += 1
         yield {"step": state.step, "lr": state.optimizer.param_groups[0]["lr"], **record}
 

@@ -11,11 +11,14 @@ from ..path import check_time
 class MLP(nn.Module):
     """Velocity field for points.  net(x, t, r, cond) : (B, dim), (B,), (B,), (B,) -> (B, dim).
 
-    t and r lie in [-1, 1]. Sines and cosines of t pi k / 2 tell t from -t for every t in (0, 1],
-    t = 1 included (whole multiples of pi would not). r enters through t - r, so that r = t is the
-    same input, zero, at every t. With `classes`, cond holds labels in [0, classes]; the
-    last one, `classes` itself, is the null label "no class". Raises ValueError for a shape or label
-    that does not fit, and for a time outside [-1, 1].
+    t and r lie in [-1, 1]. |t| enters by sines and cosines, r through |t| - |r|, so that r = t is the
+    same input, zero, at every t. The sign of t switches on a second first and last layer, both zero
+    in a new network: the twin is born equal to the real field and learns only how fakes differ, so
+    the gap of the two velocities starts at zero and their common errors cancel in it.
+
+    With `classes`, cond holds labels in [0, classes]; the last one, `classes` itself, is the null
+    label "no class". Raises ValueError for a shape or label that does not fit, and for a time
+    outside [-1, 1].
     """
 
     def __init__(self, dim, width=256, depth=4, classes=0, frequencies=8):
@@ -26,8 +29,10 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:]))
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.out = nn.Linear(width, dim)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.twin_in, self.twin_out = nn.Linear(sizes[0], width), nn.Linear(width, dim)
+        for layer in (self.out, self.twin_in, self.twin_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def embed(self, t):
         """Sines and cosines of a time.  (B,) -> (B, 2 * frequencies)."""
@@ -41,14 +46,17 @@ class MLP(nn.Module):
             raise ValueError(f"t and r must have shape ({len(x)},), got {tuple(t.shape)} and {tuple(r.shape)}")
         check_time(t, low=-1.0)
         check_time(r, low=-1.0, name="r")
-        h = self.layers[0](torch.cat([x, self.embed(t), self.embed(t - r)], dim=1))
+        twin = torch.signbit(t)[:, None].to(x.dtype)
+        inputs = torch.cat([x, self.embed(t.abs()), self.embed(t.abs() - r.abs())], dim=1)
+        h = self.layers[0](inputs) + twin * self.twin_in(inputs)
         if cond is not None and not self.classes:
             raise ValueError("this network is unconditional: it takes no cond")
         if self.classes:
             h = h + self.label(self.check_labels(cond, len(x)))
         for layer in self.layers[1:]:
             h = layer(nn.functional.silu(h))
-        return self.out(nn.functional.silu(h))
+        h = nn.functional.silu(h)
+        return self.out(h) + twin * self.twin_out(h)
 
     def check_labels(self, cond, n):
         if cond is None:
