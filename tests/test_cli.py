@@ -8,7 +8,7 @@ import torch
 
 from tinytwinflow.__main__ import main
 
-SMALL = ["width=16", "depth=2", "batch_size=16", "steps=6", "warmup_steps=2", "eval_samples=64"]
+SMALL = ["width=16", "depth=2", "batch_size=16", "steps=6", "warmup_steps=2", "base_steps=1", "eval_samples=64"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_default_command_leaves_a_table_and_a_picture(run, capsys):
     assert (run / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert len((run / "log.jsonl").read_text().splitlines()) == 6
     own, flow = (json.loads((f / "config.json").read_text()) for f in (run, run / "flow-matching"))
-    assert {key for key in own if own[key] != flow[key]} == {"order", "share", "warmup_steps"}
+    assert {key for key in own if own[key] != flow[key]} == {"order", "share", "warmup_steps", "base_steps"}
 
 
 def test_default_command_moves_an_earlier_run_aside(tmp_path, capsys):

@@ -20,7 +20,7 @@ from tinytwinflow.recipes import settings as recipe
 from tinytwinflow.runs import continue_run, read_log, start, trained
 from tinytwinflow.train import learning_rate, load, new_state, save, train
 
-SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "eval_samples=64"]
+SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "base_steps=0", "eval_samples=64"]
 
 
 def config(*changes, seed=0):

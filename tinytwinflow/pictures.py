@@ -32,20 +32,24 @@ def _limits(x):
     return limits if len(limits) == 2 else [limits[0], (-half, half)]
 
 
-def gap_curve(axis, log, warmup_steps):
+def gap_curve(axis, log, config):
     """The gap between the two velocities at noised fakes, over training, averaged over 50 records."""
-    records = [r for r in log if r["step"] > warmup_steps and r["gap"] > 0]
+    records = [r for r in log if r["gap"] > 0]
     step, gap = np.array([r["step"] for r in records]), np.array([r["gap"] for r in records])
     width = max(1, min(50, len(gap) // 4))
     if len(gap):
         axis.plot(step[width - 1 :], np.convolve(gap, np.ones(width) / width, "valid"), color=INK, lw=1.2)
         axis.set_yscale("log")
-    axis.axvspan(0, warmup_steps, color="#eeeeee", lw=0)
-    if warmup_steps:
-        axis.text(warmup_steps / 2, 0.5, "flow matching\\nwarm-up", rotation=90, ha="center", va="center",
-                  transform=axis.get_xaxis_transform(), fontsize=8, color="#777777")  # fmt: skip
+    begin = 0
+    for name, key in (("flow matching", "warmup_steps"), ("any-step base", "base_steps")):
+        end = begin + config[key]
+        if end > begin:
+            axis.axvspan(begin, end, color="#eeeeee" if begin == 0 else "#f6f6f6", lw=0)
+            axis.text((begin + end) / 2, 0.5, name, rotation=90, ha="center", va="center",
+                      transform=axis.get_xaxis_transform(), fontsize=8, color="#777777")  # fmt: skip
+        begin = end
     axis.set(title="gap of real and fake velocity", xlabel="training step", ylabel="mean of (v - v_fake)²")
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, config["steps"])
     axis.title.set_fontsize(10)
 
 
@@ -58,7 +62,7 @@ def draw(path, panels, log, config, title):
     limits = _limits(panels[0][1])
     for axis, (name, x, color) in zip(axes, panels):
         scatter(axis, x[:8000], name, color, limits)
-    gap_curve(axes[-1], log, config["warmup_steps"])
+    gap_curve(axes[-1], log, config)
     figure.suptitle(title, fontsize=11)
     aside = Path(path).with_suffix(".tmp.png")
     figure.savefig(aside)

@@ -12,24 +12,25 @@ TOY = {
     "width": 256,
     "depth": 4,
     # training
-    "steps": 3500,
+    "steps": 4000,
     "batch_size": 512,
     "lr": 4e-3,
     "warmup_steps": 1000,
+    "base_steps": 1400,
     "ema": 0.999,
     "teacher_ema": 0.99,
     "label_dropout": 0.1,
     # the loss, see TwinFlowLoss
     "order": 8,
-    "share": 0.2,
-    "flow_share": 0.7,
+    "share": 1 / 3,
+    "flow_share": 0.75,
     "one_step_share": 0.5,
     "dt": 0.01,
     "times": [1.0, 1.0],
     "even_inner": True,
     "metric": "squared",
-    "adversarial_weight": 0.1,
-    "rectify_weight": 0.1,
+    "adversarial_weight": 0.3,
+    "rectify_weight": 0.3,
     "rectify_clip": None,
     "gain": 4.0,
     "clip": 10.0,
@@ -47,6 +48,7 @@ RECIPES = {"toy": TOY}
 def settings(recipe, changes=()):
     """A recipe's settings with changes, a list of "key=value".  -> dict.
 
+    If `steps` is changed, phases whose length is not given keep their share of it.
     Raises ValueError for an unknown recipe or key, and for a value of the wrong kind or size.
     """
     if recipe not in RECIPES:
@@ -59,6 +61,9 @@ def settings(recipe, changes=()):
         if key not in config:
             raise ValueError(f"unknown key {key!r}: {recipe} has {', '.join(config)}")
         config[key] = _parse(key, text, RECIPES[recipe][key])
+    given = {change.partition("=")[0] for change in changes}
+    for key in {"warmup_steps", "base_steps"} - given:
+        config[key] = round(config[key] * config["steps"] / RECIPES[recipe]["steps"])
     check(config)
     return config
 
@@ -92,10 +97,12 @@ def check(config):
     for key in ("ema", "teacher_ema", "label_dropout"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"{key} must lie in [0, 1), got {config[key]}")
-    if not 0 <= config["warmup_steps"] <= config["steps"]:
-        raise ValueError(
-            f"warmup_steps must lie in [0, steps], got {config['warmup_steps']} of {config['steps']} steps"
-        )
+    for key in ("warmup_steps", "base_steps"):
+        if not 0 <= config[key] <= config["steps"]:
+            raise ValueError(f"{key} must lie in [0, steps], got {config[key]} of {config['steps']} steps")
+    before = config["warmup_steps"] + config["base_steps"]
+    if config["share"] > 0 and before >= config["steps"]:
+        raise ValueError(f"the twin never starts: warmup_steps + base_steps = {before} of {config['steps']} steps")
     if config["guidance"] and not config["conditional"]:
         raise ValueError("guidance needs labels: --set conditional=true")
     loss_of(config)
@@ -108,10 +115,10 @@ def loss_of(config):
 
 def method_of(config):
     """What a run's settings amount to: "twinflow", "rcgm" (the any-step base alone) or "flow matching"."""
-    if config["share"] > 0 and config["warmup_steps"] < config["steps"]:
+    if config["share"] > 0:
         return "twinflow"
     return "rcgm" if config["order"] > 0 and config["warmup_steps"] < config["steps"] else "flow matching"
 
 
-FLOW_MATCHING = {"order": 0, "share": 0.0, "warmup_steps": 0}
+FLOW_MATCHING = {"order": 0, "share": 0.0, "warmup_steps": 0, "base_steps": 0}
 RCGM = {"share": 0.0}

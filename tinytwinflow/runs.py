@@ -125,7 +125,7 @@ def continue_run(folder, init_from=None, device="cpu"):
         x, label = data.batch(step)
         return x.to(device), label.to(device) if config["conditional"] else None
 
-    keys = ("ema", "teacher_ema", "warmup_steps", "label_dropout")
+    keys = ("ema", "teacher_ema", "warmup_steps", "base_steps", "label_dropout")
     null = data.classes if config["conditional"] else None
     options = {key: config[key] for key in keys}
     records = train(state, loss_of(config), batch, config["steps"], null=null, **options)

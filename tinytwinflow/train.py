@@ -66,15 +66,20 @@ def learning_rate(step, steps, warm_up=100):
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train(state, loss, batch, steps, ema=0.999, teacher_ema=0.99, warmup_steps=0, null=None, label_dropout=0.0):
+def train(
+    state, loss, batch, steps, ema=0.999, teacher_ema=0.99, warmup_steps=0, base_steps=0, null=None, label_dropout=0.0
+):
     """Take training steps up to `steps`, yielding after each a record: step, lr and the loss terms.
 
-    loss: a TwinFlowLoss; during the first `warmup_steps` the same without jumps and twins, which is
-    flow matching. batch(i) gives data and condition (None without) of step i. null: label that
-    stands for no condition; it replaces a share `label_dropout` of the labels.
+    loss: a TwinFlowLoss. For `warmup_steps` only its flow part is trained, which is flow matching; for
+    the next `base_steps` the whole base without the twin parts; then all of it.
+    batch(i) gives data and condition (None without) of step i. null: label that stands for no
+    condition; it replaces a share `label_dropout` of the labels. ema and teacher_ema are the decays
+    of the two averages (Table 6: 0.99 for the teacher).
     Raises FloatingPointError, before the weights are touched, if a loss term is not finite.
     """
     flow_matching = dataclasses.replace(loss, order=0, share=0.0)
+    base = dataclasses.replace(loss, share=0.0)
     null = None if null is None else torch.as_tensor([null])
     while state.step < steps:
         i = state.step
@@ -84,7 +89,7 @@ def train(state, loss, batch, steps, ema=0.999, teacher_ema=0.99, warmup_steps=0
             cond = torch.where(drop, null, cond)
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate(i, steps)
-        current = flow_matching if i < warmup_steps else loss
+        current = flow_matching if i < warmup_steps else base if i < warmup_steps + base_steps else loss
         out = current(state.net, x, cond, state.teacher, null, generator=state.generator)
         record = {name: value.item() for name, value in out._asdict().items()}
         for name, value in record.items():
