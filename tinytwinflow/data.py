@@ -4,6 +4,7 @@ Every set is a function (n, generator) -> points (n, 2) and labels (n,), scaled 
 one in each direction, the spread of the noise. The label says which piece of the set a point is from.
 """
 
+import functools
 import math
 from pathlib import Path
 
@@ -29,11 +30,13 @@ def _polar(radius, angle):
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
 
 
+@functools.cache
 def _eight():
     angle = torch.arange(8) * math.pi / 4
     return GaussianMixture(math.sqrt(2) * _polar(torch.ones(8), angle), (0.1**2 * torch.eye(2)).expand(8, 2, 2))
 
 
+@functools.cache
 def _twenty_five():
     axis = torch.linspace(-1.4, 1.4, 5)
     return GaussianMixture(torch.cartesian_prod(axis, axis), (0.07**2 * torch.eye(2)).expand(25, 2, 2))

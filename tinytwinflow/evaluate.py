@@ -38,7 +38,7 @@ def sampled(net, n, dim, steps, mode, seed, label=None, classes=0):
     device = next(net.parameters()).device
     cond = None if cond is None else cond.to(device)
     parts = []
-    for rows in torch.arange(n).split(20000):
+    for rows in torch.arange(n).split(4000):
         some = None if cond is None else cond[rows]
         parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, generator=None).cpu())
     return torch.cat(parts)

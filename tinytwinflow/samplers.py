@@ -98,5 +98,6 @@ def sample(net, z, steps=1, mode="any", order=1, cond=None, stochastic=None, ext
             fresh = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
             noisy = math.sqrt(1 - renew) * noisy + math.sqrt(renew) * fresh
         x_t = interpolate(clean, noisy, time_next)
-        states.append(x_t)
+        if trajectory:
+            states.append(x_t)
     return torch.stack(states) if trajectory else x_t
