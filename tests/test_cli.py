@@ -68,6 +68,18 @@ def test_train_then_sample(tmp_path, capsys):
     assert main(["train", "toy", "--resume", "--out", str(folder)]) == 0
 
 
+@pytest.mark.parametrize("mode", ["any", "few", "multi"])
+def test_the_same_seed_gives_the_same_samples(run, tmp_path, mode):
+    def points(seed):
+        out = tmp_path / "x.npy"
+        arguments = ["--n", "50", "--steps", "3", "--mode", mode, "--seed", str(seed), "--out", str(out)]
+        assert main(["sample", str(run), *arguments]) == 0
+        return np.load(out)
+
+    first, again, other = points(1), points(1), points(2)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
 def test_a_users_points_of_any_dimension(tmp_path, capsys):
     """Five columns on very different scales: samples come back in the units of the file."""
     raw = np.random.default_rng(0).normal([0, 100, -5, 3, 1e4], [1, 20, 0.1, 2, 500], (300, 5))
@@ -127,6 +139,7 @@ def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
     fails(capsys, ["--set", "steps=0", "--out", tmp_path / "b"], "steps must be at least 1")
     fails(capsys, ["--set", "share=2", "--out", tmp_path / "b"], "share must lie in [0, 1]")
     fails(capsys, ["--set", "metric=lpips", "--out", tmp_path / "b"], "squared, normalised")
+    fails(capsys, ["--set", "steps=10", "warmup_steps=10", "--out", tmp_path / "b"], "the twin never starts")
     fails(capsys, ["--set", "guidance=1", "--out", tmp_path / "b"], "guidance needs labels")
     fails(capsys, ["--set", "times=[1]", "--out", tmp_path / "b"], "times must be two positive numbers")
     fails(capsys, ["--device", "abacus", "--out", tmp_path / "b"], "device 'abacus'")

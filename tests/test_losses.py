@@ -206,6 +206,34 @@ def test_times_of_the_any_step_rows_fall_from_t_to_r(order, seed):
     assert (draws.r >= -1e-12).all() and (draws.t <= 1).all()
 
 
+@given(st.sampled_from([0.0, 1.0]), seeds)
+def test_one_step_rows_are_the_jump_from_noise_to_data(share, seed):
+    """All any-step rows sit at t = 1, r = 0 when the share is 1, none (almost surely) when it is 0."""
+    loss = TwinFlowLoss(share=0.0, flow_share=0.5, one_step_share=share)
+    draws = loss.draw(torch.zeros(40, 1).double(), torch.Generator().manual_seed(seed))
+    rows = draws.slices()[0]
+    assert ((draws.t[rows] == 1) & (draws.r[rows] == 0)).double().mean() == share
+    assert not (draws.r[draws.slices()[1]] == 0).any()
+
+
+@given(seeds, st.floats(1, 50))
+def test_gain_bounds_the_weight_of_a_jump_and_keeps_its_fixed_point(seed, gain):
+    """Without noise and clip the correction is the error of F times min((t - r) / dt, gain)."""
+    net = network(seed)
+    x = torch.randn(6, 2).double()
+    kwargs = {"share": 0.0, "flow_share": 0.0, "clip": 1e9}
+    loss, paper = TwinFlowLoss(gain=gain, **kwargs), TwinFlowLoss(**kwargs)
+    draws = loss.draw(x)
+    u, x_t = (draws.z - x[draws.rows]), path.interpolate(x[draws.rows], draws.z, draws.t)
+    F = net(x_t, draws.t, draws.r).detach()
+    rows = draws.slices()[0]
+    with torch.no_grad():
+        bounded = loss._any_step_correction(draws, rows, F, x_t, u, None, net)
+        unbounded = paper._any_step_correction(draws, rows, F, x_t, u, None, net)
+    weight = (draws.t - draws.r) / loss.dt
+    close(bounded / weight.clamp(max=gain).clamp(min=1)[:, None], unbounded / weight.clamp(min=1)[:, None])
+
+
 # The base loss and the exact field
 
 

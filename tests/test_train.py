@@ -1,5 +1,6 @@
 """The loop and the run folder: nothing lost, nothing changed by stopping, nothing bad saved."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -125,6 +126,26 @@ def test_warm_up_is_flow_matching_and_twins_come_after(tmp_path):
     assert [r["step"] for r in log] == list(range(1, 9))
     assert all(r["adversarial"] == r["rectify"] == r["gap"] == 0 for r in log[:4])
     assert all(r["adversarial"] > 0 for r in log[4:])
+
+
+def test_phases_come_in_order_and_the_teacher_is_the_moving_average():
+    """Steps 1-2 flow matching, 3-5 the base alone, then everything; F^- is state.teacher throughout,
+    and with decay 0 it is the network itself."""
+    seen, state = [], small_state()
+
+    @dataclasses.dataclass
+    class Spy(TwinFlowLoss):
+        def __call__(self, net, x, cond, teacher, null, generator):
+            seen.append((self.order, self.share))
+            assert net is state.net and teacher is state.teacher
+            return super().__call__(net, x, cond, teacher, null, generator=generator)
+
+    batch = Points("moons", 16).batch
+    unlabelled = lambda i: (batch(i)[0], None)  # noqa: E731
+    for _ in train(state, Spy(order=3, share=0.5), unlabelled, 8, teacher_ema=0.0, warmup_steps=2, base_steps=3):
+        assert all(torch.equal(a, b) for a, b in zip(state.net.parameters(), state.teacher.parameters()))
+        assert not all(torch.equal(a, b) for a, b in zip(state.net.parameters(), state.average.parameters()))
+    assert seen == [(0, 0.0)] * 2 + [(3, 0.0)] * 3 + [(3, 0.5)] * 3
 
 
 def test_a_run_can_start_from_the_weights_of_another(tmp_path):

@@ -36,11 +36,11 @@ def sampled(net, n, dim, steps, mode, seed, label=None, classes=0):
     if classes:
         cond = torch.randint(classes, (n,), generator=generator) if label is None else torch.full((n,), label)
     device = next(net.parameters()).device
-    cond = None if cond is None else cond.to(device)
+    fresh = torch.Generator(device).manual_seed(seed)
     parts = []
     for rows in torch.arange(n).split(4000):
-        some = None if cond is None else cond[rows]
-        parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, generator=None).cpu())
+        some = None if cond is None else cond[rows].to(device)
+        parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, generator=fresh).cpu())
     return torch.cat(parts)
 
 
