@@ -9,6 +9,7 @@ import torch
 from conftest import arrays, batches, inside, mixtures, seeds
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 
 from tinytwinflow import GaussianMixture, TwinFlowLoss, Twins, generate, path, reference
 from tinytwinflow.losses import METRICS, split
@@ -204,6 +205,26 @@ def test_times_of_the_any_step_rows_fall_from_t_to_r(order, seed):
     assert len(draws.inner) == order - 1
     assert all((a >= b - 1e-12).all() for a, b in zip(path_of_times[:-1], path_of_times[1:]))
     assert (draws.r >= -1e-12).all() and (draws.t <= 1).all()
+
+
+@settings(max_examples=10)
+@given(st.floats(0.5, 3), st.floats(0.5, 3), seeds)
+def test_times_follow_the_kumaraswamy_law(a, b, seed):
+    """P(t <= s) = 1 - (1 - s^a)^b in the base rows; the twin parts draw t' uniformly (Kolmogorov-Smirnov)."""
+    draws = TwinFlowLoss(times=(a, b), share=0.5, flow_share=1.0).draw(
+        torch.zeros(4000, 1).double(), torch.Generator().manual_seed(seed)
+    )
+    t = draws.t.numpy()
+    assert kstest(t[:2000], lambda s: 1 - (1 - s**a) ** b).statistic < 0.06
+    assert kstest(t[2000:], lambda s: s).statistic < 0.06
+
+
+@given(st.integers(1, 6), seeds)
+def test_even_inner_times_cut_the_jump_in_equal_parts(order, seed):
+    loss = TwinFlowLoss(order=order, share=0.0, flow_share=0.0, even_inner=True)
+    draws = loss.draw(torch.zeros(5, 1).double(), torch.Generator().manual_seed(seed))
+    steps = torch.stack([draws.t - loss.dt, *draws.inner, draws.r]).diff(dim=0)
+    close(steps, steps.mean(0).expand_as(steps))
 
 
 @given(st.sampled_from([0.0, 1.0]), seeds)
@@ -485,3 +506,7 @@ def test_wrong_use_says_what_is_allowed():
         TwinFlowLoss(guidance=1.0)(net, torch.zeros(3, 2).double())
     with pytest.raises(ValueError, match="data_free needs original"):
         TwinFlowLoss(data_free=True)(net, torch.zeros(3, 2).double())
+    with pytest.raises(ValueError, match="cond has 2 rows, x has 3"):
+        TwinFlowLoss()(net, torch.zeros(3, 2).double(), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"net returned shape \(3, 1\)"):
+        TwinFlowLoss(order=0, share=0.0)(lambda x, t, r, cond: x[:, :1], torch.zeros(3, 2))

@@ -164,10 +164,13 @@ class TwinFlowLoss:
         and of data-free training (default: teacher). x (B, *D). cond: None, tensor or dict, leading
         dimension B; null: the same for "no condition", leading dimension 1 or B, needed for
         guidance. generator: on the device of x. Returns Losses. Raises ValueError if x is not a
-        floating-point batch, or null is missing.
+        floating-point batch, cond has another length, null is missing, or net's output has another shape.
         """
         if not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
             raise ValueError(f"x must be a floating-point batch (B, *D), got {x.dtype} of shape {tuple(x.shape)}")
+        for name, value in cond.items() if isinstance(cond, dict) else [("cond", cond)]:
+            if value is not None and len(value) != len(x):
+                raise ValueError(f"{name} has {len(value)} rows, x has {len(x)}")
         if self.guidance and (cond is None or null is None):
             raise ValueError("guidance > 0 needs cond and null, the condition that stands for none")
         if self.data_free and original is None and teacher is None:
@@ -223,6 +226,8 @@ class TwinFlowLoss:
             cond,
         )
 
+        if F.shape != x.shape:
+            raise ValueError(f"net returned shape {tuple(F.shape)} for x of shape {tuple(x.shape)}: they must agree")
         F_sg = F.detach()
         with torch.no_grad():
             correction = self._any_step_correction(draws, any_step, F_sg[any_step], x_t, u, cond, teacher)
