@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from tinytwinflow import GaussianMixture, TwinFlowLoss, Twins, generate, path, reference
-from tinytwinflow.losses import METRICS, split
+from tinytwinflow.losses import METRICS
 from tinytwinflow.nets import MLP
+from tinytwinflow.parts import split
 
 close = torch.testing.assert_close
 
@@ -450,6 +451,19 @@ def test_images_and_dicts_of_conditions_fit(case, seed):
 
     out = TwinFlowLoss(guidance=0.5)(net, x, cond, null=null, generator=torch.Generator().manual_seed(seed))
     assert out.total.isfinite()
+
+
+@given(seeds, st.integers(1, 8))
+def test_a_null_condition_of_its_own_for_each_sample_follows_its_sample(seed, B):
+    """null of leading dimension 1 repeated by hand is the same null; one that differs goes with its row."""
+    net, loss = network(seed, 3), TwinFlowLoss(guidance=0.7)
+    x, cond = torch.randn(B, 2).double(), torch.randint(3, (B,))
+    draws = loss.draw(x)
+    one, each = (
+        loss.evaluate(draws, net, x, cond, null=null).total for null in (torch.tensor([3]), torch.full((B,), 3))
+    )
+    close(one, each)
+    close(loss.evaluate(draws, net, x, cond, null=cond).total, TwinFlowLoss().evaluate(draws, net, x, cond).total)
 
 
 @given(seeds, sizes)

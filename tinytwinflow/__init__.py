@@ -7,12 +7,13 @@
     out = loss(net, x)                          # out.total.backward()
     x = ttf.sample(net, z, steps=1)
 
-The rooms, in reading order: path, exact, twin, losses, samplers, reference, nets, data, metrics, ema, train.
+The rooms, in reading order: path, exact, twin, parts, losses, samplers, reference, nets, data, metrics, ema, train.
 """
 
-from . import data, ema, exact, losses, metrics, nets, path, reference, samplers, train, twin
+from . import data, ema, exact, losses, metrics, nets, parts, path, reference, samplers, train, twin
 from .exact import GaussianMixture, Twins
-from .losses import Draws, Losses, TwinFlowLoss
+from .losses import Losses, TwinFlowLoss
+from .parts import Draws
 from .samplers import sample, time_grid
 from .twin import gap, generate, twin_velocities
 
@@ -20,5 +21,5 @@ __version__ = "0.1.0"
 __all__ = [
     "Draws", "GaussianMixture", "Losses", "TwinFlowLoss", "Twins",
     "gap", "generate", "sample", "time_grid", "twin_velocities",
-    "data", "ema", "exact", "losses", "metrics", "nets", "path", "reference", "samplers", "train", "twin",
+    "data", "ema", "exact", "losses", "metrics", "nets", "parts", "path", "reference", "samplers", "train", "twin",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from .parts import Draws, mean, split
 from .path import expand, interpolate, jump, velocity
 from .twin import gap, generate, join, repeat, take
 
@@ -38,25 +39,6 @@ def normalised(a, b, c=1e-3):
 METRICS = {"squared": squared, "normalised": normalised}
 
 
-def split(n, shares, generator=None, device="cpu"):
-    """Whole numbers of rows, one for each share, that sum to n and are n * share in expectation.
-
-    Each end of a part is rounded down after adding the same uniform number, so a part has n * share
-    rows to within one; drawn only if some n * share is not whole.
-    """
-    ends = [round(n * sum(shares[: i + 1]), 6) for i in range(len(shares))]
-    offset = 0.0
-    if any(end != int(end) for end in ends):
-        offset = torch.rand((), generator=generator, device=device, dtype=torch.float64).item()
-    ends = [0, *(int(end + offset) for end in ends)]
-    return tuple(b - a for a, b in zip(ends[:-1], ends[1:]))
-
-
-def mean(values, expected):
-    """Sum over the rows of a part, divided by the number of rows expected in it; 0 for a part of share 0."""
-    return values.sum() / expected if expected else values.sum()
-
-
 class Losses(NamedTuple):
     """What a loss returns: scalars, of which only `total` carries a gradient. total = base +
     adversarial + rectify (weights included); gap is the mean of dv^2 at the noised fakes."""
@@ -69,40 +51,27 @@ class Losses(NamedTuple):
 
 
 @dataclass
-class Draws:
-    """All that is random in one loss, a row a sample, the rows ordered part after part."""
-
-    counts: tuple  # rows in each part: any-step, flow, adversarial, rectify
-    rows: torch.Tensor  # (B,) which sample of the batch each row takes
-    z: torch.Tensor  # (B, *D) base: noise of the path; twin parts: noise the fake is made of
-    z_new: torch.Tensor  # (B, *D) twin parts: noise the fake is noised with; data-free base: noise of x
-    t: torch.Tensor  # (B,) t, or t' in the twin parts
-    r: torch.Tensor  # (B,) target time; t in the flow part
-    inner: list  # N - 1 tensors, the times t_1 > ... > t_{N-1} of the any-step rows
-
-    def slices(self):
-        ends = [sum(self.counts[:i]) for i in range(5)]
-        return [slice(a, b) for a, b in zip(ends[:-1], ends[1:])]
-
-
-@dataclass
 class TwinFlowLoss:
     """The TwinFlow loss.  loss(net, x, cond, teacher) -> Losses.
 
+    Defaults are the paper's but for flow_share. The toy recipe departs further; README says why.
+
     order          N of Eq. 1: teacher jumps after the small step; 0 is flow matching alone
     share          the paper's lambda: share of the batch in the two twin parts, half each
-    flow_share     share of the base rows with r = t. The paper draws them with any r < t; keeping
-                   a part at r = t holds the velocity, which the gap dv is read from, in place
+    flow_share     share of the base rows with r = t. In the paper they are only those with t - r < dt,
+                   1 in 20; but the gap is read from the velocity, so it must be good. All other base
+                   rows have t - r >= dt here. Released code: 1/3 within 5 % of r = t
     one_step_share share of the any-step rows put at t = 1, r = 0, the jump that one-step sampling makes;
-                   0 in the paper, 1/2 in the released code. See the recipe for what it does
+                   0 in the paper, 1/2 in the released code
     dt             length of the small true step
-    times          (a, b) > 0 of the Kumaraswamy law of t; (1, 1) is uniform
+    times          (a, b) > 0 of the Kumaraswamy law of t in the base rows; (1, 1) is uniform
     even_inner     teacher's times evenly spaced (released code), not t_i ~ U(r, t_{i-1}) (paper)
-    metric         "squared" (mean over elements) or "normalised" (released code), see `distance`
+    metric         "squared" (mean over elements) or "normalised" (released code), see those functions
     adversarial_weight, rectify_weight   1 in the paper; released code: rectify_weight 0.5
     rectify_clip   clips dv elementwise; None in the paper, 1 in the released code
-    gain           bounds the weight (t - r) / dt that Eq. 1's error of F gets in the regression form; the paper
-                   sets no bound. A long jump then needs no clip, whose bias it escapes: see README
+    gain           bounds (t - r) / dt, the weight that the error of F gets in the regression form of
+                   Eq. 1; no bound in the paper. With one, long jumps need no clip and escape its bias
+                   (a clip draws the mean of what is clipped, u's noise, towards its median)
     clip           clips the any-step correction elementwise
     guidance       w: u becomes u + w (v(x_t, t, c) - v(x_t, t, null)) in the base rows
     guidance_range times t where guidance acts
@@ -258,10 +227,11 @@ class TwinFlowLoss:
         if self.guidance:
             low, high = self.guidance_range
             on = ((t >= low) & (t <= high)).nonzero()[:, 0]
-            both = join(take(cond, on), take(repeat(null, len(x)), on))
-            x_on, t_on = x_t[on].repeat(2, *[1] * (x.ndim - 1)), t[on].repeat(2)
-            v, v_null = original(x_on, t_on, t_on, both).chunk(2)
-            u[on] += self.guidance * (v - v_null)
+            both = join(take(cond, on), take(repeat(null, len(x)), draws.rows[base][on]))
+            x_on, t_on = torch.cat([x_t[on], x_t[on]]), t[on].repeat(2)
+            if len(on):
+                v, v_null = original(x_on, t_on, t_on, both).chunk(2)
+                u[on] += self.guidance * (v - v_null)
         return x_t, u
 
     def _fakes(self, draws, rows, net, cond):
