@@ -1,10 +1,12 @@
 """Laws of the exact fields: density, score, velocity and flow map must agree with each other."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import arrays, inside, mixtures, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import multivariate_normal
 
 from tinytwinflow import GaussianMixture, Twins, path
 
@@ -15,6 +17,18 @@ close = torch.testing.assert_close
 def mixture_and_points(draw, n=3, **kwargs):
     mixture = draw(mixtures(**kwargs))
     return mixture, draw(arrays((n, mixture.means.shape[1])))
+
+
+@given(mixture_and_points(), st.floats(0, 1))
+def test_log_density_is_that_of_the_scaled_and_noised_mixture(case, t):
+    """p_t = sum_k w_k N((1 - t) m_k, (1 - t)^2 S_k + t^2 I), by scipy's Gaussian density."""
+    mixture, x = case
+    eye = np.eye(x.shape[1])
+    density = sum(
+        w * multivariate_normal((1 - t) * m, (1 - t) ** 2 * S + t**2 * eye).pdf(x.numpy())
+        for w, m, S in zip(mixture.weights.numpy(), mixture.means.numpy(), mixture.covs.numpy())
+    )
+    close(mixture.log_density(x, t).exp(), torch.as_tensor(density).reshape(-1))
 
 
 @given(mixture_and_points(), arrays(3, unit))
@@ -68,8 +82,6 @@ def test_flow_map_is_a_semigroup_with_inverse_and_identity(case, t, s, r):
 def test_average_velocity_is_the_integral_of_the_velocity(case, t, r):
     """(t - r) F(x_t, t, r) = integral from r to t of v along the trajectory, by Gauss-Legendre quadrature."""
     mixture, x = case
-    import numpy as np
-
     nodes, weights = np.polynomial.legendre.leggauss(24)
     times = torch.from_numpy(r + (t - r) * (nodes + 1) / 2)
     points = mixture.flow(x.expand(24, -1), t, times)
