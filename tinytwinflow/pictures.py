@@ -93,5 +93,5 @@ def draw_comparison(path, rows, floors, names):
         axis.set_xticklabels(["1", "2", "4"])
         axis.minorticks_off()
     axes[0].set_ylabel("sliced W2")
-    axes[-1].legend(fontsize=7)
+    axes[-1].legend(fontsize=7, loc="center right")
     figure.savefig(path)
