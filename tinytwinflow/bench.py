@@ -10,6 +10,7 @@ import torch
 from .ema import average_of, update
 from .losses import TwinFlowLoss
 from .nets import MLP
+from .recipes import loss_of, settings
 from .samplers import sample
 
 
@@ -70,6 +71,7 @@ def bench(device="cpu", batch_size=512, points=10000, rounds=9):
     runs = {
         "flow matching": training_step(flow, batch_size, device),
         "twinflow": training_step(TwinFlowLoss(), batch_size, device),
+        "twinflow, toy recipe": training_step(loss_of(settings("toy")), batch_size, device),
         "flow matching, labels": training_step(flow, batch_size, device, classes=8),
         "twinflow, guidance 0.5": training_step(TwinFlowLoss(guidance=0.5), batch_size, device, classes=8),
     }
@@ -88,7 +90,7 @@ def bench(device="cpu", batch_size=512, points=10000, rounds=9):
     print(f"MLP 4 x 256, batch {batch_size}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'training step':<28}{'ms':>8}{'x flow matching':>18}")
     for name, value in times.items():
-        same = times["flow matching, labels" if "," in name else "flow matching"]
+        same = times["flow matching, labels" if "labels" in name or "guidance" in name else "flow matching"]
         print(f"{name:<28}{1e3 * value:>8.2f}{value / same:>18.2f}")
     print(f"{f'sampling {points:,} points':<28}{'ms':>8}{'x 1 NFE':>18}")
     for n, value in sampling.items():
