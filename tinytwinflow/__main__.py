@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from . import bench, compare, pictures
-from .data import NAMES
+from .data import NAMES, restore
 from .evaluate import evaluate, sampled, table
 from .recipes import RECIPES, method_of, settings
-from .runs import continue_run, data_of, read_config, read_log, start, trained
+from .runs import continue_run, read_config, read_log, start, trained
 from .samplers import MODES
 
 
@@ -111,24 +111,11 @@ def run_toy(args):
     began = time.perf_counter()
     folder = Path(args.out or "runs/toy")
     config, device = config_of(args, "toy"), device_of(args.device)
-    data_of(config)
-    set_aside(folder)
-    start(folder, config)
+    start(folder, config, aside=True)
     continue_run(folder, device=device)
     result, kept = evaluate(folder, nfes=(1, 2, 4), device=device)
     show(folder, result, kept)
     print(f"{time.perf_counter() - began:.0f} s on {device}, {torch.get_num_threads()} threads")
-
-
-def set_aside(folder):
-    """Move an earlier run out of the way of a new one: folder -> folder.1, folder.2, ..."""
-    if not folder.exists():
-        return
-    number = 1
-    while folder.with_name(f"{folder.name}.{number}").exists():
-        number += 1
-    folder.rename(folder.with_name(f"{folder.name}.{number}"))
-    print(f"{folder} moved to {folder}.{number}")
 
 
 def run_train(args):
@@ -165,7 +152,7 @@ def run_sample(args):
         known = f"labels 0 to {classes - 1}" if classes else "no labels, it is not conditional"
         raise ValueError(f"--cond {args.cond}: this run knows {known}")
     x = sampled(net, args.n, about["dim"], args.steps, args.mode, args.seed, args.cond, classes)
-    x = (x if about["mean"] is None else x * about["std"].cpu() + about["mean"].cpu()).numpy()
+    x = restore(x, about["mean"], about["std"]).numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npy":
         np.save(out, x)

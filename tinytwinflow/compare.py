@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 
 from . import data, pictures
-from .evaluate import measure, rows_of
+from .evaluate import rows_of, yardstick
 from .recipes import FLOW_MATCHING, RCGM, settings
 from .runs import continue_run, read_config, start, write_json
 
@@ -58,11 +58,9 @@ def one(name, seed, changes, out):
             began = time.perf_counter()
             continue_run(folder)
             trained_in = time.perf_counter() - began
-            source, n, mixture = data.Points(name, 1, seed), config["eval_samples"], data.mixture(name)
-            real, again = source.fresh(n, 0), source.fresh(n, 1)
+            real, mixture, floor = yardstick(config)
             rows, _ = rows_of(folder, nfes, real, mixture)
             rows = [{"data": name, "seed": seed, **row} for row in rows]
-            floor = measure(again, real, mixture)
             write_json(done, {"data": name, "seed": seed, "seconds": round(trained_in, 1), "device": "cpu",
                               "floor": floor, "rows": rows})  # fmt: skip
         results.append(json.loads(done.read_text()))

@@ -151,8 +151,8 @@ def read_points(path):
             x = np.load(path, allow_pickle=False)
         else:
             lines = [line for line in path.read_text().splitlines() if line.strip()]
-            header = any(not _is_number(word) for word in lines[0].split(",")) if lines else False
-            lines = lines[int(header) :]
+            if lines and not all(map(_is_number, lines[0].split(","))):
+                lines = lines[1:]
             x = np.loadtxt(lines, delimiter=",", ndmin=2) if lines else np.empty((0, 1))
         x = np.asarray(x, dtype=np.float64)
     except (ValueError, TypeError, EOFError, UnicodeDecodeError) as error:
@@ -175,6 +175,11 @@ def _is_number(word):
         return True
     except ValueError:
         return False
+
+
+def restore(x, mean, std):
+    """Undo a standardisation; points of a named set (mean None) were not standardised."""
+    return x if mean is None else x * std.to(x) + mean.to(x)
 
 
 class Points:
@@ -231,4 +236,4 @@ class Points:
 
     def restore(self, x):
         """Back to the units of the data."""
-        return x if self.mean is None else x * self.std + self.mean
+        return restore(x, self.mean, self.std)

@@ -1,6 +1,5 @@
 """What a run is worth: its samples measured against fresh data, next to flow matching's."""
 
-import json
 import time
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 
 from . import data, metrics
 from .recipes import FLOW_MATCHING, method_of
-from .runs import continue_run, start, trained, write_json
+from .runs import continue_run, data_of, read_config, start, trained, write_json
 from .samplers import sample
 
 BASELINE = "flow-matching"
@@ -44,6 +43,13 @@ def sampled(net, n, dim, steps, mode, seed, label=None, classes=0):
     return torch.cat(parts)
 
 
+def yardstick(config):
+    """What a run is measured against.  -> real points, the mixture behind them or None, the floor's metrics."""
+    source, n, mixture = data_of(config), config["eval_samples"], data.mixture(config["data"])
+    real, again = source.fresh(n, 0), source.fresh(n, 1)
+    return real, mixture, measure(again, real, mixture)
+
+
 def rows_of(folder, nfes, real, mixture=None, device="cpu"):
     """Metrics of a run at each number of network calls.  -> list of rows, each with its samples set aside."""
     net, config, saved = trained(folder, device)
@@ -63,10 +69,9 @@ def baseline(folder, device="cpu"):
     Same network, data, steps, batch and seed; only the loss is another.
     """
     folder = Path(folder)
-    own = json.loads((folder / "config.json").read_text())
     inside = folder / BASELINE
     if not (inside / "config.json").exists():
-        start(inside, {**own, **FLOW_MATCHING})
+        start(inside, {**read_config(folder), **FLOW_MATCHING})
     continue_run(inside, device=device)
     return inside
 
@@ -77,10 +82,8 @@ def evaluate(folder, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=T
     -> metrics as in metrics.json, and a dict (method, nfe) -> samples, with "data" for real ones.
     """
     began = time.perf_counter()
-    _, config, _ = trained(folder, device)
-    source = data.Points(config["data"], config["batch_size"], config["seed"])
-    n, mixture = config["eval_samples"], data.mixture(config["data"])
-    real, again = source.fresh(n, 0), source.fresh(n, 1)
+    config = read_config(folder)
+    real, mixture, floor = yardstick(config)
     rows, kept = rows_of(folder, nfes, real, mixture, device)
     if with_baseline and method_of(config) != "flow matching":
         more, flow_kept = rows_of(baseline(folder, device), flow_nfes, real, mixture, device)
@@ -91,7 +94,7 @@ def evaluate(folder, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=T
         "seed": config["seed"],
         "seconds": round(time.perf_counter() - began, 2),
         "device": str(device),
-        "floor": measure(again, real, mixture),
+        "floor": floor,
         "rows": rows,
     }
     write_json(Path(folder) / "metrics.json", result)

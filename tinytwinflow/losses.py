@@ -227,9 +227,9 @@ class TwinFlowLoss:
         if self.guidance:
             low, high = self.guidance_range
             on = ((t >= low) & (t <= high)).nonzero()[:, 0]
-            both = join(take(cond, on), take(repeat(null, len(x)), draws.rows[base][on]))
-            x_on, t_on = torch.cat([x_t[on], x_t[on]]), t[on].repeat(2)
             if len(on):
+                both = join(take(cond, on), take(repeat(null, len(x)), draws.rows[base][on]))
+                x_on, t_on = torch.cat([x_t[on], x_t[on]]), t[on].repeat(2)
                 v, v_null = original(x_on, t_on, t_on, both).chunk(2)
                 u[on] += self.guidance * (v - v_null)
         return x_t, u

@@ -61,13 +61,26 @@ def data_of(config):
     return data
 
 
-def start(folder, config):
-    """Make a new run folder, having looked at its data.
+def set_aside(folder):
+    """Move an earlier run out of the way of a new one: folder -> folder.1, folder.2, ..."""
+    if not folder.exists():
+        return
+    number = 1
+    while folder.with_name(f"{folder.name}.{number}").exists():
+        number += 1
+    folder.rename(folder.with_name(f"{folder.name}.{number}"))
+    print(f"{folder} moved to {folder}.{number}")
+
+
+def start(folder, config, aside=False):
+    """Make a new run folder, having looked at its data; aside=True first moves an earlier run away.
 
     Raises ValueError if the data is not there, or a run is there already: nothing is overwritten.
     """
     folder = Path(folder)
     data_of(config)
+    if aside:
+        set_aside(folder)
     if (folder / "config.json").exists() or (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} already holds a run: --resume continues it, --out DIR starts another")
     folder.mkdir(parents=True, exist_ok=True)

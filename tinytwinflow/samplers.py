@@ -86,13 +86,10 @@ def sample(net, z, steps=1, mode="any", order=1, cond=None, stochastic=None, ext
             ahead = jump(x_t, F, time, time_next)
             F = (F + net(ahead, time_next, time_next, cond)) / 2
         clean, noisy = denoise(x_t, F, time), noise(x_t, F, time)
-        if extrapolation and previous is not None:
-            last_clean, last_noisy = previous
-            previous = clean, noisy
-            clean = clean + extrapolation * (clean - last_clean)
-            noisy = noisy + extrapolation * (noisy - last_noisy)
-        else:
-            previous = clean, noisy
+        last, previous = previous, (clean, noisy)
+        if extrapolation and last is not None:
+            clean = clean + extrapolation * (clean - last[0])
+            noisy = noisy + extrapolation * (noisy - last[1])
         renew = _renewal(stochastic, t, t_next)
         if renew > 0 and t_next > 0:
             fresh = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
