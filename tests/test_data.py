@@ -53,7 +53,7 @@ def test_a_files_points_are_standardised_and_mapped_back(tmp_path):
     raw = np.random.default_rng(0).normal([5, -300, 0.1], [2, 50, 0.001], (500, 3))
     np.savetxt(tmp_path / "points.csv", raw, delimiter=",", header="a,b,c", comments="")
     source = data.Points(str(tmp_path / "points.csv"), 500)
-    assert source.dim == 3
+    assert source.shape == (3,)
     x, label = source.batch(0)
     assert label is None
     assert x.mean(0).abs().max() < 1e-3 and (x.std(0) - 1).abs().max() < 1e-3
@@ -63,9 +63,9 @@ def test_a_files_points_are_standardised_and_mapped_back(tmp_path):
 
 def test_fresh_points_are_not_the_training_points_of_a_named_set():
     source = data.Points("moons", 64)
-    assert not torch.equal(source.fresh(64), source.batch(0)[0])
-    assert not torch.equal(source.fresh(64, 0), source.fresh(64, 1))
-    assert torch.equal(source.fresh(64, 1), source.fresh(64, 1))
+    assert not torch.equal(source.fresh(64)[0], source.batch(0)[0])
+    assert not torch.equal(source.fresh(64, 0)[0], source.fresh(64, 1)[0])
+    assert torch.equal(source.fresh(64, 1)[0], source.fresh(64, 1)[0])
 
 
 def test_wrong_files_are_named_with_their_fault(tmp_path):

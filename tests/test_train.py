@@ -193,4 +193,4 @@ def test_config_is_kept_and_checkpoint_is_plain_data(tmp_path):
     continue_run(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == own
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == 3 and saved["data"]["dim"] == 2
+    assert saved["step"] == 3 and saved["data"]["shape"] == [2]

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import bench, compare, pictures
+from . import bench, compare, images, pictures
 from .data import NAMES, restore
-from .evaluate import evaluate, sampled, table
+from .evaluate import evaluate, table
+from .latents import autoencoder, decode, encode
 from .recipes import RECIPES, method_of, settings
-from .runs import continue_run, read_config, read_log, start, trained
+from .runs import continue_run, read_config, read_log, sampled, start, trained
 from .samplers import MODES
+from .train import COMPILE
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,8 +36,8 @@ def parser():
 
     def add_training(command):
         command.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
-        command.add_argument("--data", help=f"FILE.npy, FILE.csv or one of {', '.join(NAMES)}")
-        command.add_argument("--data-dir", help="folder in which a data FILE is looked for")
+        command.add_argument("--data", help=f"{', '.join((*NAMES, *images.NAMES))}, FILE.npy, FILE.csv or a folder")
+        command.add_argument("--data-dir", help="folder in which data is looked for")
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--out", metavar="DIR")
@@ -47,17 +49,27 @@ def parser():
     train.add_argument("recipe", help=", ".join(RECIPES))
     add_training(train)
     train.add_argument("--resume", action="store_true", help="go on with the run in DIR from its last checkpoint")
-    train.add_argument("--init-from", metavar="RUN", help="run folder or checkpoint to take the first weights from")
+    train.add_argument(
+        "--init-from", metavar="RUN", help="run folder, checkpoint, sit:FILE or dit:FILE, for the first weights"
+    )
 
     draw = add("sample", "sample from a run", run_sample)
     draw.add_argument("folder", metavar="RUN")
     draw.add_argument("--steps", type=int, default=1, help="network calls (default 1)")
     draw.add_argument("--mode", default="any", help=", ".join(MODES))
-    draw.add_argument("--n", type=int, default=5000)
+    draw.add_argument("--n", type=int, help="how many (default 5000 points, 64 images)")
+    draw.add_argument("--vae", metavar="DIR", help="diffusers AutoencoderKL, for a run on latents")
     draw.add_argument("--cond", type=int, help="label, for a conditional run")
     draw.add_argument("--seed", type=int, default=0)
     draw.add_argument("--out", metavar="FILE", help="FILE.png, a picture (default), or FILE.npy, the points")
     draw.add_argument("--device", default="cpu")
+
+    code = add("encode", "encode a folder of images into latents to train on", run_encode)
+    code.add_argument("images", metavar="FOLDER", help="images in a folder a class")
+    code.add_argument("--vae", metavar="DIR", required=True, help="diffusers AutoencoderKL")
+    code.add_argument("--size", type=int, default=256, help="side of the square that is encoded (default 256)")
+    code.add_argument("--out", metavar="DIR", default="latents")
+    code.add_argument("--device", default="cpu")
 
     measure = add("evaluate", "measure a run at 1, 2, 4, 8 and 100 NFE next to flow matching", run_evaluate)
     measure.add_argument("folder", metavar="RUN")
@@ -70,6 +82,8 @@ def parser():
     peers.add_argument("--out", default="runs/compare", metavar="DIR")
 
     speed = add("bench", "step time, sampling time, memory, and share of the machine's matrix peak", run_bench)
+    speed.add_argument("--net", default="mlp", help="mlp (default), or dit-s-2 ... dit-xl-8")
+    speed.add_argument("--compile", default="none", help=f"{', '.join(COMPILE)}: how torch.compile is called")
     speed.add_argument("--device", default="cpu")
     speed.add_argument("--threads", type=int, help="CPU threads")
     return whole
@@ -87,7 +101,9 @@ def config_of(args, recipe):
     config = {"recipe": recipe, "seed": args.seed, **settings(recipe, args.changes)}
     if args.data:
         config["data"] = args.data
-    if config["data"].endswith((".npy", ".csv")):
+    if "data_dir" in config and args.data_dir:
+        config["data_dir"] = args.data_dir
+    if config["data"].endswith((".npy", ".csv")) or config["net"] != "mlp" and config["data"] not in images.NAMES:
         config["data"] = str((Path(args.data_dir or ".") / config["data"]).resolve())
     return config
 
@@ -140,25 +156,37 @@ def run_train(args):
 
 
 def run_sample(args):
-    if args.n < 1:
+    if args.n is not None and args.n < 1:
         raise ValueError(f"--n must be at least 1, got {args.n}")
     out = Path(args.out or Path(args.folder) / f"samples-{args.steps}.png")
     if out.suffix not in (".png", ".npy"):
         raise ValueError(f"--out takes FILE.png or FILE.npy, got {out}")
     net, config, saved = trained(args.folder, device_of(args.device))
     about = saved["data"]
+    args.n = args.n or (5000 if len(about["shape"]) == 1 else 64)
     classes = about["classes"] if config["conditional"] else 0
     if args.cond is not None and not (classes and 0 <= args.cond < classes):
         known = f"labels 0 to {classes - 1}" if classes else "no labels, it is not conditional"
         raise ValueError(f"--cond {args.cond}: this run knows {known}")
-    x = sampled(net, args.n, about["dim"], args.steps, args.mode, args.seed, args.cond, classes)
-    x = restore(x, about["mean"], about["std"]).numpy()
+    vae = autoencoder(args.vae, args.device) if args.vae else None
+    if "scale" in about and vae is None and out.suffix == ".png":
+        raise ValueError("this run makes latents: --vae DIR decodes them, --out FILE.npy keeps them as they are")
+    x, _ = sampled(net, args.n, about["shape"], args.steps, args.mode, args.seed, args.cond, classes)
+    if vae is not None:
+        x = decode(x, vae, about["scale"], about["shift"])
+    x = restore(x, about.get("mean"), about.get("std")).numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npy":
         np.save(out, x)
     else:
         pictures.draw_one(out, x, f"{method_of(config)}, {args.steps} NFE, mode {args.mode}")
     print(out)
+
+
+def run_encode(args):
+    folder = images.Folder(args.images, args.size)
+    encode(folder, autoencoder(args.vae, device_of(args.device)), args.out)
+    print(f"{len(folder)} images, {folder.classes} classes: {args.out}")
 
 
 def run_evaluate(args):
@@ -177,7 +205,9 @@ def run_bench(args):
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    bench.bench(device_of(args.device))
+    if args.compile not in COMPILE:
+        raise ValueError(f"--compile must be one of {', '.join(COMPILE)}, got {args.compile!r}")
+    bench.bench(device_of(args.device), args.net, compile=args.compile)
 
 
 def main(argv=None):

@@ -1,15 +1,17 @@
 """What a step and a sample cost on this machine: ratios measured in one run, next to the matrix peak."""
 
+import copy
 import resource
 import statistics
 import sys
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from .ema import average_of, update
 from .losses import TwinFlowLoss
-from .nets import MLP
+from .nets import MLP, dit
 from .recipes import loss_of, settings
 from .samplers import sample
 
@@ -29,7 +31,7 @@ def seconds(run, device, repeats=1):
     return (time.perf_counter() - began) / repeats
 
 
-def in_turn(runs, device, rounds=9, repeats=20):
+def in_turn(runs, device, rounds, repeats):
     """Median seconds of each of several functions, called in turn so that a drift of the machine hits all."""
     for run in runs.values():
         seconds(run, device, 3)
@@ -40,62 +42,93 @@ def in_turn(runs, device, rounds=9, repeats=20):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def matrix_peak(device, n=2048):
-    """Floating-point operations per second of a large float32 matrix product, the best of several."""
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+def matrix_peak(device, dtype):
+    """Floating-point operations per second of a large matrix product, the best of several."""
+    n = 8192 if str(device).startswith("cuda") else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
 
 
-def training_step(loss, batch_size, device, classes=0, width=256, depth=4):
-    """A function that takes one whole training step: loss, backward, optimiser, moving average."""
-    net = MLP(2, width, depth, classes).to(device)
+def peak_memory(device):
+    """Most memory held so far, in bytes: on a GPU by tensors, else by the process."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def training_step(net, loss, shape, batch_size, device, precision="float32", compile="none"):
+    """A function that takes one whole training step: loss, backward, optimiser, moving average as teacher."""
+    net = copy.deepcopy(net).to(device)
     average = average_of(net)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, foreach=True)
-    x = torch.randn(batch_size, 2, device=device)
-    cond = torch.randint(classes, (batch_size,), device=device) if classes else None
-    null = torch.tensor([classes], device=device) if classes else None
+    if compile != "none":
+        net.compile(mode=compile)
+        average.compile(mode=compile)
+    how = {"fused": True} if str(device).startswith("cuda") else {"foreach": True}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, **how)
+    x = torch.randn(batch_size, *shape, device=device)
+    cond = torch.randint(net.classes, (batch_size,), device=device)
+    null = torch.tensor([net.classes], device=device)
 
     def step():
         optimizer.zero_grad()
-        loss(net, x, cond, null=null).total.backward()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            total = loss(net, x, cond, average, null).total
+        total.backward()
         optimizer.step()
         update(average, net, 0.999)
 
     return step
 
 
-def bench(device="cpu", batch_size=512, points=10000, rounds=9):
-    """Measure and print. Returns the figures as a dict."""
-    flow = TwinFlowLoss(order=0, share=0.0)
-    plain, labelled = "flow matching", "flow matching, labels"
-    guided = TwinFlowLoss(guidance=0.5)
-    steps = {  # name: the step, and the one that it is a multiple of
-        plain: (training_step(flow, batch_size, device), plain),
-        "twinflow": (training_step(TwinFlowLoss(), batch_size, device), plain),
-        "twinflow, toy recipe": (training_step(loss_of(settings("toy")), batch_size, device), plain),
-        labelled: (training_step(flow, batch_size, device, classes=8), labelled),
-        "twinflow, guidance 0.5": (training_step(guided, batch_size, device, classes=8), labelled),
-    }
-    times = in_turn({name: step for name, (step, _) in steps.items()}, device, rounds)
-    net = MLP(2).to(device)
-    z = torch.randn(points, 2, device=device)
-    sampling = in_turn({n: lambda n=n: sample(net, z, n) for n in (1, 2, 100)}, device, rounds=3, repeats=1)
-    peak = matrix_peak(device)
-    products = 2 * batch_size * sum(p.numel() for p in net.parameters() if p.ndim == 2)
-    share = 3 * products / times["flow matching"] / peak
+def network(name, device):
+    """A network with labels to measure.  -> net, shape of a sample, what it is, batch size, samples to draw."""
+    if name == "mlp":
+        return MLP(2, classes=8), (2,), "MLP 4 x 256", 512, 10000
+    if not name.startswith("dit-"):
+        raise ValueError(f"unknown net {name!r}: choose mlp, or dit-s-2 ... dit-xl-8")
     if str(device).startswith("cuda"):
-        memory = torch.cuda.max_memory_allocated(device)
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return dit(name.removeprefix("dit-")), (4, 32, 32), f"{name}, 32 x 32 x 4 latents", 64, 64
+    with torch.device("meta"):
+        dit(name.removeprefix("dit-"))
+    return dit("s-8"), (4, 32, 32), f"dit-s-8 (on a CPU in place of {name}), 32 x 32 x 4 latents", 16, 16
 
-    print(f"MLP 4 x 256, batch {batch_size}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'training step':<28}{'ms':>8}{'x flow matching':>18}")
+
+def bench(device="cpu", net="mlp", batch_size=None, rounds=9, precision=None, compile="none"):
+    """Measure and print. Returns the figures as a dict."""
+    net, shape, title, usual, points = network(net, device)
+    batch_size, repeats = batch_size or usual, 20 if len(shape) == 1 else 2
+    precision = precision or ("bf16" if str(device).startswith("cuda") else "float32")
+    losses = {
+        "flow matching": TwinFlowLoss(order=0, share=0.0),
+        "twinflow": TwinFlowLoss(),
+        "twinflow, guidance 0.5": TwinFlowLoss(guidance=0.5),
+        "twinflow, order 8 (recipes)": loss_of(settings("toy")),
+    }
+    engine = (shape, batch_size, device, precision, compile)
+    steps = {name: training_step(net, loss, *engine) for name, loss in losses.items()}
+    times = in_turn(steps, device, rounds, repeats)
+    eager = training_step(net, losses["flow matching"], shape, batch_size, device, precision)
+    with FlopCounterMode(display=False) as counter:
+        eager()
+    peak = matrix_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    share = counter.get_total_flops() / times["flow matching"] / peak
+
+    net = net.to(device).requires_grad_(False)
+    z = torch.randn(points, *shape, device=device)
+    cond = torch.zeros(points, dtype=torch.long, device=device)
+    calls = {n: lambda n=n: sample(net, z, n, cond=cond) for n in (1, 2, 100)}
+    sampling = in_turn(calls, device, rounds=min(3, rounds), repeats=1)
+    memory = peak_memory(device)
+
+    where = f"{precision}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{title}, batch {batch_size}, {where}, compile {compile}")
+    print(f"{'training step':<28}{'ms':>10}{'x flow matching':>18}")
     for name, value in times.items():
-        print(f"{name:<28}{1e3 * value:>8.2f}{value / times[steps[name][1]]:>18.2f}")
-    print(f"{f'sampling {points:,} points':<28}{'ms':>8}{'x 1 NFE':>18}")
+        print(f"{name:<28}{1e3 * value:>10.2f}{value / times['flow matching']:>18.2f}")
+    print(f"{f'sampling {points:,}':<28}{'ms':>10}{'x 1 NFE':>18}")
     for n, value in sampling.items():
-        print(f"{f'{n} NFE':<28}{1e3 * value:>8.1f}{value / sampling[1]:>18.1f}")
-    print(f"matrix peak {peak / 1e9:.0f} GFLOP/s float32; a flow matching step reaches {share:.0%} of it")
-    print(f"peak memory of the process {memory / 2**20:.0f} MiB")
+        print(f"{f'{n} NFE':<28}{1e3 * value:>10.1f}{value / sampling[1]:>18.1f}")
+    print(f"matrix peak {peak / 1e9:,.0f} GFLOP/s {precision}; a flow matching step reaches {share:.0%} of it")
+    print(f"peak memory {memory / 2**20:,.0f} MiB")
     return {"steps": times, "sampling": sampling, "peak": peak, "share_of_peak": share, "memory": memory}

@@ -177,6 +177,12 @@ def _is_number(word):
         return False
 
 
+def seeded(*key):
+    """A random generator whose stream depends on every number of the key."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> 1))
+
+
 def restore(x, mean, std):
     """Undo a standardisation; points of a named set (mean None) were not standardised."""
     return x if mean is None else x * std.to(x) + mean.to(x)
@@ -194,41 +200,40 @@ class Points:
         self.name, self.batch_size, self.seed = name, batch_size, seed
         self.table, self.mean, self.std = None, None, None
         if name in NAMES:
-            self.dim = 2
-            self.classes = classes(name)
+            self.shape, self.classes = (2,), classes(name)
         elif str(name).endswith((".npy", ".csv")):
             self.table = read_points(name)
             self.mean, self.std = self.table.mean(0), self.table.std(0)
-            self.dim, self.classes = self.table.shape[1], 0
+            self.shape, self.classes = tuple(self.table.shape[1:]), 0
         else:
             points(name, 1)
-
-    def _generator(self, *key):
-        seed = np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(seed >> 1))
 
     def batch(self, step):
         """Points (batch_size, D) and labels (batch_size,) or None of one step."""
         if self.table is None:
-            return points(self.name, self.batch_size, self._generator(0, step))
+            return points(self.name, self.batch_size, seeded(self.seed, 0, step))
         n = len(self.table)
         index = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         rows = torch.empty_like(index)
         for epoch in index.div(n, rounding_mode="floor").unique().tolist():
             here = index.div(n, rounding_mode="floor") == epoch
-            rows[here] = torch.randperm(n, generator=self._generator(0, epoch))[index[here] % n]
+            rows[here] = torch.randperm(n, generator=seeded(self.seed, 0, epoch))[index[here] % n]
         return self.standardise(self.table[rows]), None
 
     def fresh(self, n, draw=0):
-        """n real points that training never sees in this order, to measure against; `draw` tells sets apart.
+        """n real points, and labels or None, to measure against; `draw` tells sets apart.
 
         Two draws of a file without replacement are disjoint halves if the file has 2 n points.
         """
         if self.table is None:
-            return points(self.name, n, self._generator(1, draw))[0]
-        half = torch.randperm(len(self.table), generator=self._generator(1))
-        half = half[draw % 2 :: 2]
-        return self.standardise(self.table[half[torch.arange(n) % len(half)]])
+            return points(self.name, n, seeded(self.seed, 1, draw))
+        half = torch.randperm(len(self.table), generator=seeded(self.seed, 1))[draw % 2 :: 2]
+        return self.standardise(self.table[half[torch.arange(n) % len(half)]]), None
+
+    @property
+    def scaling(self):
+        """What a checkpoint keeps so that samples can be mapped back without the data."""
+        return {"mean": self.mean, "std": self.std}
 
     def standardise(self, x):
         """From the units of the data to spread one."""

@@ -1,20 +1,24 @@
 """What a run is worth: its samples measured against fresh data, next to flow matching's."""
 
+import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from . import data, metrics
+from .features import Inception, classifier_of, features_of
+from .latents import autoencoder, decode
 from .recipes import FLOW_MATCHING, method_of
-from .runs import continue_run, data_of, read_config, start, trained, write_json
-from .samplers import sample
+from .runs import continue_run, data_of, read_config, sampled, start, trained, write_json
 
 BASELINE = "flow-matching"
 
 
-def measure(samples, real, mixture=None):
-    """All metrics of a set of samples.  (n, D), (n, D) -> dict.
+def measure_points(samples, real, mixture=None):
+    """All metrics of a set of points.  (n, D), (n, D) -> dict.
 
     The energy distance is taken on the first 5,000 of each, coverage where the mixture is known.
     """
@@ -27,38 +31,66 @@ def measure(samples, real, mixture=None):
     return values
 
 
-def sampled(net, n, dim, steps, mode, seed, label=None, classes=0):
-    """n samples, the same noise for the same seed; labels at random where the network takes them."""
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(n, dim, generator=generator)
-    cond = None
-    if classes:
-        cond = torch.randint(classes, (n,), generator=generator) if label is None else torch.full((n,), label)
-    device = next(net.parameters()).device
-    fresh = torch.Generator(device).manual_seed(seed)
-    parts = []
-    for rows in torch.arange(n).split(4000):
-        some = None if cond is None else cond[rows].to(device)
-        parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, generator=fresh).cpu())
-    return torch.cat(parts)
+def measure_images(x, label, real, net=None):
+    """All metrics of a set of images from their features.  (n, D), (n,), (m, D) -> dict.
+
+    Neighbours on the first 5,000 of each; `accuracy`, the share that the classifier `net` gives the label they
+    were made for, only with such a net.
+    """
+    values = {"frechet": metrics.frechet(x, real), **metrics.neighbours(x[:5000], real[:5000])}
+    values["diversity"] = metrics.diversity(x, label)
+    if net is not None:
+        values["accuracy"] = (net.last(x).argmax(1) == label).double().mean().item()
+    return values
 
 
-def yardstick(config):
-    """What a run is measured against.  -> real points, the mixture behind them or None, the floor's metrics."""
-    source, n, mixture = data_of(config), config["eval_samples"], data.mixture(config["data"])
-    real, again = source.fresh(n, 0), source.fresh(n, 1)
-    return real, mixture, measure(again, real, mixture)
+class Yardstick(NamedTuple):
+    """What the runs on one set of data are measured with."""
+
+    real: torch.Tensor  # (n, *D), real samples
+    label: torch.Tensor | None  # (n,), what they are
+    measure: Callable  # samples, labels -> dict of metrics
+    floor: dict  # the metrics of other real samples
 
 
-def rows_of(folder, nfes, real, mixture=None, device="cpu"):
-    """Metrics of a run at each number of network calls.  -> list of rows, each with its samples set aside."""
+def yardstick(folder, config, device="cpu"):
+    """Real samples and metrics for a run. A classifier for images is kept in the run folder; latents are judged by
+    a classifier of latents, or decoded by the run's `vae` for Inception."""
+    source, n = data_of(config), config["eval_samples"]
+    (real, label), (again, label_again) = source.fresh(n, 0), source.fresh(n, 1)
+    if config["net"] == "mlp":
+        mixture = data.mixture(config["data"])
+
+        def measure(x, label):
+            return measure_points(x, real, mixture)
+    else:
+        if config["features"] == "classifier":
+            net = classifier_of(folder, source, device)
+            judge = copy.deepcopy(net).cpu()
+        else:
+            net, judge = Inception(config["features"]).to(device).eval(), None
+        vae = autoencoder(config["vae"], device) if config.get("vae") and judge is None else None
+
+        def see(x):
+            return features_of(net, x if vae is None else decode(x, vae, **source.scaling), device)
+
+        of_real = see(real)
+
+        def measure(x, label):
+            return measure_images(see(x), label, of_real, judge)
+
+    return Yardstick(real, label, measure, measure(again, label_again))
+
+
+def rows_of(folder, nfes, yard, device="cpu"):
+    """Metrics of a run at each number of network calls.  -> list of rows, and dict (method, nfe) -> samples."""
     net, config, saved = trained(folder, device)
     method, rows, kept = method_of(config), [], {}
     mode = "multi" if method == "flow matching" else "any"
     classes = saved["data"]["classes"] if config["conditional"] else 0
     for nfe in nfes:
-        x = sampled(net, len(real), saved["data"]["dim"], nfe, mode, config["seed"], classes=classes)
-        rows.append({"method": method, "mode": mode, "nfe": nfe, **measure(x, real, mixture)})
+        x, label = sampled(net, len(yard.real), saved["data"]["shape"], nfe, mode, config["seed"], classes=classes)
+        rows.append({"method": method, "mode": mode, "nfe": nfe, **yard.measure(x, label)})
         kept[method, nfe] = x
     return rows, kept
 
@@ -83,18 +115,18 @@ def evaluate(folder, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=T
     """
     began = time.perf_counter()
     config = read_config(folder)
-    real, mixture, floor = yardstick(config)
-    rows, kept = rows_of(folder, nfes, real, mixture, device)
+    yard = yardstick(folder, config, device)
+    rows, kept = rows_of(folder, nfes, yard, device)
     if with_baseline and method_of(config) != "flow matching":
-        more, flow_kept = rows_of(baseline(folder, device), flow_nfes, real, mixture, device)
+        more, flow_kept = rows_of(baseline(folder, device), flow_nfes, yard, device)
         rows, kept = rows + more, kept | flow_kept
-    kept["data"] = real
+    kept["data"] = yard.real
     result = {
         "data": config["data"],
         "seed": config["seed"],
         "seconds": round(time.perf_counter() - began, 2),
         "device": str(device),
-        "floor": floor,
+        "floor": yard.floor,
         "rows": rows,
     }
     write_json(Path(folder) / "metrics.json", result)

@@ -1,4 +1,4 @@
-"""How far a set of samples is from real data: four numbers with exact definitions.
+"""How far a set of samples is from real data: a few numbers with exact definitions.
 
 Samples are rows, x (n, D) and y (m, D). Every distance is zero in expectation or in the limit only
 when the distributions agree; between two finite sets of real data it is not zero, so a figure means
@@ -71,3 +71,59 @@ def coverage(x, mixture, radius=3.0):
     distance, nearest = deviations.min(0)
     hits = torch.bincount(nearest[distance <= radius], minlength=len(mixture.means))
     return (hits >= 0.5 * mixture.weights * len(x)).double().mean().item()
+
+
+def frechet(x, y):
+    """Frechet distance |mean x - mean y|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)) of the Gaussians fitted to two sets.
+
+    x (n, D), y (m, D), features of images. In Inception's features it is the FID (not a root, as is custom).
+    Biased upwards for few samples: compare only figures of equal n.
+    """
+    _check(x, y)
+    x, y = x.double(), y.double()
+    Cx, Cy = x.T.cov().view(x.shape[1], -1), y.T.cov().view(x.shape[1], -1)
+    values, vectors = torch.linalg.eigh(Cx)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ Cy @ root).clamp(min=0).sqrt().sum()
+    return ((x.mean(0) - y.mean(0)).square().sum() + Cx.trace() + Cy.trace() - 2 * cross).item()
+
+
+def _radius(x, k):
+    """Distance of each row to its k-th nearest other row.  (n, D) -> (n,)."""
+    return torch.cat([torch.cdist(some, x).kthvalue(k + 1, dim=1)[0] for some in x.split(1024)])
+
+
+def _within(x, y, radius):
+    """Whether any x lies within the radius of each row of y.  (n, D), (m, D), (m,) -> (m,) bool."""
+    return torch.cat([(torch.cdist(b, x) <= r[:, None]).any(1) for b, r in zip(y.split(1024), radius.split(1024))])
+
+
+def neighbours(x, y, k=5):
+    """Precision, recall and coverage of samples x against real y by balls to the k-th nearest neighbour.
+
+    precision: share of samples inside the ball of a real one; recall: share of real ones inside the
+    ball of a sample (arXiv 1904.06991); coverage: share of real ones whose own ball holds a sample
+    (arXiv 2002.09797). Each needs more than k rows in both sets.
+    """
+    _check(x, y)
+    if min(len(x), len(y)) <= k:
+        raise ValueError(f"neighbours needs more than k = {k} samples in each set, got {len(x)} and {len(y)}")
+    real, own = _radius(y, k), _radius(x, k)
+    precision = torch.cat([(torch.cdist(some, y) <= real).any(1) for some in x.split(1024)])
+    recall = torch.cat([(torch.cdist(some, x) <= own).any(1) for some in y.split(1024)])
+    kinds = {"precision": precision, "recall": recall, "coverage": _within(x, y, real)}
+    return {name: inside.double().mean().item() for name, inside in kinds.items()}
+
+
+def diversity(x, label):
+    """Mean distance of two samples of the same class, averaged over classes.  (n, D), (n,) -> number.
+
+    It falls towards zero when the samples of a class collapse onto one. Classes of one sample are left out.
+    """
+    if len(x) != len(label):
+        raise ValueError(f"diversity needs a label for each sample, got {len(x)} and {len(label)}")
+    groups = [x[label == value] for value in label.unique()]
+    means = [torch.pdist(group[:1000]).mean() for group in groups if len(group) > 1]
+    if not means:
+        raise ValueError("diversity needs a class with two samples")
+    return torch.stack(means).mean().item()

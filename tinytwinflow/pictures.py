@@ -25,6 +25,17 @@ def scatter(axis, x, title, color, limits):
     axis.title.set_fontsize(10)
 
 
+def tile(axis, x, title, side=8):
+    """The first side * side images (n, C, H, W) in [-1, 1], in rows; one channel is drawn in grey, others as RGB."""
+    n, C, H, W = x[: side * side].shape
+    pixels = np.clip((np.asarray(x[: side * side]) + 1) / 2, 0, 1)
+    pixels = np.concatenate([pixels, np.ones((side * side - n, C, H, W), pixels.dtype)])[:, :3]
+    whole = pixels.reshape(side, side, -1, H, W).transpose(0, 3, 1, 4, 2).reshape(side * H, side * W, -1)
+    axis.imshow(whole.mean(-1) if whole.shape[-1] != 3 else whole, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set(title=title, xticks=[], yticks=[])
+    axis.title.set_fontsize(10)
+
+
 def _limits(x):
     low, high = np.quantile(x[:, :2], 0.001, axis=0), np.quantile(x[:, :2], 0.999, axis=0)
     middle, half = (low + high) / 2, 0.6 * (high - low).max()
@@ -56,12 +67,14 @@ def gap_curve(axis, log, config):
 def draw(path, panels, log, config, title):
     """Draw samples side by side, then the gap over training.
 
-    panels: list of (title, points (n, D), color); the first sets the limits of all.
+    panels: list of (title, points (n, D) or images (n, C, H, W), color); the first points set the limits of all.
     """
     figure, axes = _canvas(len(panels) + 1)
-    limits = _limits(panels[0][1])
     for axis, (name, x, color) in zip(axes, panels):
-        scatter(axis, x[:8000], name, color, limits)
+        if x.ndim == 4:
+            tile(axis, x, name)
+        else:
+            scatter(axis, x[:8000], name, color, _limits(panels[0][1]))
     gap_curve(axes[-1], log, config)
     figure.suptitle(title, fontsize=11)
     aside = Path(path).with_suffix(".tmp.png")
@@ -70,9 +83,12 @@ def draw(path, panels, log, config, title):
 
 
 def draw_one(path, x, title):
-    """Draw one set of points (n, D)."""
+    """Draw one set of points (n, D) or images (n, C, H, W)."""
     figure, axes = _canvas(1)
-    scatter(axes[0], x, title, ONE, _limits(x))
+    if x.ndim == 4:
+        tile(axes[0], x, title)
+    else:
+        scatter(axes[0], x, title, ONE, _limits(x))
     figure.savefig(path)
 
 

@@ -4,27 +4,13 @@ import json
 from dataclasses import fields
 
 from .losses import TwinFlowLoss
+from .train import COMPILE, PRECISIONS
 
-TOY = {
-    # data and network
-    "data": "8gaussians",
-    "conditional": False,
-    "width": 256,
-    "depth": 4,
-    # training
-    "steps": 3200,
-    "batch_size": 512,
-    "lr": 4e-3,
-    "warmup_steps": 800,
-    "base_steps": 1120,
-    "ema": 0.999,
-    "teacher_ema": 0.99,
-    "label_dropout": 0.1,
-    # the loss, see TwinFlowLoss
+LOSS = {  # see TwinFlowLoss
     "order": 8,
     "share": 1 / 3,
-    "flow_share": 0.75,
-    "one_step_share": 0.5,
+    "flow_share": 0.5,
+    "one_step_share": 0.3,
     "dt": 0.01,
     "times": [1.0, 1.0],
     "even_inner": True,
@@ -36,13 +22,110 @@ TOY = {
     "clip": 10.0,
     "guidance": 0.0,
     "guidance_range": [0.0, 1.0],
-    # what a run leaves behind
+}
+
+ENGINE = {  # see train.train
+    "ema": 0.999,
+    "teacher_ema": 0.99,
+    "label_dropout": 0.1,
+    "accumulate": 1,
+    "clip_norm": None,
+    "precision": "float32",
+    "compile": "none",
+}
+
+TOY = {
+    "data": "8gaussians",
+    "conditional": False,
+    "net": "mlp",
+    "width": 256,
+    "depth": 4,
+    "steps": 3200,
+    "batch_size": 512,
+    "lr": 4e-3,
+    "warmup_steps": 800,
+    "base_steps": 1120,
+    **ENGINE,
+    **LOSS,
     "log_every": 1,
     "checkpoint_every": 500,
     "eval_samples": 20000,
 }
 
-RECIPES = {"toy": TOY}
+IMAGES = {
+    "data_dir": "data",
+    "flip": False,
+    "subset": 0,
+    "conditional": True,
+    **ENGINE,
+    **LOSS,
+    "clip_norm": 1.0,
+    "features": "classifier",
+    "log_every": 10,
+    "checkpoint_every": 500,
+    "sample_every": 500,
+    "eval_samples": 10000,
+}
+
+FASHION = {
+    "data": "fashion",
+    "size": 28,
+    "net": "dit",
+    "width": 256,
+    "depth": 8,
+    "heads": 4,
+    "patch": 2,
+    "steps": 3000,
+    "batch_size": 384,
+    "lr": 1e-3,
+    "warmup_steps": 900,
+    "base_steps": 900,
+    **IMAGES,
+}
+
+CIFAR = {
+    "data": "cifar10",
+    "size": 32,
+    "net": "unet",
+    "width": 128,
+    "depth": 2,
+    "steps": 100000,
+    "batch_size": 384,
+    "lr": 3e-4,
+    "warmup_steps": 40000,
+    "base_steps": 20000,
+    **IMAGES,
+    "flip": True,
+    "ema": 0.9999,
+    "precision": "bf16",
+    "checkpoint_every": 2000,
+    "sample_every": 2000,
+}
+
+IMAGENET = {
+    "data": "latents",
+    "size": 32,
+    "net": "dit-xl-2",
+    "epsilon": False,
+    "vae": "",
+    "steps": 400000,
+    "batch_size": 240,
+    "lr": 1e-4,
+    "warmup_steps": 200000,
+    "base_steps": 100000,
+    **IMAGES,
+    "flip": True,
+    "ema": 0.9999,
+    "guidance": 0.5,
+    "precision": "bf16",
+    "compile": "default",
+    "log_every": 100,
+    "checkpoint_every": 5000,
+    "sample_every": 5000,
+    "eval_samples": 10000,
+}
+
+RECIPES = {"toy": TOY, "fashion": FASHION, "cifar": CIFAR, "imagenet": IMAGENET}
 
 
 def settings(recipe, changes=()):
@@ -87,13 +170,22 @@ def _parse(key, text, default):
 
 def check(config):
     """Raise ValueError for a setting out of range."""
-    for key in ("steps", "batch_size", "width", "depth", "log_every", "checkpoint_every"):
+    positive = ("size", "width", "depth", "heads", "patch", "sample_every")
+    needed = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
+    for key in (*needed, *(key for key in positive if key in config)):
         if config[key] < 1:
             raise ValueError(f"{key} must be at least 1, got {config[key]}")
     if config["eval_samples"] < 2:
         raise ValueError(f"eval_samples must be at least 2, got {config['eval_samples']}")
     if not config["lr"] > 0:
         raise ValueError(f"lr must be > 0, got {config['lr']}")
+    if config["clip_norm"] is not None and not config["clip_norm"] > 0:
+        raise ValueError(f"clip_norm must be > 0 or None, got {config['clip_norm']}")
+    if config["batch_size"] % config["accumulate"]:
+        raise ValueError(f"batch_size {config['batch_size']} must be a multiple of accumulate {config['accumulate']}")
+    for key, known in (("precision", PRECISIONS), ("compile", COMPILE)):
+        if config[key] not in known:
+            raise ValueError(f"{key} must be one of {', '.join(known)}, got {config[key]!r}")
     for key in ("ema", "teacher_ema", "label_dropout"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"{key} must lie in [0, 1), got {config[key]}")

@@ -11,8 +11,11 @@ import torch
 from tqdm import tqdm
 
 from .data import Points
-from .nets import MLP
-from .recipes import check, loss_of
+from .images import Images
+from .nets import MLP, DiT, UNet, dit, load_published
+from .pictures import draw_one
+from .recipes import ENGINE, check, loss_of
+from .samplers import sample
 from .train import load, load_weights, new_state, save, train
 
 
@@ -36,9 +39,23 @@ def read_config(folder):
     return config
 
 
-def net_of(config, dim, classes):
-    """The network that a run's settings describe."""
-    return MLP(dim, config["width"], config["depth"], classes if config["conditional"] else 0)
+def net_of(config, shape, classes):
+    """The network that a run's settings describe, for samples of a shape: (D,) or (C, H, H)."""
+    kind, classes = config["net"], classes if config["conditional"] else 0
+    if (kind == "mlp") != (len(shape) == 1):
+        raise ValueError(
+            f"net {kind!r} does not fit samples of shape {tuple(shape)}: mlp is for points, others for images"
+        )
+    if kind == "mlp":
+        return MLP(shape[0], config["width"], config["depth"], classes)
+    channels, size = shape[0], shape[-1]
+    if kind == "unet":
+        return UNet(size, channels, classes, [config["width"] * times for times in (1, 2, 2)], config["depth"])
+    if kind == "dit":
+        return DiT(size, channels, classes, *(config[key] for key in ("width", "depth", "heads", "patch")))
+    if kind.startswith("dit-"):
+        return dit(kind.removeprefix("dit-"), size, channels, classes, config.get("epsilon", False))
+    raise ValueError(f"unknown net {kind!r}: choose from mlp, unet, dit, dit-s-2 ... dit-xl-8")
 
 
 def trained(folder, device="cpu"):
@@ -48,14 +65,18 @@ def trained(folder, device="cpu"):
     """
     config, path = read_config(folder), Path(folder) / "checkpoint.pt"
     saved = load(path, device)
-    net = net_of(config, saved["data"]["dim"], saved["data"]["classes"]).to(device)
+    net = net_of(config, saved["data"]["shape"], saved["data"]["classes"]).to(device)
     load_weights(net, saved["average"], path)
     return net.requires_grad_(False), config, saved
 
 
 def data_of(config):
     """The training data that a run's settings describe."""
-    data = Points(config["data"], config["batch_size"], config["seed"])
+    if config["net"] == "mlp":
+        data = Points(config["data"], config["batch_size"], config["seed"])
+    else:
+        keys = ("data", "batch_size", "seed", "data_dir", "size", "flip", "subset")
+        data = Images(*(config[key] for key in keys))
     if config["conditional"] and not data.classes:
         raise ValueError(f"{config['data']} has no labels: --set conditional=false")
     return data
@@ -73,12 +94,14 @@ def set_aside(folder):
 
 
 def start(folder, config, aside=False):
-    """Make a new run folder, having looked at its data; aside=True first moves an earlier run away.
+    """Make a new run folder, having looked at its data and network; aside=True first moves an earlier run away.
 
-    Raises ValueError if the data is not there, or a run is there already: nothing is overwritten.
+    Raises ValueError if the data is not there or does not fit, or a run is there already: nothing is overwritten.
     """
     folder = Path(folder)
-    data_of(config)
+    data = data_of(config)
+    with torch.device("meta"):
+        net_of(config, data.shape, data.classes)
     if aside:
         set_aside(folder)
     if (folder / "config.json").exists() or (folder / "checkpoint.pt").exists():
@@ -101,11 +124,23 @@ def _cut_log(path, step):
     os.replace(aside, path)
 
 
+def first_weights(net, source, device="cpu"):
+    """Fill a network from a run folder, one of its checkpoints, or "sit:FILE" or "dit:FILE", published weights."""
+    kind, colon, path = str(source).partition(":")
+    if colon and kind in ("sit", "dit"):
+        if not isinstance(net, DiT):
+            raise ValueError(f"{source}: published weights are for a net that is a dit")
+        load_published(net, path, kind)
+    else:
+        path = Path(source) / "checkpoint.pt" if Path(source).is_dir() else Path(source)
+        load_weights(net, load(path, device)["average"], path)
+
+
 def continue_run(folder, init_from=None, device="cpu"):
     """Train a run to its last step from wherever it stands, with a log line a step and checkpoints.
 
-    A folder without checkpoint is at step 0; init_from, the path of a run or checkpoint, then gives the
-    first weights. Returns the final State. Raises ValueError if the folder, its data or its checkpoint
+    A folder without checkpoint is at step 0; init_from then gives the first weights, see `first_weights`.
+    Returns the final State. Raises ValueError if the folder, its data or its checkpoint
     does not fit, FloatingPointError if training goes astray.
     """
     folder = Path(folder)
@@ -114,9 +149,9 @@ def continue_run(folder, init_from=None, device="cpu"):
         raise ValueError(f"{checkpoint}: no such checkpoint, though {log} shows that there was one")
     data = data_of(config)
     torch.manual_seed(config["seed"])
-    net = net_of(config, data.dim, data.classes).to(device)
+    net = net_of(config, data.shape, data.classes).to(device)
     state = new_state(net, config["lr"], seed=config["seed"])
-    about_data = {"dim": data.dim, "classes": data.classes, "mean": data.mean, "std": data.std}
+    about_data = {"shape": list(data.shape), "classes": data.classes, **data.scaling}
 
     def write_checkpoint():
         save(checkpoint, {**state.state_dict(), "data": about_data})
@@ -127,18 +162,18 @@ def continue_run(folder, init_from=None, device="cpu"):
         state.load_state_dict(saved)
     else:
         if init_from is not None:
-            path = Path(init_from) / "checkpoint.pt" if Path(init_from).is_dir() else Path(init_from)
-            weights = load(path, device)["average"]
-            load_weights(net, weights, path)
-            load_weights(state.average, weights, path)
-            load_weights(state.teacher, weights, path)
+            for network in (net, state.average, state.teacher):
+                first_weights(network, init_from, device)
         write_checkpoint()
 
     def batch(step):
         x, label = data.batch(step)
         return x.to(device), label.to(device) if config["conditional"] else None
 
-    keys = ("ema", "teacher_ema", "warmup_steps", "base_steps", "label_dropout")
+    if config["compile"] != "none":
+        for network in (state.net, state.teacher):
+            network.compile(mode=config["compile"])
+    keys = ("warmup_steps", "base_steps", *(key for key in ENGINE if key != "compile"))
     null = data.classes if config["conditional"] else None
     options = {key: config[key] for key in keys}
     records = train(state, loss_of(config), batch, config["steps"], null=null, **options)
@@ -149,10 +184,31 @@ def continue_run(folder, init_from=None, device="cpu"):
             if record["step"] % config["log_every"] == 0 or record["step"] == config["steps"]:
                 file.write(json.dumps(record) + "\n")
                 bar.set_postfix(loss=f"{record['total']:.3f}", refresh=False)
+            if record["step"] % config.get("sample_every", config["steps"] + 1) == 0:
+                classes = data.classes if config["conditional"] else 0
+                x, _ = sampled(state.average, 64, data.shape, 1, "any", config["seed"], classes=classes)
+                draw_one(folder / f"samples-{state.step:06d}.png", x.numpy(), f"step {state.step}, 1 NFE")
             if record["step"] % config["checkpoint_every"] == 0 or record["step"] == config["steps"]:
                 file.flush()
                 write_checkpoint()
     return state
+
+
+def sampled(net, n, shape, steps, mode, seed, label=None, classes=0, batch_size=4000):
+    """n samples and their labels, the same noise for the same seed.  -> (n, *shape), (n,) or None.
+
+    With classes and no label, labels 0, 1, 2 ... take turns.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    z, cond = torch.randn(n, *shape, generator=generator), None
+    if classes:
+        cond = torch.arange(n) % classes if label is None else torch.full((n,), label)
+    device = next(net.parameters()).device
+    fresh, parts = torch.Generator(device).manual_seed(seed), []
+    for rows in torch.arange(n).split(batch_size if len(shape) == 1 else batch_size // 16):
+        some = None if cond is None else cond[rows].to(device)
+        parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, generator=fresh).cpu())
+    return torch.cat(parts), cond
 
 
 def read_log(folder):

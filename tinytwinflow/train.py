@@ -18,6 +18,11 @@ from pathlib import Path
 import torch
 
 from .ema import average_of, update, warmed_up
+from .losses import Losses
+from .twin import take
+
+PRECISIONS = ("float32", "bf16")
+COMPILE = ("none", "default", "reduce-overhead", "max-autotune")
 
 
 @dataclass
@@ -56,7 +61,8 @@ class State:
 def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0):
     """Start of training: AdamW without weight decay (Table 6), the averages equal to the network."""
     device = next(net.parameters()).device
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0.0, foreach=True)
+    how = {"fused": True} if device.type == "cuda" else {"foreach": True}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0.0, **how)
     optimizer.param_groups[0]["initial_lr"] = lr
     return State(net, average_of(net), average_of(net), optimizer, torch.Generator(device).manual_seed(seed))
 
@@ -67,36 +73,45 @@ def learning_rate(step, steps, warm_up=100):
 
 
 def train(
-    state, loss, batch, steps, ema=0.999, teacher_ema=0.99, warmup_steps=0, base_steps=0, null=None, label_dropout=0.0
-):
+    state, loss, batch, steps, ema=0.999, teacher_ema=0.99, warmup_steps=0, base_steps=0, null=None, label_dropout=0.0,
+    accumulate=1, clip_norm=None, precision="float32",
+):  # fmt: skip
     """Take training steps up to `steps`, yielding after each a record: step, lr and the loss terms.
 
     loss: a TwinFlowLoss. For `warmup_steps` only its flow part is trained, which is flow matching; for
     the next `base_steps` the whole base without the twin parts; then all of it.
     batch(i) gives data and condition (None without) of step i. null: label that stands for no
     condition; it replaces a share `label_dropout` of the labels. ema and teacher_ema are the decays
-    of the two averages (Table 6: 0.99 for the teacher).
+    of the two averages (Table 6: 0.99 for the teacher). accumulate: the batch is worked through in so
+    many equal parts. clip_norm: longest gradient, or None. precision "bf16": the networks run under autocast.
     Raises FloatingPointError, before the weights are touched, if a loss term is not finite.
     """
     flow_matching = dataclasses.replace(loss, order=0, share=0.0)
     base = dataclasses.replace(loss, share=0.0)
-    null = None if null is None else torch.as_tensor([null])
+    device = next(state.net.parameters()).device
+    null = None if null is None else torch.tensor([null], device=device)
     while state.step < steps:
         i = state.step
         x, cond = batch(i)
         if null is not None and label_dropout:
-            drop = torch.rand(len(x), generator=state.generator) < label_dropout
+            drop = torch.rand(len(x), generator=state.generator, device=device) < label_dropout
             cond = torch.where(drop, null, cond)
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate(i, steps)
         current = flow_matching if i < warmup_steps else base if i < warmup_steps + base_steps else loss
-        out = current(state.net, x, cond, state.teacher, null, generator=state.generator)
-        record = {name: value.item() for name, value in out._asdict().items()}
+        state.optimizer.zero_grad()
+        terms = torch.zeros(len(Losses._fields), device=device)
+        for part in torch.arange(len(x), device=device).chunk(accumulate):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                out = current(state.net, x[part], take(cond, part), state.teacher, null, generator=state.generator)
+            (out.total / accumulate).backward()
+            terms += torch.stack(out).detach() / accumulate
+        record = dict(zip(Losses._fields, terms.tolist()))
         for name, value in record.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"step {i + 1}: the {name} loss is {value}; lower lr or rectify_weight")
-        state.optimizer.zero_grad()
-        out.total.backward()
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(state.net.parameters(), clip_norm, foreach=True)
         state.optimizer.step()
         update(state.average, state.net, warmed_up(ema, i))
         update(state.teacher, state.net, warmed_up(teacher_ema, i))
@@ -120,16 +135,16 @@ def save(path, content):
     os.replace(aside, path)
 
 
-def load(path, device="cpu"):
-    """Read a checkpoint. Raises ValueError with one line if it is missing, cut short or no checkpoint."""
+def load(path, device="cpu", keys=("net", "average", "step")):
+    """Read a checkpoint. Raises ValueError with one line if it is missing, cut short or lacks a key."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
         raise ValueError(f"{path}: the file is cut short or is no checkpoint") from None
-    if not isinstance(content, dict) or not {"net", "average", "step"} <= content.keys():
-        raise ValueError(f"{path}: holds no net, average and step, so it is no checkpoint of this library")
+    if not isinstance(content, dict) or not set(keys) <= content.keys():
+        raise ValueError(f"{path}: holds no {', '.join(keys)}, so it is no checkpoint of this library")
     return content
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ..path import check_time
+from .embed import check_labels, check_times
 
 
 class MLP(nn.Module):
@@ -42,27 +42,14 @@ class MLP(nn.Module):
     def forward(self, x, t, r, cond=None):
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}, this network takes (B, {self.dim})")
-        if t.shape != x.shape[:1] or r.shape != x.shape[:1]:
-            raise ValueError(f"t and r must have shape ({len(x)},), got {tuple(t.shape)} and {tuple(r.shape)}")
-        check_time(t, low=-1.0)
-        check_time(r, low=-1.0, name="r")
+        check_times(x, t, r)
+        labels = check_labels(cond, len(x), self.classes)
         twin = torch.signbit(t)[:, None].to(x.dtype)
         inputs = torch.cat([x, self.embed(t.abs()), self.embed(t.abs() - r.abs())], dim=1)
         h = self.layers[0](inputs) + twin * self.twin_in(inputs)
-        if cond is not None and not self.classes:
-            raise ValueError("this network is unconditional: it takes no cond")
         if self.classes:
-            h = h + self.label(self.check_labels(cond, len(x)))
+            h = h + self.label(labels)
         for layer in self.layers[1:]:
             h = layer(nn.functional.silu(h))
         h = nn.functional.silu(h)
         return self.out(h) + twin * self.twin_out(h)
-
-    def check_labels(self, cond, n):
-        if cond is None:
-            raise ValueError(f"this network is conditional: cond must hold labels in [0, {self.classes}]")
-        if cond.shape != (n,) or cond.is_floating_point():
-            raise ValueError(f"labels must be {n} whole numbers, got {cond.dtype} of shape {tuple(cond.shape)}")
-        if cond.device.type == "cpu" and n and not (0 <= cond.min() and cond.max() <= self.classes):
-            raise ValueError(f"labels must lie in [0, {self.classes}], got {cond.min()} to {cond.max()}")
-        return cond
