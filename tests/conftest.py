@@ -1,11 +1,15 @@
 """Shared strategies. Numbers come from Hypothesis, so that a failing case shrinks to a readable one."""
 
+import gzip
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 
 import tinytwinflow as ttf
 
@@ -44,3 +48,55 @@ def mixtures(draw, dim=None, components=3):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+def write_mnist(folder, n=40, size=28, zipped=True):
+    """Small files in the format of MNIST and Fashion-MNIST: big-endian header, then bytes. Labels 0..9 in turn."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "t10k"):
+        arrays = {
+            "images-idx3": rng.integers(0, 256, (n, size, size), np.uint8),
+            "labels-idx1": np.arange(n, dtype=np.uint8) % 10,
+        }
+        for kind, array in arrays.items():
+            raw = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+            path = folder / f"{part}-{kind}-ubyte{'.gz' if zipped else ''}"
+            path.write_bytes(gzip.compress(raw) if zipped else raw)
+    return folder
+
+
+def write_cifar(folder, n=20):
+    """Small files in the format of CIFAR-10: pickled dicts with byte keys, n images in each of six."""
+    rng = np.random.default_rng(0)
+    inside = folder / "cifar-10-batches-py"
+    inside.mkdir(parents=True)
+    for part in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        content = {b"data": rng.integers(0, 256, (n, 3072), np.uint8), b"labels": [i % 10 for i in range(n)]}
+        (inside / part).write_bytes(pickle.dumps(content, protocol=2))
+    return folder
+
+
+def write_folder(folder, classes=2, n=6, size=24):
+    """A folder of PNG images, a folder a class; wider than high, class k has a level of 80 k."""
+    rng = np.random.default_rng(0)
+    for k in range(classes):
+        (folder / f"class-{k}").mkdir(parents=True)
+        for i in range(n):
+            pixels = rng.integers(80 * k, 80 * k + 60, (size, size + 6, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"class-{k}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """A tiny AutoencoderKL with random weights, saved as diffusers saves one; it halves the image once."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4,
+    ).save_pretrained(path)  # fmt: skip
+    return path

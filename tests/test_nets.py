@@ -1,67 +1,297 @@
 """A network is a velocity field: right shapes, both signs of time told apart, null label like any other."""
 
+import copy
+import math
+
 import pytest
 import torch
 from conftest import inside, seeds
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as f
 
-from tinytwinflow.nets import MLP
+import tinytwinflow as ttf
+from tinytwinflow.nets import MLP, DiT, UNet, dit, load_published
+from tinytwinflow.nets.dit import from_epsilon
 
-
-def mlp(seed=0, dim=2, classes=0):
-    torch.manual_seed(seed)
-    net = MLP(dim, 32, 3, classes)
-    for layer in (net.out, net.twin_in, net.twin_out):
-        torch.nn.init.normal_(layer.weight)
-    return net.double()
+close = torch.testing.assert_close
 
 
-@given(seeds, st.integers(1, 5), st.integers(0, 4))
-def test_output_has_the_shape_of_x(seed, dim, B):
-    t = torch.zeros(B).double()
-    assert mlp(seed, dim)(torch.zeros(B, dim).double(), t, t).shape == (B, dim)
+def awake(net, seed=0):
+    """The network with every parameter at random: a new one is zero, and its twin equal to the real field."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.data = 0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(1, p[0].numel()) ** 0.5
+    return net.requires_grad_(False)
 
 
-@given(seeds, st.one_of(inside, st.just(1.0)))
-def test_the_sign_of_time_is_seen_at_every_time(seed, t):
+KINDS = {
+    "mlp": (lambda classes=0: MLP(2, 32, 3, classes), (2,)),
+    "dit": (lambda classes=0: DiT(4, 3, classes, 16, 2, 2, 2), (3, 4, 4)),
+    "unet": (lambda classes=0: UNet(4, 3, classes, (8, 8), 1), (3, 4, 4)),
+}
+kinds = st.sampled_from(sorted(KINDS))
+
+
+def batch(kind, B, seed=0):
+    return torch.randn(B, *KINDS[kind][1], generator=torch.Generator().manual_seed(seed))
+
+
+@given(kinds, st.integers(1, 5))
+def test_a_new_network_is_zero_in_the_shape_of_x(kind, B):
+    x, t = batch(kind, B), torch.rand(B)
+    for sign in (1, -1):
+        F = KINDS[kind][0]()(x, sign * t, sign * t)
+        assert F.shape == x.shape and not F.any()
+
+
+@given(kinds, seeds, st.one_of(inside, st.just(1.0)))
+def test_the_sign_of_time_is_seen_at_every_time(kind, seed, t):
     """t = 1 included."""
-    net, x, t = mlp(seed), torch.ones(1, 2).double(), torch.tensor([t]).double()
+    net, x, t = awake(KINDS[kind][0](), seed), batch(kind, 1), torch.tensor([t])
     assert (net(x, t, t) - net(x, -t, -t)).abs().max() > 1e-6
 
 
-@given(seeds, inside, inside)
-def test_the_target_time_is_seen(seed, t, r):
+@given(kinds, seeds, inside, inside)
+def test_the_target_time_is_seen(kind, seed, t, r):
     assume(abs(t - r) > 0.01)
-    net, x = mlp(seed), torch.ones(1, 2).double()
-    t, r = torch.tensor([t]).double(), torch.tensor([r]).double()
+    net, x, t, r = awake(KINDS[kind][0](), seed), batch(kind, 1), torch.tensor([t]), torch.tensor([r])
     assert (net(x, t, r) - net(x, t, t)).abs().max() > 1e-6
 
 
-@given(seeds)
-def test_rows_do_not_see_each_other(seed):
-    net = mlp(seed)
-    x, t, r = torch.randn(5, 2).double(), torch.rand(5).double(), torch.rand(5).double()
-    together, alone = net(x, t, r), torch.cat([net(x[i : i + 1], t[i : i + 1], r[i : i + 1]) for i in range(5)])
-    torch.testing.assert_close(together, alone)
+@given(kinds, seeds)
+def test_rows_do_not_see_each_other(kind, seed):
+    net, x, t, r = awake(KINDS[kind][0](3), seed), batch(kind, 4), torch.rand(4), torch.rand(4)
+    c = torch.arange(4)
+    together, alone = net(x, t, r, c), [net(x[[i]], t[[i]], r[[i]], c[[i]]) for i in range(4)]
+    close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
 
 
-@given(seeds, inside)
-def test_the_twin_is_born_equal_to_the_real_field(seed, t):
+@given(kinds, seeds)
+def test_every_label_matters_the_null_label_too(kind, seed):
+    net, x, t = awake(KINDS[kind][0](3), seed), batch(kind, 1).expand(4, *KINDS[kind][1]), torch.full((4,), 0.5)
+    F = net(x, t, t, torch.arange(4))
+    assert all((F[i] - F[j]).abs().max() > 1e-6 for i in range(4) for j in range(i))
+
+
+TWINS = {
+    "mlp": lambda net: (net.twin_in, net.twin_out),
+    "dit": lambda net: (net.times.twin.mlp[2],),
+    "unet": lambda net: (net.times.twin.mlp[2],),
+}
+
+
+@given(kinds, seeds, inside)
+def test_the_twin_is_born_equal_to_the_real_field(kind, seed, t):
     """Whatever the real field has learnt: until the twin's own layers move, the gap is zero."""
-    net, x, t = mlp(seed), torch.ones(1, 2).double(), torch.tensor([t]).double()
-    for layer in (net.twin_in, net.twin_out):
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
+    fresh, net = KINDS[kind][0](), awake(KINDS[kind][0](), seed)
+    for new, layer in zip(TWINS[kind](fresh), TWINS[kind](net)):
+        layer.load_state_dict(new.state_dict())
+    x, t = batch(kind, 1), torch.tensor([t])
     assert torch.equal(net(x, t, t), net(x, -t, -t))
 
 
-def test_a_new_network_is_zero_and_labels_matter():
-    x, t = torch.randn(4, 2), torch.rand(4)
-    assert not MLP(2)(x, t, t).any() and not MLP(2)(x, -t, -t).any()
-    net = mlp(classes=3)
-    outputs = [net(x.double(), t.double(), t.double(), torch.full((4,), label)) for label in range(4)]
-    assert all((a - b).abs().max() > 1e-6 for i, a in enumerate(outputs) for b in outputs[:i])
+@given(st.sampled_from(["dit", "unet"]), seeds, inside, inside)
+def test_a_new_jump_starts_as_the_velocity(kind, seed, t, r):
+    """Until the embedding of r moves, F(x, t, r) = F(x, t, t): training begins at the flow model."""
+    fresh, net = KINDS[kind][0](), awake(KINDS[kind][0](), seed)
+    net.times.r.mlp[2].load_state_dict(fresh.times.r.mlp[2].state_dict())
+    x, t, r = batch(kind, 1), torch.tensor([t]), torch.tensor([r])
+    assert torch.equal(net(x, t, r), net(x, t, t))
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(["dit", "unet"]), seeds, inside)
+def test_times_keep_full_precision_in_bfloat16(kind, seed, t):
+    """d/dt of the embedding survives weights and autocast in bfloat16, which cannot tell 0.99 from 0.992."""
+    net, t = awake(KINDS[kind][0](), seed), torch.tensor([t, t + 0.002])
+    exact = net.times(t, 0.3 * t)
+    half = copy.deepcopy(net).bfloat16()
+    net.times.load_state_dict(half.times.state_dict())
+    exact = net.times(t, 0.3 * t)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(half.times(t, 0.3 * t), exact)
+        assert torch.equal(net.times(t, 0.3 * t), exact)
+    assert (exact[0] - exact[1]).abs().max() > 0
+
+
+@settings(max_examples=10)
+@given(kinds.filter("mlp".__ne__), seeds)
+def test_bfloat16_stays_close_to_float32(kind, seed):
+    net, x, t, r = awake(KINDS[kind][0](3), seed), batch(kind, 4), torch.rand(4), torch.rand(4)
+    exact = net(x, t, r, torch.arange(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = net(x, t, r, torch.arange(4))
+    for F in (auto, net.bfloat16()(x, t, r, torch.arange(4))):
+        assert F.dtype == torch.float32 and F.isfinite().all()
+        assert (F - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_compiled_equals_eager(kind):
+    """Value and gradient of the whole loss, through torch.compile."""
+    net, x, label = awake(KINDS[kind][0](3)).requires_grad_(True), batch(kind, 6), torch.arange(6) % 3
+    loss = ttf.TwinFlowLoss(share=1 / 3, guidance=0.5)
+
+    def gradients(net):
+        net.zero_grad()
+        total = loss(net, x, label, null=torch.tensor([3]), generator=torch.Generator().manual_seed(0)).total
+        total.backward()
+        return [total.detach(), *(p.grad for p in net.parameters())]
+
+    eager = [g.clone() for g in gradients(net)]
+    net.compile()
+    for a, b in zip(gradients(net), eager):
+        close(a, b, atol=1e-4, rtol=1e-3)
+
+
+# Published weights. The oracle is their network written out from its parameter names, in float64.
+
+
+def published(size, patch, channels, classes, width, depth, twice, seed):
+    """Random weights with the names and shapes of a DiT or SiT checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "x_embedder.proj.weight": (width, channels, patch, patch),
+        "x_embedder.proj.bias": (width,),
+        "t_embedder.mlp.0.weight": (width, 256),
+        "t_embedder.mlp.0.bias": (width,),
+        "t_embedder.mlp.2.weight": (width, width),
+        "t_embedder.mlp.2.bias": (width,),
+        "y_embedder.embedding_table.weight": (classes + 1, width),
+        "pos_embed": (1, (size // patch) ** 2, width),
+        "final_layer.linear.weight": (patch**2 * channels * (2 if twice else 1), width),
+        "final_layer.linear.bias": (patch**2 * channels * (2 if twice else 1),),
+        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
+        "final_layer.adaLN_modulation.1.bias": (2 * width,),
+    }
+    for i in range(depth):
+        for name, (o, n) in {
+            "attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (4 * width, width),
+            "mlp.fc2": (width, 4 * width), "adaLN_modulation.1": (6 * width, width),
+        }.items():  # fmt: skip
+            shapes |= {f"blocks.{i}.{name}.weight": (o, n), f"blocks.{i}.{name}.bias": (o,)}
+    return {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def run_published(w, x, t, y, patch, depth, heads):
+    """The network of the checkpoint's authors: t as they count it, the first half of a doubled output."""
+    w = {name: value.double() for name, value in w.items()}
+
+    def linear(name, h):
+        return f.linear(h, w[name + ".weight"], w[name + ".bias"])
+
+    B, C, H, _ = x.shape
+    k = torch.exp(-math.log(10000) * torch.arange(128).double() / 128)
+    c = torch.cat([(t[:, None] * k).cos(), (t[:, None] * k).sin()], 1)
+    c = linear("t_embedder.mlp.2", f.silu(linear("t_embedder.mlp.0", c))) + w["y_embedder.embedding_table.weight"][y]
+    h = f.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=patch).flatten(2).mT + w["pos_embed"]
+    norm = lambda h: f.layer_norm(h, h.shape[-1:], eps=1e-6)  # noqa: E731
+    for i in range(depth):
+        m = linear(f"blocks.{i}.adaLN_modulation.1", f.silu(c))[:, None].chunk(6, -1)
+        q, key, v = linear(f"blocks.{i}.attn.qkv", norm(h) * (1 + m[1]) + m[0]).chunk(3, -1)
+        q, key, v = (a.unflatten(-1, (heads, -1)).transpose(1, 2) for a in (q, key, v))
+        weights = (q @ key.mT / q.shape[-1] ** 0.5).softmax(-1)
+        h = h + m[2] * linear(f"blocks.{i}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
+        inner = f.gelu(linear(f"blocks.{i}.mlp.fc1", norm(h) * (1 + m[4]) + m[3]), approximate="tanh")
+        h = h + m[5] * linear(f"blocks.{i}.mlp.fc2", inner)
+    shift, scale = linear("final_layer.adaLN_modulation.1", f.silu(c))[:, None].chunk(2, -1)
+    h = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
+    side, out = H // patch, h.shape[-1] // patch**2
+    return torch.einsum("nhwpqc->nchpwq", h.view(B, side, side, patch, patch, out)).reshape(B, out, H, H)[:, :C]
+
+
+SIZE = {"size": 8, "patch": 2, "channels": 3, "classes": 5, "width": 16, "depth": 2}
+
+
+def loaded(tmp_path, kind, twice, seed, wrap=lambda w: w):
+    w = published(**SIZE, twice=twice, seed=seed)
+    torch.save(wrap(w), tmp_path / "published.pt")
+    net = DiT(8, 3, 5, 16, 2, 2, 2, epsilon=kind == "dit")
+    load_published(net, tmp_path / "published.pt", kind)
+    return w, net.requires_grad_(False)
+
+
+@settings(max_examples=10)
+@given(seeds, st.booleans(), st.booleans(), inside)
+def test_sit_weights_give_the_same_function_with_time_and_velocity_turned(tmp_path_factory, seed, twice, ema, t):
+    """SiT flows from noise at 0 to data at 1: F(x, t, t) = -SiT(x, 1 - t), for every label, null included."""
+    wrap = (lambda w: {"ema": w}) if ema else lambda w: w
+    w, net = loaded(tmp_path_factory.mktemp("sit"), "sit", twice, seed, wrap)
+    x, y, t = torch.randn(6, 3, 8, 8), torch.arange(6), torch.full((6,), t)
+    expected = -run_published(w, x.double(), 1 - t.double(), y, 2, 2, 2)
+    close(net(x, t, t, y).double(), expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
+
+
+@settings(max_examples=10)
+@given(seeds, st.integers(1, 998))
+def test_dit_weights_give_the_velocity_of_their_noise_prediction(tmp_path_factory, seed, step):
+    """At step s of DDPM, x_s = sqrt(a) x + sqrt(1 - a) e. On the straight path the same point is x_t at
+    t = sqrt(1 - a) / (sqrt(a) + sqrt(1 - a)), shrunk by their sum, and v = e - x."""
+    w, net = loaded(tmp_path_factory.mktemp("dit"), "dit", True, seed)
+    a = (1 - torch.linspace(1e-4, 0.02, 1000).double()).cumprod(0)[step]
+    x_s, y = torch.randn(6, 3, 8, 8).double(), torch.arange(6)
+    e = run_published(w, x_s, torch.full((6,), float(step)).double(), y, 2, 2, 2)
+    clean = (x_s - (1 - a).sqrt() * e) / a.sqrt()
+    total = a.sqrt() + (1 - a).sqrt()
+    t = ((1 - a).sqrt() / total).expand(6)
+    F = net((x_s / total).float(), t.float(), t.float(), y).double()
+    error = (F - (e - clean)).abs().max() / (e - clean).abs().max()
+    assert error < 2e-3 / min(1, (1 - t[0]) * 20)
+
+
+def test_a_translated_noise_prediction_is_exact_for_a_gaussian():
+    """Data N(0, s^2): the best noise prediction is linear, and so is the velocity it must become."""
+    s, t = 0.7, torch.linspace(0.02, 0.98, 25)
+    x = torch.randn(25, 1, 2, 2)
+
+    def predict(x, step):
+        alpha = (1 - torch.linspace(1e-4, 0.02, 1000).double()).cumprod(0)
+        log_snr, low = (alpha / (1 - alpha)).log(), step.long().clamp(max=998)
+        between = log_snr[low] + (log_snr[low + 1] - log_snr[low]) * (step - low)
+        a = between.sigmoid().float().view(-1, 1, 1, 1)
+        return (1 - a).sqrt() / (a * s**2 + 1 - a) * x
+
+    T = t.view(-1, 1, 1, 1)
+    exact = (T - (1 - T) * s**2) / (T**2 + (1 - T) ** 2 * s**2) * x
+    close(from_epsilon(predict, x, t), exact, atol=2e-3, rtol=2e-3)
+
+
+def test_a_file_that_is_not_the_checkpoint_is_refused(tmp_path):
+    w, net = loaded(tmp_path, "sit", True, 0)
+    path = tmp_path / "other.pt"
+
+    def refused(content, match, net=net, kind="sit"):
+        torch.save(content, path)
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        with pytest.raises(ValueError, match=match) as error:
+            load_published(net, path, kind)
+        assert len(str(error.value).splitlines()) == 1
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+    refused({**w, "head.weight": torch.zeros(3)}, r"head.weight is \(3,\) there, None here")
+    refused({name: v for name, v in w.items() if name != "pos_embed"}, "pos_embed is None there")
+    refused({**w, "y_embedder.embedding_table.weight": torch.zeros(5, 16)}, r"label.weight is \(5, 16\) there")
+    refused([1, 2], "None there")
+    refused(w, r"kind is 'sit', for a net with epsilon=False", kind="dit")
+    refused(w, "x_embedder.weight is|blocks", net=DiT(8, 3, 5, 32, 2, 2, 2))
+    path.write_bytes(b"PK")
+    with pytest.raises(ValueError, match="cut short"):
+        load_published(net, path, "sit")
+    with pytest.raises(ValueError, match="no such file"):
+        load_published(net, tmp_path / "nowhere.pt", "sit")
+
+
+def test_published_sizes_have_their_published_numbers_of_parameters():
+    """33, 130, 458 and 675 million at patch 2 (arXiv 2212.09748, Table 1), without the embeddings of r and the twin
+    and the learned variance."""
+    for name, millions in {"s-2": 33, "b-2": 130, "l-2": 458, "xl-2": 675}.items():
+        with torch.device("meta"):
+            net = dit(name)
+        own = sum(p.numel() for n, p in net.named_parameters() if not n.startswith(("times.r", "times.twin")))
+        assert abs(own / 1e6 - millions) < 1
+    with pytest.raises(ValueError, match="unknown DiT 'm-2': choose from s-2, s-4"):
+        dit("m-2")
 
 
 def test_wrong_use_says_what_is_allowed():
@@ -80,3 +310,14 @@ def test_wrong_use_says_what_is_allowed():
         MLP(2)(x, t, t, torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"t must lie in \[-1, 1\]"):
         MLP(2)(x, t - 1.5, t)
+    for kind in ("dit", "unet"):
+        net = KINDS[kind][0](3)
+        for shape in ((3, 3, 5, 5), (3, 1, 4, 4), (3, 48)):
+            with pytest.raises(ValueError, match=r"this network takes \(B, 3, 4, 4\)"):
+                net(torch.zeros(shape), t, t)
+        with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\], got 0 to 4"):
+            net(batch(kind, 3), t, t, torch.tensor([0, 4, 1]))
+    with pytest.raises(ValueError, match="size 9 must be a multiple of patch 2"):
+        DiT(9)
+    with pytest.raises(ValueError, match="size 18 must halve 2 times"):
+        UNet(18)

@@ -103,7 +103,7 @@ def config_of(args, recipe):
         config["data"] = args.data
     if "data_dir" in config and args.data_dir:
         config["data_dir"] = args.data_dir
-    if config["data"].endswith((".npy", ".csv")) or config["net"] != "mlp" and config["data"] not in images.NAMES:
+    if config["data"].endswith((".npy", ".csv")) or "size" in config and config["data"] not in images.NAMES:
         config["data"] = str((Path(args.data_dir or ".") / config["data"]).resolve())
     return config
 

@@ -58,7 +58,7 @@ def yardstick(folder, config, device="cpu"):
     a classifier of latents, or decoded by the run's `vae` for Inception."""
     source, n = data_of(config), config["eval_samples"]
     (real, label), (again, label_again) = source.fresh(n, 0), source.fresh(n, 1)
-    if config["net"] == "mlp":
+    if "size" not in config:
         mixture = data.mixture(config["data"])
 
         def measure(x, label):

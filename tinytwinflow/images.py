@@ -5,6 +5,7 @@ deals the rows out to training steps.
 """
 
 import gzip
+import math
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -46,10 +47,10 @@ def read_idx(path):
     except (OSError, EOFError):
         raise ValueError(f"{path}: cut short or not gzip") from None
     axes = raw[3] if len(raw) >= 4 and raw[:3] == b"\0\0\x08" else 0
-    shape = np.frombuffer(raw[4 : 4 + 4 * axes], ">u4")
-    if not axes or len(raw) != 4 + 4 * axes + shape.prod():
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
+    if not axes or len(raw) != 4 + 4 * axes + math.prod(shape):
         raise ValueError(f"{path}: not a whole idx file of bytes")
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).copy()).view(*shape.tolist())
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).copy()).view(*shape)
 
 
 def _find(name, folder, places):
@@ -127,7 +128,7 @@ class Folder:
                 if os.path.join(here, name) not in known and not name.startswith("."):
                     raise ValueError(f"{os.path.join(here, name)}: not an image in a folder of a class")
         self.labels, self.classes = torch.tensor(labels), len(found.classes)
-        self.size, self.shape, self.pool = size, (3, size, size), ThreadPoolExecutor()
+        self.folder, self.size, self.shape, self.pool = folder, size, (3, size, size), ThreadPoolExecutor()
 
     def __len__(self):
         return len(self.paths)

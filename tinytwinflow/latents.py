@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-INDEX = "latents.json"
+INDEX, BEGUN = "latents.json", "begun.json"
 
 
 def is_latents(folder):
@@ -38,13 +38,18 @@ def autoencoder(path, device="cpu"):
 def encode(images, vae, out, batch_size=32, shard=4096):
     """Encode every image of a `Folder` into shards in the folder `out`, and last its index.
 
-    A shard is written aside and renamed, so that what is there is whole; shards that are there are not made
-    again. Raises ValueError if `out` holds a finished set, or a latent is not finite.
+    A shard is written aside and renamed, so that what is there is whole; after a stop the shards that are there
+    are not made again. Raises ValueError if `out` holds a finished set, or one begun with other images, size or
+    autoencoder, or if a latent is not finite.
     """
     out = Path(out)
     if is_latents(out):
         raise ValueError(f"{out} already holds latents: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+    begun = json.dumps([str(images.folder), len(images), images.size, str(vae.config._name_or_path), shard])
+    if (out / BEGUN).exists() and (out / BEGUN).read_text() != begun:
+        raise ValueError(f"{out} was begun with other images, size or autoencoder: choose another --out")
+    (out / BEGUN).write_text(begun)
     device, names = next(vae.parameters()).device, []
     for begin in range(0, len(images), shard):
         name = f"latents-{begin // shard:05d}.npy"
@@ -74,6 +79,7 @@ def encode(images, vae, out, batch_size=32, shard=4096):
     aside = out / (INDEX + ".tmp")
     aside.write_text(json.dumps(about))
     os.replace(aside, out / INDEX)
+    (out / BEGUN).unlink()
 
 
 class Latents:

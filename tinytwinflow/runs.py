@@ -72,7 +72,7 @@ def trained(folder, device="cpu"):
 
 def data_of(config):
     """The training data that a run's settings describe."""
-    if config["net"] == "mlp":
+    if "size" not in config:
         data = Points(config["data"], config["batch_size"], config["seed"])
     else:
         keys = ("data", "batch_size", "seed", "data_dir", "size", "flip", "subset")

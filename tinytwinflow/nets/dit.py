@@ -187,8 +187,7 @@ def load_published(net, path, kind):
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         own = net.state_dict()[name]
         if torch.is_tensor(found.get(name)) and len(found[name]) == 2 * len(own):
-            whole = found[name].view(net.patch**2, 2 * net.channels, *own.shape[1:])
-            found[name] = whole[:, : net.channels].reshape(own.shape)
+            found[name] = found[name].unflatten(0, (-1, 2 * net.channels))[:, : net.channels].flatten(0, 1)
     own = {name: w for name, w in net.state_dict().items() if not name.startswith(("times.r.", "times.twin."))}
     for name in sorted(own.keys() | found.keys()):
         here, there = (tuple(w[name].shape) if torch.is_tensor(w.get(name)) else None for w in (own, found))

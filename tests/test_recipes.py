@@ -1,0 +1,167 @@
+"""Every recipe from end to end, as a user runs it, on small files of the true formats."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_cifar, write_folder, write_mnist
+from test_cli import fails
+from test_nets import published
+
+from tinytwinflow.__main__ import main
+from tinytwinflow.nets.dit import SIZES
+from tinytwinflow.recipes import RECIPES
+from tinytwinflow.runs import read_log, trained
+
+ENGINE = [
+    "steps=4",
+    "warmup_steps=1",
+    "base_steps=1",
+    "batch_size=6",
+    "eval_samples=12",
+    "log_every=1",
+    "sample_every=2",
+]
+IMAGE_METRICS = {"frechet", "precision", "recall", "coverage", "diversity", "accuracy"}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """A classifier of three steps and a DiT-S of one layer: these tests look at the path, not at the figures."""
+    from tinytwinflow import features
+
+    monkeypatch.setitem(SIZES, "s", (32, 1, 2))
+    whole = features.train_classifier
+    monkeypatch.setattr(features, "train_classifier", lambda data, device: whole(data, 3, device=device))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, vae):
+    home = tmp_path_factory.mktemp("data")
+    write_mnist(home)
+    write_cifar(home)
+    write_folder(home / "pictures", n=12)
+    assert (
+        main(["encode", str(home / "pictures"), "--vae", str(vae), "--size", "16", "--out", str(home / "latents")]) == 0
+    )
+    return home
+
+
+RUNS = {
+    "fashion": ["width=16", "depth=1", "heads=2", "size=16"],
+    "cifar": ["width=8", "depth=1", "size=16", "precision=float32"],
+    "imagenet": ["net=dit-s-8", "size=8", "precision=float32", "compile=none"],
+}
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_a_recipe_runs_from_files_to_table_and_picture(recipe, home, tmp_path, capsys, vae):
+    folder = tmp_path / "run"
+    command = ["train", recipe, "--data-dir", str(home), "--set", *ENGINE, *RUNS[recipe], "--out", str(folder)]
+    assert main(command) == 0
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "log.jsonl", "checkpoint.pt", "classifier.pt", "samples.png", "metrics.json",
+        "samples-000002.png", "samples-000004.png",
+    }  # fmt: skip
+    assert len(read_log(folder)) == 4 and read_log(folder)[-1]["adversarial"] > 0
+    result = json.loads((folder / "metrics.json").read_text())
+    assert set(result["floor"]) == IMAGE_METRICS
+    assert all(set(row) == IMAGE_METRICS | {"method", "mode", "nfe"} for row in result["rows"])
+    classes = 2 if recipe == "imagenet" else 10
+    assert main(["sample", str(folder), "--cond", str(classes - 1), "--n", "3", "--out", str(tmp_path / "x.npy")]) == 0
+    shape = trained(folder)[2]["data"]["shape"]
+    assert np.load(tmp_path / "x.npy").shape == (3, *shape)
+    fails(capsys, ["sample", folder, "--cond", classes], f"labels 0 to {classes - 1}")
+    decoded = ["--vae", str(vae)] if recipe == "imagenet" else []
+    assert main(["sample", str(folder), "--out", str(tmp_path / "x.png"), *decoded]) == 0
+    if decoded:
+        fails(capsys, ["sample", folder], "--vae")
+        assert main(["sample", str(folder), "--n", "3", "--out", str(tmp_path / "x.npy"), *decoded]) == 0
+        assert np.load(tmp_path / "x.npy").shape == (3, 3, 16, 16)
+    assert main(["evaluate", str(folder)]) == 0
+    rows = json.loads((folder / "metrics.json").read_text())["rows"]
+    assert {(row["method"], row["nfe"]) for row in rows} >= {("flow matching", 100), ("twinflow", 1)}
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_without_data_the_same_command_says_what_is_missing(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tinytwinflow.images.DEBIAN", {})
+    out = tmp_path / "run"
+    words = {"fashion": "apt install dataset-fashion-mnist", "cifar": "CIFAR10", "imagenet": "encode"}
+    fails(capsys, ["train", recipe, "--data-dir", tmp_path / "no", "--out", out], str(tmp_path / "no"), words[recipe])
+    assert not out.exists()
+
+
+def test_a_folder_of_pictures_trains_too(home, tmp_path):
+    command = ["train", "cifar", "--data", str(home / "pictures"), "--set", *ENGINE, *RUNS["cifar"]]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["precision=bf16"], ["accumulate=3", "clip_norm=0.5"], ["guidance=0.5"]])
+def test_a_run_stopped_in_the_middle_of_an_epoch_ends_the_same(options, home, tmp_path, capsys):
+    """Same weights, bit for bit, whatever the engine does."""
+    changes = [*ENGINE, *RUNS["fashion"], "checkpoint_every=1", "sample_every=100", *options]
+    command = ["train", "fashion", "--data-dir", str(home), "--set", *changes]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*command, "--out", str(whole)]) == 0
+
+    from tinytwinflow import train
+
+    saved = train.save
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(path, content):
+            saved(path, content)
+            if content["step"] == 2:
+                raise KeyboardInterrupt
+
+        patch.setattr("tinytwinflow.runs.save", stop)
+        assert main([*command, "--out", str(parts)]) == 130
+    assert main([*command, "--out", str(parts), "--resume"]) == 0
+    a, b = trained(whole)[2], trained(parts)[2]
+    assert all(torch.equal(a[part][name], b[part][name]) for part in ("net", "average") for name in a["net"])
+    assert read_log(whole) == read_log(parts)
+
+
+def test_published_weights_start_a_run(home, tmp_path, capsys):
+    """SiT's into the velocity network, DiT's into the one that predicts noise; a step of no length keeps them."""
+    weights = published(8, 8, 4, 2, 32, 1, True, 0)
+    torch.save(weights, tmp_path / "weights.pt")
+    engine = ["steps=1", "warmup_steps=0", "base_steps=0", "batch_size=6", "eval_samples=12", "lr=1e-20"]
+    for kind, epsilon in (("sit", "false"), ("dit", "true")):
+        command = ["train", "imagenet", "--data-dir", str(home), "--init-from", f"{kind}:{tmp_path / 'weights.pt'}"]
+        changes = [*engine, *RUNS["imagenet"], f"epsilon={epsilon}"]
+        assert main([*command, "--set", *changes, "--out", str(tmp_path / kind)]) == 0
+        net, _, _ = trained(tmp_path / kind)
+        torch.testing.assert_close(net.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
+    changes = [*engine, *RUNS["fashion"]]
+    command = ["train", "fashion", "--data-dir", str(home), "--set", *changes, "--out", str(tmp_path / "other")]
+    fails(capsys, [*command, "--init-from", f"sit:{tmp_path / 'weights.pt'}"], "weights.pt", "not this SIT")
+
+
+def test_wrong_settings_are_answered_in_one_line(home, tmp_path, capsys):
+    def refused(recipe, *words, changes=()):
+        command = ["train", recipe, "--data-dir", home, "--out", tmp_path / "run", "--set", *changes, "batch_size=6"]
+        fails(capsys, command, *words)
+        assert not (tmp_path / "run").exists()
+
+    refused("fashion", "size must be at most 28", changes=["size=32"])
+    refused("fashion", "unknown net 'vit': choose from", changes=["net=vit"])
+    refused("fashion", "net 'mlp' does not fit samples of shape (1, 28, 28)", changes=["net=mlp"])
+    refused("fashion", "size 27 must be a multiple of patch 2", changes=["size=27"])
+    refused("cifar", "size 30 must halve 2 times", changes=["size=30"])
+    refused("imagenet", "size is 8 there, not 32")
+    refused("imagenet", "unknown DiT 'xxl-2'", changes=["net=dit-xxl-2", "size=8"])
+    refused("fashion", "batch_size 6 must be a multiple of accumulate 4", changes=["accumulate=4"])
+    refused("fashion", "precision must be one of float32, bf16", changes=["precision=fp8"])
+    refused("fashion", "compile must be one of none, default", changes=["compile=yes"])
+    refused("fashion", "clip_norm must be > 0", changes=["clip_norm=0"])
+    refused("toy", "net 'unet' does not fit", changes=["net=unet"])
+
+
+def test_every_recipe_has_the_settings_that_scripts_rely_on():
+    """The list of the design page; and in each recipe the batch divides into whole parts, so that no shape varies."""
+    common = {"steps", "batch_size", "lr", "share", "order", "guidance", "warmup_steps", "ema", "log_every"}
+    for recipe in RECIPES.values():
+        assert common | {"checkpoint_every"} <= recipe.keys()
