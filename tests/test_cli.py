@@ -218,7 +218,7 @@ def test_a_run_that_diverges_says_where(capsys, tmp_path):
 def test_bench_prints_ratios(capsys):
     from tinytwinflow import bench
 
-    figures = bench.bench(batch_size=32, rounds=1)
+    figures = bench.bench(batch_size=32, points=100, rounds=1)
     printed = capsys.readouterr().out
     assert "x flow matching" in printed and "matrix peak" in printed
     assert {"steps", "sampling", "peak", "share_of_peak", "memory"} == figures.keys()

@@ -12,7 +12,7 @@ from torch.nn import functional as f
 
 import tinytwinflow as ttf
 from tinytwinflow.nets import MLP, DiT, UNet, dit, load_published
-from tinytwinflow.nets.dit import from_epsilon
+from tinytwinflow.nets.dit import from_epsilon, positions
 
 close = torch.testing.assert_close
 
@@ -294,6 +294,14 @@ def test_published_sizes_have_their_published_numbers_of_parameters():
         dit("m-2")
 
 
+def test_positions_are_sines_and_cosines_of_column_then_row():
+    """As in MAE and DiT: element by element for a grid of 3 x 3, width 8."""
+    table = positions(8, 3)[0]
+    for i, (row, column) in enumerate((row, column) for row in range(3) for column in range(3)):
+        expected = [g(a * k) for a in (column, row) for g in (math.sin, math.cos) for k in (1, 0.01)]
+        close(table[i], torch.tensor(expected))
+
+
 def test_wrong_use_says_what_is_allowed():
     x, t = torch.zeros(3, 2), torch.zeros(3)
     with pytest.raises(ValueError, match=r"takes \(B, 2\)"):
@@ -321,3 +329,25 @@ def test_wrong_use_says_what_is_allowed():
         DiT(9)
     with pytest.raises(ValueError, match="size 18 must halve 2 times"):
         UNet(18)
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(["dit", "unet"]), seeds)
+def test_the_loss_and_one_step_samples_survive_bfloat16(kind, seed):
+    """Weights in bfloat16, data in bfloat16, autocast: every term stays near its float32 value, small dt and all."""
+    net, x, label = awake(KINDS[kind][0](3), seed), batch(kind, 12), torch.arange(12) % 3
+    loss = ttf.TwinFlowLoss(order=4, gain=4.0, clip=10.0, guidance=0.5)
+    half = copy.deepcopy(net).bfloat16()
+    net.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
+
+    def value(net, x):
+        return torch.stack(loss(net, x, label, null=torch.tensor([3]), generator=torch.Generator().manual_seed(seed)))
+
+    exact = value(net, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(value(net, x), exact, atol=0.02, rtol=0.1)
+    close(value(half, x), exact, atol=0.02, rtol=0.1)
+    draws = loss.draw(x.bfloat16(), torch.Generator().manual_seed(seed))
+    assert draws.t.dtype == torch.float32
+    sampled = ttf.sample(half, x, 2, cond=label)
+    close(sampled, ttf.sample(net, x, 2, cond=label), atol=0.2, rtol=0.1)

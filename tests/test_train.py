@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinytwinflow import TwinFlowLoss, ema
+from tinytwinflow import Losses, TwinFlowLoss, ema
 from tinytwinflow.data import Points
 from tinytwinflow.nets import MLP
 from tinytwinflow.recipes import settings as recipe
@@ -185,6 +185,61 @@ def test_conditional_training_learns_with_guidance_and_dropout(tmp_path):
     state = continue_run(tmp_path / "run")
     assert state.net.classes == 8
     assert all(value == value for record in read_log(tmp_path / "run") for value in record.values())
+
+
+class Plain(TwinFlowLoss):
+    """A loss without randomness, so that what the engine does with its gradient shows."""
+
+    seen = []
+
+    def __call__(self, net, x, cond, teacher, null, generator):
+        self.seen.append((cond, torch.is_autocast_enabled("cpu")))
+        one = torch.ones(len(x))
+        total = (net(x, one, one) - x**2).square().mean()
+        return Losses(total, *[total.detach()] * 4)
+
+
+def step_of(**options):
+    """How one step of gradient descent with rate one moves the weights, and its record."""
+    state, x = small_state(), torch.randn(12, 2, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(state.net.out.weight)
+    state.optimizer = torch.optim.SGD(state.net.parameters(), lr=1.0)
+    state.optimizer.param_groups[0]["initial_lr"] = 1.0
+    before = [p.detach().clone() for p in state.net.parameters()]
+    record = next(train(state, Plain(), lambda i: (x, None), 1, **options))
+    return torch.cat([(p - b).flatten() for p, b in zip(state.net.parameters(), before)]) / record["lr"], record
+
+
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_accumulated_parts_give_the_gradient_of_the_whole(parts):
+    (whole, record), (split, record_split) = step_of(), step_of(accumulate=parts)
+    torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
+    assert record_split == pytest.approx(record, rel=1e-4)
+
+
+@given(st.floats(0.01, 3))
+def test_a_long_gradient_is_cut_to_the_norm_and_keeps_its_direction(norm):
+    free, _ = step_of()
+    clipped, _ = step_of(clip_norm=norm)
+    torch.testing.assert_close(clipped, free * min(1, norm / free.norm().item()), atol=1e-4, rtol=1e-3)
+
+
+@settings(max_examples=5)
+@given(st.floats(0.1, 0.9))
+def test_labels_are_dropped_at_the_rate_asked_for_and_else_kept(rate):
+    state, label = small_state(), torch.arange(2000) % 3
+    Plain.seen.clear()
+    next(train(state, Plain(), lambda i: (torch.zeros(2000, 2), label), 1, null=3, label_dropout=rate))
+    (given, _), dropped = Plain.seen[0], Plain.seen[0][0] == 3
+    assert abs(dropped.float().mean() - rate) < 0.05
+    assert torch.equal(given[~dropped], label[~dropped])
+
+
+def test_precision_runs_the_loss_under_autocast():
+    for precision in ("float32", "bf16"):
+        Plain.seen.clear()
+        step_of(precision=precision)
+        assert Plain.seen == [(None, precision == "bf16")]
 
 
 def test_config_is_kept_and_checkpoint_is_plain_data(tmp_path):

@@ -94,10 +94,10 @@ def network(name, device):
     return dit("s-8"), (4, 32, 32), f"dit-s-8 (on a CPU in place of {name}), 32 x 32 x 4 latents", 16, 16
 
 
-def bench(device="cpu", net="mlp", batch_size=None, rounds=9, precision=None, compile="none"):
+def bench(device="cpu", net="mlp", batch_size=None, points=None, rounds=9, precision=None, compile="none"):
     """Measure and print. Returns the figures as a dict."""
-    net, shape, title, usual, points = network(net, device)
-    batch_size, repeats = batch_size or usual, 20 if len(shape) == 1 else 2
+    net, shape, title, usual, many = network(net, device)
+    batch_size, points, repeats = batch_size or usual, points or many, 20 if len(shape) == 1 else 2
     precision = precision or ("bf16" if str(device).startswith("cuda") else "float32")
     losses = {
         "flow matching": TwinFlowLoss(order=0, share=0.0),

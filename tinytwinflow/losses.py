@@ -149,8 +149,9 @@ class TwinFlowLoss:
     def draw(self, x, generator=None):
         """Draw everything random for a batch like x.  (B, *D) -> Draws."""
 
-        def rand(n):
-            return torch.rand(n, generator=generator, dtype=x.dtype, device=x.device)
+        def rand(n):  # never below float32: bfloat16 cannot tell 0.99 from 0.992
+            exact = torch.promote_types(x.dtype, torch.float32)
+            return torch.rand(n, generator=generator, dtype=exact, device=x.device)
 
         def randn():
             return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)

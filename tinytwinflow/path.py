@@ -84,4 +84,4 @@ def jump(x_t, F, t, r):
     _same_shape(x_t, F, "x_t and F")
     check_time(t)
     check_time(r, name="r")
-    return x_t - (expand(t, x_t) - expand(r, x_t)) * F
+    return x_t - expand(t - r, x_t) * F

@@ -14,8 +14,8 @@ from .path import jump
 
 
 def times(t, x):
-    """The same time t, a Python number, for each row of x.  -> (B,)."""
-    return torch.full(x.shape[:1], float(t), dtype=x.dtype, device=x.device)
+    """The same time t, a Python number, for each row of x, in float32 or better.  -> (B,)."""
+    return torch.full(x.shape[:1], float(t), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
 def take(cond, rows):
