@@ -93,6 +93,14 @@ def test_without_data_the_same_command_says_what_is_missing(recipe, tmp_path, ca
     assert not out.exists()
 
 
+def test_without_labels_a_run_is_measured_by_what_needs_none(home, tmp_path):
+    changes = [*ENGINE, *RUNS["fashion"], "conditional=false"]
+    command = ["train", "fashion", "--data-dir", str(home), "--set", *changes, "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert set(result["floor"]) == IMAGE_METRICS - {"diversity", "accuracy"}
+
+
 def test_a_folder_of_pictures_trains_too(home, tmp_path):
     command = ["train", "cifar", "--data", str(home / "pictures"), "--set", *ENGINE, *RUNS["cifar"]]
     assert main([*command, "--out", str(tmp_path / "run")]) == 0

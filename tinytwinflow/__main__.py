@@ -101,8 +101,8 @@ def config_of(args, recipe):
     config = {"recipe": recipe, "seed": args.seed, **settings(recipe, args.changes)}
     if args.data:
         config["data"] = args.data
-    if "data_dir" in config and args.data_dir:
-        config["data_dir"] = args.data_dir
+    if "data_dir" in config:
+        config["data_dir"] = str(Path(args.data_dir or config["data_dir"]).resolve())
     if config["data"].endswith((".npy", ".csv")) or "size" in config and config["data"] not in images.NAMES:
         config["data"] = str((Path(args.data_dir or ".") / config["data"]).resolve())
     return config

@@ -196,6 +196,8 @@ class Points:
     resume: the position in the data is the step.
     """
 
+    on_disk = False
+
     def __init__(self, name, batch_size, seed=0):
         self.name, self.batch_size, self.seed = name, batch_size, seed
         self.table, self.mean, self.std = None, None, None

@@ -32,14 +32,15 @@ def measure_points(samples, real, mixture=None):
 
 
 def measure_images(x, label, real, net=None):
-    """All metrics of a set of images from their features.  (n, D), (n,), (m, D) -> dict.
+    """All metrics of a set of images from their features.  (n, D), (n,) or None, (m, D) -> dict.
 
-    Neighbours on the first 5,000 of each; `accuracy`, the share that the classifier `net` gives the label they
-    were made for, only with such a net.
+    Neighbours on the first 5,000 of each; with labels, diversity within a class, and, given the classifier
+    `net`, accuracy: the share that it gives the label they were made for.
     """
     values = {"frechet": metrics.frechet(x, real), **metrics.neighbours(x[:5000], real[:5000])}
-    values["diversity"] = metrics.diversity(x, label)
-    if net is not None:
+    if label is not None:
+        values["diversity"] = metrics.diversity(x, label)
+    if label is not None and net is not None:
         values["accuracy"] = (net.last(x).argmax(1) == label).double().mean().item()
     return values
 
@@ -48,7 +49,6 @@ class Yardstick(NamedTuple):
     """What the runs on one set of data are measured with."""
 
     real: torch.Tensor  # (n, *D), real samples
-    label: torch.Tensor | None  # (n,), what they are
     measure: Callable  # samples, labels -> dict of metrics
     floor: dict  # the metrics of other real samples
 
@@ -57,7 +57,7 @@ def yardstick(folder, config, device="cpu"):
     """Real samples and metrics for a run. A classifier for images is kept in the run folder; latents are judged by
     a classifier of latents, or decoded by the run's `vae` for Inception."""
     source, n = data_of(config), config["eval_samples"]
-    (real, label), (again, label_again) = source.fresh(n, 0), source.fresh(n, 1)
+    (real, _), (again, label_again) = source.fresh(n, 0), source.fresh(n, 1)
     if "size" not in config:
         mixture = data.mixture(config["data"])
 
@@ -79,7 +79,9 @@ def yardstick(folder, config, device="cpu"):
         def measure(x, label):
             return measure_images(see(x), label, of_real, judge)
 
-    return Yardstick(real, label, measure, measure(again, label_again))
+    if not config["conditional"]:
+        label_again = None
+    return Yardstick(real, measure, measure(again, label_again))
 
 
 def rows_of(folder, nfes, yard, device="cpu"):

@@ -5,6 +5,7 @@ Written in an order, and each file in a way, that a crash at any moment leaves a
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -166,8 +167,13 @@ def continue_run(folder, init_from=None, device="cpu"):
                 first_weights(network, init_from, device)
         write_checkpoint()
 
+    pool, next_batch = ThreadPoolExecutor(1), {}
+
     def batch(step):
-        x, label = data.batch(step)
+        """The batch of a step; the next one of a set on disk is read meanwhile."""
+        x, label = next_batch.pop(step).result() if step in next_batch else data.batch(step)
+        if data.on_disk:
+            next_batch[step + 1] = pool.submit(data.batch, step + 1)
         return x.to(device), label.to(device) if config["conditional"] else None
 
     if config["compile"] != "none":
@@ -191,6 +197,7 @@ def continue_run(folder, init_from=None, device="cpu"):
             if record["step"] % config["checkpoint_every"] == 0 or record["step"] == config["steps"]:
                 file.flush()
                 write_checkpoint()
+    pool.shutdown(cancel_futures=True)
     return state
 
 
