@@ -7,10 +7,27 @@
     out = loss(net, x)                          # out.total.backward()
     x = ttf.sample(net, z, steps=1)
 
-The rooms, in reading order: path, exact, twin, parts, losses, samplers, reference, nets, data, metrics, ema, train.
+The rooms, in reading order: path, exact, twin, parts, losses, samplers, reference, nets, data, latents, images,
+metrics, ema, train, features.
 """
 
-from . import data, ema, exact, losses, metrics, nets, parts, path, reference, samplers, train, twin
+from . import (
+    data,
+    ema,
+    exact,
+    features,
+    images,
+    latents,
+    losses,
+    metrics,
+    nets,
+    parts,
+    path,
+    reference,
+    samplers,
+    train,
+    twin,
+)  # fmt: skip
 from .exact import GaussianMixture, Twins
 from .losses import Losses, TwinFlowLoss
 from .parts import Draws
@@ -21,5 +38,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Draws", "GaussianMixture", "Losses", "TwinFlowLoss", "Twins",
     "gap", "generate", "sample", "time_grid", "twin_velocities",
-    "data", "ema", "exact", "losses", "metrics", "nets", "parts", "path", "reference", "samplers", "train", "twin",
+    "data", "ema", "exact", "features", "images", "latents", "losses", "metrics", "nets", "parts", "path",
+    "reference", "samplers", "train", "twin",
 ]  # fmt: skip

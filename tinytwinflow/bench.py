@@ -62,8 +62,8 @@ def training_step(net, loss, shape, batch_size, device, precision="float32", com
     net = copy.deepcopy(net).to(device)
     average = average_of(net)
     if compile != "none":
-        net.compile(mode=compile)
-        average.compile(mode=compile)
+        net.compile()
+        average.compile()
     how = {"fused": True} if str(device).startswith("cuda") else {"foreach": True}
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, **how)
     x = torch.randn(batch_size, *shape, device=device)

@@ -178,7 +178,7 @@ def continue_run(folder, init_from=None, device="cpu"):
 
     if config["compile"] != "none":
         for network in (state.net, state.teacher):
-            network.compile(mode=config["compile"])
+            network.compile()
     keys = ("warmup_steps", "base_steps", *(key for key in ENGINE if key != "compile"))
     null = data.classes if config["conditional"] else None
     options = {key: config[key] for key in keys}

@@ -22,7 +22,7 @@ from .losses import Losses
 from .twin import take
 
 PRECISIONS = ("float32", "bf16")
-COMPILE = ("none", "default", "reduce-overhead", "max-autotune")
+COMPILE = ("none", "default")
 
 
 @dataclass
