@@ -27,7 +27,7 @@ from . import (
     samplers,
     train,
     twin,
-)  # fmt: skip
+)
 from .exact import GaussianMixture, Twins
 from .losses import Losses, TwinFlowLoss
 from .parts import Draws
