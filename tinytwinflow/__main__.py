@@ -171,7 +171,10 @@ def run_sample(args):
     vae = autoencoder(args.vae, args.device) if args.vae else None
     if "scale" in about and vae is None and out.suffix == ".png":
         raise ValueError("this run makes latents: --vae DIR decodes them, --out FILE.npy keeps them as they are")
-    x, _ = sampled(net, args.n, about["shape"], args.steps, args.mode, args.seed, args.cond, classes)
+    label = None
+    if classes:
+        label = torch.arange(args.n) % classes if args.cond is None else torch.full((args.n,), args.cond)
+    x = sampled(net, args.n, about["shape"], args.steps, args.mode, args.seed, label)
     if vae is not None:
         x = decode(x, vae, about["scale"], about["shift"])
     x = restore(x, about.get("mean"), about.get("std")).numpy()

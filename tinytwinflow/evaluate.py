@@ -49,6 +49,7 @@ class Yardstick(NamedTuple):
     """What the runs on one set of data are measured with."""
 
     real: torch.Tensor  # (n, *D), real samples
+    label: torch.Tensor | None  # (n,), their labels; a conditional model's samples are made for the same ones
     measure: Callable  # samples, labels -> dict of metrics
     floor: dict  # the metrics of other real samples
 
@@ -57,7 +58,9 @@ def yardstick(folder, config, device="cpu"):
     """Real samples and metrics for a run. A classifier for images is kept in the run folder; latents are judged by
     a classifier of latents, or decoded by the run's `vae` for Inception."""
     source, n = data_of(config), config["eval_samples"]
-    (real, _), (again, label_again) = source.fresh(n, 0), source.fresh(n, 1)
+    (real, label), (again, label_again) = source.fresh(n, 0), source.fresh(n, 1)
+    if not config["conditional"]:
+        label = label_again = None
     if "size" not in config:
         mixture = data.mixture(config["data"])
 
@@ -79,9 +82,7 @@ def yardstick(folder, config, device="cpu"):
         def measure(x, label):
             return measure_images(see(x), label, of_real, judge)
 
-    if not config["conditional"]:
-        label_again = None
-    return Yardstick(real, measure, measure(again, label_again))
+    return Yardstick(real, label, measure, measure(again, label_again))
 
 
 def rows_of(folder, nfes, yard, device="cpu"):
@@ -89,10 +90,9 @@ def rows_of(folder, nfes, yard, device="cpu"):
     net, config, saved = trained(folder, device)
     method, rows, kept = method_of(config), [], {}
     mode = "multi" if method == "flow matching" else "any"
-    classes = saved["data"]["classes"] if config["conditional"] else 0
     for nfe in nfes:
-        x, label = sampled(net, len(yard.real), saved["data"]["shape"], nfe, mode, config["seed"], classes=classes)
-        rows.append({"method": method, "mode": mode, "nfe": nfe, **yard.measure(x, label)})
+        x = sampled(net, len(yard.real), saved["data"]["shape"], nfe, mode, config["seed"], yard.label)
+        rows.append({"method": method, "mode": mode, "nfe": nfe, **yard.measure(x, yard.label)})
         kept[method, nfe] = x
     return rows, kept
 

@@ -191,8 +191,8 @@ def continue_run(folder, init_from=None, device="cpu"):
                 file.write(json.dumps(record) + "\n")
                 bar.set_postfix(loss=f"{record['total']:.3f}", refresh=False)
             if record["step"] % config.get("sample_every", config["steps"] + 1) == 0:
-                classes = data.classes if config["conditional"] else 0
-                x, _ = sampled(state.average, 64, data.shape, 1, "any", config["seed"], classes=classes)
+                label = torch.arange(64) % data.classes if config["conditional"] else None
+                x = sampled(state.average, 64, data.shape, 1, "any", config["seed"], label)
                 draw_one(folder / f"samples-{state.step:06d}.png", x.numpy(), f"step {state.step}, 1 NFE")
             if record["step"] % config["checkpoint_every"] == 0 or record["step"] == config["steps"]:
                 file.flush()
@@ -201,21 +201,15 @@ def continue_run(folder, init_from=None, device="cpu"):
     return state
 
 
-def sampled(net, n, shape, steps, mode, seed, label=None, classes=0, batch_size=4000):
-    """n samples and their labels, the same noise for the same seed.  -> (n, *shape), (n,) or None.
-
-    With classes and no label, labels 0, 1, 2 ... take turns.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    z, cond = torch.randn(n, *shape, generator=generator), None
-    if classes:
-        cond = torch.arange(n) % classes if label is None else torch.full((n,), label)
+def sampled(net, n, shape, steps, mode, seed, label=None, batch_size=4000):
+    """n samples for labels (n,) or None, the same noise for the same seed.  -> (n, *shape)."""
+    z = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
     device = next(net.parameters()).device
     fresh, parts = torch.Generator(device).manual_seed(seed), []
     for rows in torch.arange(n).split(batch_size if len(shape) == 1 else batch_size // 16):
-        some = None if cond is None else cond[rows].to(device)
+        some = None if label is None else label[rows].to(device)
         parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, generator=fresh).cpu())
-    return torch.cat(parts), cond
+    return torch.cat(parts)
 
 
 def read_log(folder):
