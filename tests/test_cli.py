@@ -192,7 +192,18 @@ def test_wrong_run_folders_are_named(capsys, tmp_path, run):
     torch.save({"a": torch.zeros(2)}, plain / "checkpoint.pt")
     broken = copy("broken")
     (broken / "config.json").write_text("{")
+    flipped = copy("flipped")
+    content = bytearray((run / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 255
+    (flipped / "checkpoint.pt").write_bytes(content)
+    text = copy("text")
+    (text / "checkpoint.pt").write_text("weights")
+    poor = copy("poor")
+    (poor / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "net"}))
     for folder, fault in [
+        (flipped, "damaged"),
+        (text, "no checkpoint"),
+        (poor, "net missing"),
         (bare, "no such checkpoint"),
         (cut, "cut short"),
         (noise, "cut short"),

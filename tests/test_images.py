@@ -26,7 +26,7 @@ def home(tmp_path_factory):
     write_mnist(home)
     write_mnist(home / "raw" / "MNIST" / "raw", n=20, zipped=False)
     write_cifar(home)
-    write_folder(home / "pictures")
+    write_folder(home / "pictures", n=30)
     return home
 
 
@@ -60,9 +60,9 @@ def test_cifar_batches_are_read_exactly(home):
 
 
 def test_a_folder_of_pictures_is_read_as_middle_squares(home):
-    data = Images(str(home / "pictures"), 12, size=24)
+    data = Images(str(home / "pictures"), 57, size=24)
     x, label = data.batch(0)
-    assert data.shape == (3, 24, 24) and data.classes == 2 and sorted(label.tolist()) == [0] * 6 + [1] * 6
+    assert data.shape == (3, 24, 24) and data.classes == 2 and sorted(label.tolist()) == [0] * 29 + [1] * 28
     whole = np.asarray(Image.open(home / "pictures" / "class-1" / "3.png"))
     middle = torch.from_numpy(whole[:, 3:-3].copy()).permute(2, 0, 1)
     assert sum(torch.equal(to_bytes(image), middle) for image in x) == 1
@@ -110,13 +110,30 @@ def test_a_subset_takes_so_many_of_each_class(home):
 
 def test_real_images_to_measure_against_come_from_the_test_part(home):
     data = Images("fashion", 40, folder=home, size=28)
-    train, (test, label), (other, _) = data.batch(0)[0], data.fresh(30, 0), data.fresh(30, 1)
-    known = {image.numpy().tobytes() for image in train}
-    assert len(test) == len(label) == 30
-    assert not any(image.numpy().tobytes() in known for image in test)
-    assert all(image.numpy().tobytes() in known for image in other)
-    halves = [Images(str(home / "pictures"), 4, size=16).fresh(6, draw)[0] for draw in (0, 1)]
-    assert len(torch.cat(halves).flatten(1).unique(dim=0)) == 12
+    (first, label), (second, _) = data.fresh(15, 0), data.fresh(30, 1)
+    assert len(first) == len(label) == 15 and len(second) == 20, "half of the 40 at most"
+    raw = gzip.decompress((home / "t10k-images-idx3-ubyte.gz").read_bytes())[16:]
+    tests = {raw[784 * i : 784 * (i + 1)]: i % 10 for i in range(40)}
+    both = [image.numpy().tobytes() for image in to_bytes(torch.cat([first, second]))]
+    assert len(set(both)) == 35 and set(both) <= tests.keys()
+    assert [tests[image] for image in both[:15]] == label.tolist()
+
+
+def test_of_a_folder_every_twentieth_image_is_kept_from_training(home):
+    data = Images(str(home / "pictures"), 57, size=16)
+    trained, kept = data.batch(0)[0], torch.cat([data.fresh(9, draw)[0] for draw in (0, 1)])
+    assert len(data.train) == 60 and len(trained) == 57 and len(kept) == 2
+    assert len(torch.cat([trained, kept]).flatten(1).unique(dim=0)) == 59, "an odd one out is in neither half"
+
+
+class Evil:
+    """A pickle that makes a file when it is read by an unguarded reader."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
 def test_missing_and_damaged_sets_are_named(home, tmp_path):
@@ -125,7 +142,13 @@ def test_missing_and_damaged_sets_are_named(home, tmp_path):
             Images(*arguments, **options).batch(0)
         assert len(str(error.value).splitlines()) == 1
 
-    refused(r"mnist: none of .*train-images-idx3-ubyte.gz.* is there; get it by", "mnist", 4, folder=tmp_path, size=28)
+    refused(
+        r"mnist: none of .*train-images-idx3-ubyte.* or their .gz is there; get it by",
+        "mnist",
+        4,
+        folder=tmp_path,
+        size=28,
+    )
     refused(r"cifar10: none of .*data_batch_1.*CIFAR10\(.*download=True", "cifar10", 4, folder=tmp_path, size=32)
     refused("no such folder; data is one of fashion, mnist, cifar10, a folder", str(tmp_path / "x"), 4)
     refused("size must be at most 28 for fashion, got 32", "fashion", 4, folder=home, size=32)
@@ -133,11 +156,18 @@ def test_missing_and_damaged_sets_are_named(home, tmp_path):
     images = tmp_path / "train-images-idx3-ubyte.gz"
     images.write_bytes(images.read_bytes()[:100])
     refused("train-images-idx3-ubyte.gz: cut short or not gzip", "mnist", 4, folder=tmp_path, size=28)
+    images.write_bytes(gzip.compress(b"a" * 1000)[:12] + b"junk" * 30)
+    refused("train-images-idx3-ubyte.gz: cut short or not gzip", "mnist", 4, folder=tmp_path, size=28)
     images.write_bytes(gzip.compress(b"\0\0\x08\x03" + b"\0" * 11))
     refused("not a whole idx file", "mnist", 4, folder=tmp_path, size=28)
+    images.unlink()
+    refused("train-images-idx3-ubyte is missing, next to others", "mnist", 4, folder=tmp_path, size=28)
     write_cifar(tmp_path)
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"\x80")
     refused("data_batch_3: cut short, or no CIFAR-10 batch", "cifar10", 4, folder=tmp_path, size=32)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps(Evil(str(tmp_path / "evil"))))
+    refused("data_batch_3: cut short, or no CIFAR-10 batch", "cifar10", 4, folder=tmp_path, size=32)
+    assert not (tmp_path / "evil").exists(), "a pickle must not run what it names"
     labels = [0, 10] * 10
     content = {b"data": np.zeros((20, 3072), np.uint8), b"labels": labels}
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps(content))
@@ -154,15 +184,20 @@ def test_missing_and_damaged_sets_are_named(home, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def encoded(home, vae, tmp_path_factory):
+def twelve(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("twelve") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def encoded(twelve, vae, tmp_path_factory):
     out = tmp_path_factory.mktemp("latents") / "pictures"
-    latents.encode(Folder(home / "pictures", 16), latents.autoencoder(vae), out, batch_size=5, shard=8)
+    latents.encode(Folder(twelve, 16), latents.autoencoder(vae), out, batch_size=5, shard=8)
     return out
 
 
-def test_latents_are_the_autoencoders(home, vae, encoded):
+def test_latents_are_the_autoencoders(twelve, vae, encoded):
     """Mean and deviation of the posterior, of the image and of its mirror image, in shards; scaled when read."""
-    model, images = latents.autoencoder(vae), Folder(home / "pictures", 16)
+    model, images = latents.autoencoder(vae), Folder(twelve, 16)
     assert sorted(path.name for path in encoded.glob("*.npy")) == ["latents-00000.npy", "latents-00001.npy"]
     x = images.read(torch.arange(12), None)[0]
     for side, picture in enumerate((x, x.flip(-1))):
@@ -197,8 +232,8 @@ def test_a_set_of_latents_is_data_like_any_other(encoded):
         Images(str(encoded), 5, size=32)
 
 
-def test_encoding_goes_on_where_it_was_stopped_and_overwrites_nothing(home, vae, encoded, tmp_path):
-    model, images, out = latents.autoencoder(vae), Folder(home / "pictures", 16), tmp_path / "out"
+def test_encoding_goes_on_where_it_was_stopped_and_overwrites_nothing(twelve, vae, encoded, tmp_path):
+    model, images, out = latents.autoencoder(vae), Folder(twelve, 16), tmp_path / "out"
 
     class Stops(Folder):
         def read(self, rows, generator):
@@ -207,7 +242,7 @@ def test_encoding_goes_on_where_it_was_stopped_and_overwrites_nothing(home, vae,
             return super().read(rows, generator)
 
     with pytest.raises(KeyboardInterrupt):
-        latents.encode(Stops(home / "pictures", 16), model, out, batch_size=5, shard=8)
+        latents.encode(Stops(twelve, 16), model, out, batch_size=5, shard=8)
     assert not latents.is_latents(out)
     first = (out / "latents-00000.npy").stat().st_mtime_ns
     latents.encode(images, model, out, batch_size=5, shard=8)
@@ -218,9 +253,9 @@ def test_encoding_goes_on_where_it_was_stopped_and_overwrites_nothing(home, vae,
         latents.encode(images, model, out)
     other = tmp_path / "other"
     with pytest.raises(KeyboardInterrupt):
-        latents.encode(Stops(home / "pictures", 16), model, other, batch_size=5, shard=8)
+        latents.encode(Stops(twelve, 16), model, other, batch_size=5, shard=8)
     with pytest.raises(ValueError, match="begun with other"):
-        latents.encode(Folder(home / "pictures", 20), model, other, batch_size=5, shard=8)
+        latents.encode(Folder(twelve, 20), model, other, batch_size=5, shard=8)
 
 
 def test_damaged_latents_are_named(encoded, vae, tmp_path):
@@ -242,6 +277,10 @@ def test_damaged_latents_are_named(encoded, vae, tmp_path):
     (wrong / "latents.json").write_text(json.dumps({**about, "labels": about["labels"][:-1]}))
     with pytest.raises(ValueError, match="damaged latents .*11 labels"):
         Images(str(wrong), 12, size=8)
+    for broken in ({"labels": None}, {"scale": "big"}, {"shards": []}):
+        (wrong / "latents.json").write_text(json.dumps({**about, **broken}))
+        with pytest.raises(ValueError, match="damaged latents"):
+            Images(str(wrong), 12, size=8)
     (wrong / "latents.json").write_text(json.dumps({**about, "labels": [5] * 12}))
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 1\]"):
         Images(str(wrong), 12, size=8)

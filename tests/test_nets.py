@@ -343,6 +343,16 @@ def test_the_loss_and_one_step_samples_survive_bfloat16(kind, seed):
     def value(net, x):
         return torch.stack(loss(net, x, label, null=torch.tensor([3]), generator=torch.Generator().manual_seed(seed)))
 
+    def gradients(net, x):
+        total = loss(net, x, label, null=torch.tensor([3]), generator=torch.Generator().manual_seed(seed)).total
+        return torch.autograd.grad(total, net.parameters())
+
+    net.requires_grad_(True)
+    wanted = torch.cat([g.flatten() for g in gradients(net, x)])
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        found = torch.cat([g.flatten() for g in gradients(net, x)])
+    assert torch.cosine_similarity(found, wanted, dim=0) > 0.98
+    net.requires_grad_(False)
     exact = value(net, x)
     with torch.autocast("cpu", torch.bfloat16):
         close(value(net, x), exact, atol=0.02, rtol=0.1)

@@ -41,7 +41,7 @@ def home(tmp_path_factory, vae):
     home = tmp_path_factory.mktemp("data")
     write_mnist(home)
     write_cifar(home)
-    write_folder(home / "pictures", n=12)
+    write_folder(home / "pictures", n=120)
     assert (
         main(["encode", str(home / "pictures"), "--vae", str(vae), "--size", "16", "--out", str(home / "latents")]) == 0
     )
@@ -148,7 +148,7 @@ def test_published_weights_start_a_run(home, tmp_path, capsys):
     fails(capsys, [*command, "--init-from", f"sit:{tmp_path / 'weights.pt'}"], "weights.pt", "not this SIT")
 
 
-def test_wrong_settings_are_answered_in_one_line(home, tmp_path, capsys):
+def test_wrong_settings_are_answered_in_one_line(home, vae, tmp_path, capsys):
     def refused(recipe, *words, changes=()):
         command = ["train", recipe, "--data-dir", home, "--out", tmp_path / "run", "--set", *changes, "batch_size=6"]
         fails(capsys, command, *words)
@@ -166,10 +166,63 @@ def test_wrong_settings_are_answered_in_one_line(home, tmp_path, capsys):
     refused("fashion", "compile must be one of none, default", changes=["compile=yes"])
     refused("fashion", "clip_norm must be > 0", changes=["clip_norm=0"])
     refused("toy", "net 'unet' does not fit", changes=["net=unet"])
+    refused("cifar", "net 'dit' needs heads, patch, which recipe cifar does not set", changes=["net=dit"])
+    refused("fashion", "times and guidance_range must be numbers", changes=['times=["a",1]'])
+    refused("fashion", "guidance_range must be two times", changes=["guidance_range=[1]"])
+    refused("fashion", "subset must be at least 0", changes=["subset=-1"])
+    refused("fashion", "eval_samples must be at least 6", changes=["eval_samples=4"])
+    refused("fashion", "lr must be a number > 0", changes=["lr=Infinity"])
+    refused("fashion", "nofile.pth: no such file: features are", changes=["features=nofile.pth"])
+    refused("imagenet", "config.json: no such file", changes=["vae=nowhere", "size=8"])
+    refused("cifar", "no such checkpoint", changes=["init_from=nowhere"])
+    write_folder(tmp_path / "few", n=20)
+    command = ["train", "cifar", "--data", tmp_path / "few", "--set", "size=16", "--out", tmp_path / "run"]
+    fails(capsys, command, "2 images are kept to measure against", "at least 12")
+    fails(capsys, ["encode", home / "pictures", "--vae", vae, "--size", "0", "--out", tmp_path / "run"], "size must be")
+    fails(capsys, ["encode", home / "nowhere", "--vae", vae, "--out", tmp_path / "run"], "no such folder")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("in the way")
+    fails(capsys, ["train", "fashion", "--data-dir", home, "--out", tmp_path / "file" / "run"], "file")
+
+
+def test_resuming_refuses_what_it_would_ignore(home, tmp_path, capsys):
+    run, changes = tmp_path / "run", ["--set", *ENGINE, *RUNS["fashion"]]
+    assert main(["train", "fashion", "--data-dir", str(home), *changes, "--out", str(run)]) == 0
+
+    def refused(*words, recipe="fashion", options=()):
+        fails(capsys, ["train", recipe, "--resume", "--out", run, *options], "keeps its settings", *words)
+
+    refused("recipe is 'fashion' there, not 'cifar'", recipe="cifar")
+    refused("recipe is 'fashion' there, not 'toy'", recipe="toy")
+    refused("data is 'fashion' there, not 'mnist'", options=["--data", "mnist"])
+    refused("seed is 0 there, not 7", options=["--seed", "7"])
+    refused("init_from", options=["--init-from", tmp_path])
+    fails(capsys, ["sample", run, "--vae", tmp_path], "this run makes none")
+    moved = home.rename(home.with_name("moved"))
+    try:
+        assert main(["train", "fashion", "--resume", "--out", str(run), "--data-dir", str(moved)]) == 0
+        assert main(["evaluate", str(run)]) == 0
+    finally:
+        moved.rename(home)
+
+
+def test_flow_matching_starts_where_twinflow_started(home, tmp_path):
+    """The baseline of a run has its first weights too; and both runs are judged by the same classifier."""
+    small = ["steps=1", "warmup_steps=0", "base_steps=0", "batch_size=6", "eval_samples=12", "lr=1e-20"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    train = ["train", "fashion", "--data-dir", str(home)]
+    assert main([*train, "--set", *ENGINE, *RUNS["fashion"], "--out", str(first)]) == 0
+    changes = ["--set", *small, *RUNS["fashion"], "subset=2"]
+    assert main([*train, *changes, "--init-from", str(first), "--seed", "5", "--out", str(second)]) == 0
+    assert main(["evaluate", str(second)]) == 0
+    weights = [trained(folder)[0].state_dict() for folder in (first, second, second / "flow-matching")]
+    assert all(torch.equal(w[name], weights[0][name]) for w in weights for name in weights[0])
+    judges = [torch.load(folder / "classifier.pt", weights_only=True)["net"] for folder in (first, second)]
+    assert all(torch.equal(judges[0][name], judges[1][name]) for name in judges[0])
 
 
 def test_every_recipe_has_the_settings_that_scripts_rely_on():
-    """The list of the design page; and in each recipe the batch divides into whole parts, so that no shape varies."""
+    """The list of the design page."""
     common = {"steps", "batch_size", "lr", "share", "order", "guidance", "warmup_steps", "ema", "log_every"}
     for recipe in RECIPES.values():
         assert common | {"checkpoint_every"} <= recipe.keys()

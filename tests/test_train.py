@@ -151,8 +151,8 @@ def test_phases_come_in_order_and_the_teacher_is_the_moving_average():
 def test_a_run_can_start_from_the_weights_of_another(tmp_path):
     start(tmp_path / "flow", config("steps=6", "share=0", "order=0"))
     continue_run(tmp_path / "flow")
-    start(tmp_path / "twin", config("steps=1", "warmup_steps=0", "lr=1e-12", seed=5))
-    continue_run(tmp_path / "twin", init_from=tmp_path / "flow")
+    start(tmp_path / "twin", config("steps=1", "warmup_steps=0", "lr=1e-12", f"init_from={tmp_path / 'flow'}", seed=5))
+    continue_run(tmp_path / "twin")
     a, b = trained(tmp_path / "flow")[0], trained(tmp_path / "twin")[0]
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(a.parameters(), b.parameters()))
 

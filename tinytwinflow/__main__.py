@@ -13,7 +13,7 @@ from .data import NAMES, restore
 from .evaluate import evaluate, table
 from .latents import autoencoder, decode, encode
 from .recipes import RECIPES, method_of, settings
-from .runs import continue_run, read_config, read_log, sampled, start, trained
+from .runs import continue_run, read_config, read_log, sampled, start, trained, write_json
 from .samplers import MODES
 from .train import COMPILE
 
@@ -39,7 +39,7 @@ def parser():
         command.add_argument("--data", help=f"{', '.join((*NAMES, *images.NAMES))}, FILE.npy, FILE.csv or a folder")
         command.add_argument("--data-dir", help="folder in which data is looked for")
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--seed", type=int, help="default 0")
         command.add_argument("--out", metavar="DIR")
 
     toy = add("toy", "train TwinFlow and flow matching on 2D data, compare them, draw them (the default)", run_toy)
@@ -91,6 +91,8 @@ def parser():
 
 def device_of(name):
     try:
+        if torch.device(name).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError(name)
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {name!r} is unknown or not on this machine") from None
@@ -98,11 +100,17 @@ def device_of(name):
 
 
 def config_of(args, recipe):
-    config = {"recipe": recipe, "seed": args.seed, **settings(recipe, args.changes)}
+    config = {"recipe": recipe, "seed": args.seed or 0, **settings(recipe, args.changes)}
+    if getattr(args, "init_from", None):
+        config["init_from"] = args.init_from
     if args.data:
         config["data"] = args.data
     if "data_dir" in config:
         config["data_dir"] = str(Path(args.data_dir or config["data_dir"]).resolve())
+    for key in ("init_from", "features", "vae"):
+        kind, colon, path = str(config.get(key, "")).rpartition(":")
+        if path and path != "classifier":
+            config[key] = kind + colon + str(Path(path).resolve())
     if config["data"].endswith((".npy", ".csv")) or "size" in config and config["data"] not in images.NAMES:
         config["data"] = str((Path(args.data_dir or ".") / config["data"]).resolve())
     return config
@@ -145,12 +153,14 @@ def run_train(args):
     elif not (folder / "config.json").exists() and not (folder / "checkpoint.pt").exists():
         start(folder, config)
     else:
-        own = read_config(folder)
-        for change in args.changes:
-            key = change.partition("=")[0]
+        own, given = read_config(folder), {change.partition("=")[0] for change in args.changes}
+        given |= {key for key in ("data", "seed", "init_from") if getattr(args, key) is not None}
+        for key in ("recipe", *sorted(given)):
             if config[key] != own[key]:
                 raise ValueError(f"a resumed run keeps its settings: {key} is {own[key]!r} there, not {config[key]!r}")
-    continue_run(folder, init_from=args.init_from, device=device)
+        if args.data_dir and "data_dir" in own:
+            write_json(folder / "config.json", {**own, "data_dir": config["data_dir"]})
+    continue_run(folder, device=device)
     result, kept = evaluate(folder, nfes=(1, 2, 4), with_baseline=False, device=device)
     show(folder, result, kept)
 
@@ -168,6 +178,8 @@ def run_sample(args):
     if args.cond is not None and not (classes and 0 <= args.cond < classes):
         known = f"labels 0 to {classes - 1}" if classes else "no labels, it is not conditional"
         raise ValueError(f"--cond {args.cond}: this run knows {known}")
+    if args.vae and "scale" not in about:
+        raise ValueError("--vae decodes latents, and this run makes none")
     vae = autoencoder(args.vae, args.device) if args.vae else None
     if "scale" in about and vae is None and out.suffix == ".png":
         raise ValueError("this run makes latents: --vae DIR decodes them, --out FILE.npy keeps them as they are")
@@ -220,7 +232,7 @@ def main(argv=None):
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"tinytwinflow: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:

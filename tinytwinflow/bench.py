@@ -1,6 +1,6 @@
 """What a step and a sample cost on this machine: ratios measured in one run, next to the matrix peak."""
 
-import copy
+import functools
 import resource
 import statistics
 import sys
@@ -17,8 +17,8 @@ from .samplers import sample
 
 
 def synchronize(device):
-    if str(device).startswith("cuda"):
-        torch.cuda.synchronize(device)
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def seconds(run, device, repeats=1):
@@ -50,35 +50,39 @@ def matrix_peak(device, dtype):
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
 
 
-def peak_memory(device):
-    """Most memory held so far, in bytes: on a GPU by tensors, else by the process."""
-    if str(device).startswith("cuda"):
+def peak_memory(step, device):
+    """Most memory held in a step, in bytes: on CUDA by tensors, elsewhere by the process up to now."""
+    cuda = str(device).startswith("cuda")
+    if cuda:
+        step()
+        torch.cuda.reset_peak_memory_stats(device)
+    step()
+    if cuda:
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def training_step(net, loss, shape, batch_size, device, precision="float32", compile="none"):
-    """A function that takes one whole training step: loss, backward, optimiser, moving average as teacher."""
-    net = copy.deepcopy(net).to(device)
+def training_steps(net, losses, shape, batch_size, device, precision):
+    """Functions that each take one whole training step with one of the losses: forward, backward, optimiser, moving
+    average as teacher. They share one network, so that the memory is that of one."""
     average = average_of(net)
-    if compile != "none":
-        net.compile()
-        average.compile()
     how = {"fused": True} if str(device).startswith("cuda") else {"foreach": True}
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, **how)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, **how)
     x = torch.randn(batch_size, *shape, device=device)
     cond = torch.randint(net.classes, (batch_size,), device=device)
     null = torch.tensor([net.classes], device=device)
 
-    def step():
+    def step(loss):
         optimizer.zero_grad()
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(
+            torch.device(device).type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+        ):
             total = loss(net, x, cond, average, null).total
         total.backward()
         optimizer.step()
         update(average, net, 0.999)
 
-    return step
+    return {name: functools.partial(step, loss) for name, loss in losses.items()}, average
 
 
 def network(name, device):
@@ -105,30 +109,36 @@ def bench(device="cpu", net="mlp", batch_size=None, points=None, rounds=9, preci
         "twinflow, guidance 0.5": TwinFlowLoss(guidance=0.5),
         "twinflow, order 8 (recipes)": loss_of(settings("toy")),
     }
-    engine = (shape, batch_size, device, precision, compile)
-    steps = {name: training_step(net, loss, *engine) for name, loss in losses.items()}
-    times = in_turn(steps, device, rounds, repeats)
-    eager = training_step(net, losses["flow matching"], shape, batch_size, device, precision)
+    net = net.to(device)
+    steps, average = training_steps(net, losses, shape, batch_size, device, precision)
     with FlopCounterMode(display=False) as counter:
-        eager()
+        steps["flow matching"]()
+    if compile != "none":
+        net.compile()
+        average.compile()
+    memory = {name: peak_memory(step, device) for name, step in steps.items()}
+    times = in_turn(steps, device, rounds, repeats)
     peak = matrix_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     share = counter.get_total_flops() / times["flow matching"] / peak
 
-    net = net.to(device).requires_grad_(False)
     z = torch.randn(points, *shape, device=device)
     cond = torch.zeros(points, dtype=torch.long, device=device)
-    calls = {n: lambda n=n: sample(net, z, n, cond=cond) for n in (1, 2, 100)}
+
+    def draw(n):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            sample(average, z, n, cond=cond)
+
+    calls = {n: functools.partial(draw, n) for n in (1, 2, 100)}
     sampling = in_turn(calls, device, rounds=min(3, rounds), repeats=1)
-    memory = peak_memory(device)
 
     where = f"{precision}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{title}, batch {batch_size}, {where}, compile {compile}")
-    print(f"{'training step':<28}{'ms':>10}{'x flow matching':>18}")
+    print(f"{'training step':<28}{'ms':>10}{'x flow matching':>18}{'peak MiB':>12}")
     for name, value in times.items():
-        print(f"{name:<28}{1e3 * value:>10.2f}{value / times['flow matching']:>18.2f}")
+        ratio = value / times["flow matching"]
+        print(f"{name:<28}{1e3 * value:>10.2f}{ratio:>18.2f}{memory[name] / 2**20:>12,.0f}")
     print(f"{f'sampling {points:,}':<28}{'ms':>10}{'x 1 NFE':>18}")
     for n, value in sampling.items():
         print(f"{f'{n} NFE':<28}{1e3 * value:>10.1f}{value / sampling[1]:>18.1f}")
     print(f"matrix peak {peak / 1e9:,.0f} GFLOP/s {precision}; a flow matching step reaches {share:.0%} of it")
-    print(f"peak memory {memory / 2**20:,.0f} MiB")
     return {"steps": times, "sampling": sampling, "peak": peak, "share_of_peak": share, "memory": memory}

@@ -12,7 +12,7 @@ from . import data, metrics
 from .features import Inception, classifier_of, features_of
 from .latents import autoencoder, decode
 from .recipes import FLOW_MATCHING, method_of
-from .runs import continue_run, data_of, read_config, sampled, start, trained, write_json
+from .runs import continue_run, data_of, finished, read_config, sampled, start, trained, write_json
 
 BASELINE = "flow-matching"
 
@@ -68,7 +68,8 @@ def yardstick(folder, config, device="cpu"):
             return measure_points(x, real, mixture)
     else:
         if config["features"] == "classifier":
-            net = classifier_of(folder, source, device)
+            common = {**config, "seed": 0, "batch_size": 128, "subset": 0, "flip": False}
+            net = classifier_of(folder, data_of(common), device)
             judge = copy.deepcopy(net).cpu()
         else:
             net, judge = Inception(config["features"]).to(device).eval(), None
@@ -100,13 +101,14 @@ def rows_of(folder, nfes, yard, device="cpu"):
 def baseline(folder, device="cpu"):
     """The flow-matching run inside a run folder, trained now if it is not there yet.  -> its path.
 
-    Same network, data, steps, batch and seed; only the loss is another.
+    Same network, first weights, data, steps, batch and seed; only the loss is another.
     """
     folder = Path(folder)
     inside = folder / BASELINE
     if not (inside / "config.json").exists():
         start(inside, {**read_config(folder), **FLOW_MATCHING})
-    continue_run(inside, device=device)
+    if not finished(inside):
+        continue_run(inside, device=device)
     return inside
 
 
@@ -123,11 +125,15 @@ def evaluate(folder, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=T
         more, flow_kept = rows_of(baseline(folder, device), flow_nfes, yard, device)
         rows, kept = rows + more, kept | flow_kept
     kept["data"] = yard.real
+    if config.get("vae"):
+        vae, scaling = autoencoder(config["vae"], device), data_of(config).scaling
+        kept = {name: decode(x[:64], vae, **scaling) for name, x in kept.items()}
     result = {
         "data": config["data"],
         "seed": config["seed"],
         "seconds": round(time.perf_counter() - began, 2),
         "device": str(device),
+        "samples": len(yard.real),
         "floor": yard.floor,
         "rows": rows,
     }

@@ -1,7 +1,6 @@
 """What images are compared by: features, from a small classifier trained here or from Inception."""
 
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -50,7 +49,11 @@ def train_classifier(data, steps=600, lr=2e-3, device="cpu"):
 
 
 def classifier_of(folder, data, device="cpu"):
-    """The classifier kept in a run folder, trained now if it is not there yet."""
+    """The classifier kept in a run folder, trained now if it is not there yet.
+
+    data: the whole set with a seed and batch that do not depend on the run, so that the figures of
+    all runs on one set are in the same features.
+    """
     path = Path(folder) / "classifier.pt"
     if path.exists():
         net = Classifier(data.shape[0], data.classes)
@@ -73,7 +76,7 @@ class Inception(nn.Module):
             raise ValueError(f"{path}: no such file: features are 'classifier' or a file of torchvision's Inception v3")
         try:
             self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # whatever a damaged file makes the reader raise
             raise ValueError(f"{path}: not torchvision's Inception v3 ({str(error).splitlines()[0]})") from None
         self.net.fc = nn.Identity()
 

@@ -5,9 +5,11 @@ deals the rows out to training steps.
 """
 
 import gzip
+import io
 import math
 import os
 import pickle
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +46,7 @@ def read_idx(path):
     """Read a file of the MNIST format, plain or .gz.  -> uint8 tensor. Raises ValueError if it is another."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         raise ValueError(f"{path}: cut short or not gzip") from None
     axes = raw[3] if len(raw) >= 4 and raw[:3] == b"\0\0\x08" else 0
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
@@ -53,36 +55,50 @@ def read_idx(path):
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).copy()).view(*shape)
 
 
-def _find(name, folder, places):
-    """The first of several files that exists; a ValueError that says where we looked and how to get it."""
-    for place in places:
-        if place.is_file():
-            return place
-    looked = ", ".join(map(str, places))
-    raise ValueError(f"{name}: none of {looked} is there; get it by {GET[name].format(str(folder))}")
+def _find(name, folder, roots, files):
+    """Paths of files, plain or .gz, that lie together in one of several folders; a ValueError says where we looked."""
+    for root in roots:
+        found = {file: [p for p in (root / f"{file}.gz", root / file) if p.is_file()] for file in files}
+        if all(found.values()):
+            return [paths[0] for paths in found.values()]
+        if any(found.values()):
+            missing = next(file for file, paths in found.items() if not paths)
+            raise ValueError(f"{name}: {root / missing} is missing, next to others of the set")
+    looked = ", ".join(str(root / files[0]) for root in roots)
+    raise ValueError(f"{name}: none of {looked} or their .gz is there; get it by {GET[name].format(str(folder))}")
 
 
 def _mnist(name, folder, train):
-    part, names = ("train" if train else "t10k"), {"fashion": "FashionMNIST", "mnist": "MNIST"}
-    roots = [folder, folder / names[name] / "raw", *map(Path, [DEBIAN[name]] if name in DEBIAN else [])]
-    pixels, labels = (
-        read_idx(_find(name, folder, [root / f"{part}-{kind}-ubyte{end}" for root in roots for end in (".gz", "")]))
-        for kind in ("images-idx3", "labels-idx1")
-    )
+    raw = folder / {"fashion": "FashionMNIST", "mnist": "MNIST"}[name] / "raw"
+    roots = [folder, raw, *([Path(DEBIAN[name])] if name in DEBIAN else [])]
+    kinds = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    paths = _find(name, folder, roots, kinds)
+    pixels, labels = map(read_idx, paths[:2] if train else paths[2:])
     return pixels[:, None], labels.long()
 
 
+class _Arrays(pickle.Unpickler):
+    """Reads arrays and plain data; a pickle that names anything else, which it could run, is refused."""
+
+    def find_class(self, module, name):
+        if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype", "_frombuffer"):
+            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
 def _cifar10(name, folder, train):
-    pixels, labels = [], []
-    for part in [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]:
-        path = _find(name, folder, [folder / "cifar-10-batches-py" / part, folder / part])
+    parts, pixels, labels = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], [], []
+    paths = _find(name, folder, [folder / "cifar-10-batches-py", folder], parts)
+    for path in paths[:5] if train else paths[5:]:
         try:
-            content = pickle.loads(path.read_bytes(), encoding="bytes")
+            content = _Arrays(io.BytesIO(path.read_bytes()), encoding="bytes").load()
             pixels.append(torch.from_numpy(np.asarray(content[b"data"], np.uint8)).view(-1, 3, 32, 32))
-            labels += content[b"labels"]
-        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, RuntimeError):
+            labels.append(torch.tensor(content[b"labels"]).long())
+        except Exception:  # whatever a damaged file makes the reader raise
             raise ValueError(f"{path}: cut short, or no CIFAR-10 batch") from None
-    return torch.cat(pixels), torch.tensor(labels)
+    return torch.cat(pixels), torch.cat(labels)
 
 
 class Pixels:
@@ -115,6 +131,8 @@ class Folder:
     """
 
     def __init__(self, folder, size):
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder")
         try:
@@ -158,8 +176,10 @@ class Images:
 
     data: a name, a folder of images or one of latents; `size` as trained on, `flip` mirrors half of
     the images at random, `subset` > 0 keeps the first so many of each class, for a machine without a GPU.
-    Rows are shuffled once an epoch and cut into batches that run on over its end, so the position in
-    the data is the step. Raises ValueError, in one line, for data that is missing or does not fit.
+    Of a set without a test part, folders and latents, every twentieth image is kept from training.
+
+    Rows are shuffled once an epoch and cut into batches that run on over its end, so the position in the
+    data is the step. Raises ValueError, in one line, for data that is missing or does not fit.
     """
 
     def __init__(self, data, batch_size, seed=0, folder="data", size=32, flip=False, subset=0):
@@ -180,9 +200,16 @@ class Images:
         self.shape, self.classes = self.train.shape, self.train.classes
         if self.shape[-1] != size:
             raise ValueError(f"{data}: size is {self.shape[-1]} there, not {size}: --set size={self.shape[-1]}")
+        if subset < 0:
+            raise ValueError(f"subset must be at least 0, got {subset}")
         self.rows = torch.arange(len(self.train))
+        if self.train is self.test:
+            held_out = self.rows % 20 == 19
+            self.rows, self.test_rows = self.rows[~held_out], self.rows[held_out]
+        else:
+            self.test_rows = torch.arange(len(self.test))
         if subset:
-            of_class = [(self.train.labels == label).nonzero()[:subset, 0] for label in range(self.classes)]
+            of_class = [self.rows[self.train.labels[self.rows] == label][:subset] for label in range(self.classes)]
             self.rows = torch.cat(of_class)
 
     @property
@@ -203,15 +230,10 @@ class Images:
         return x, label
 
     def fresh(self, n, draw=0):
-        """n real images with labels to measure against: draw 0 from the test part, 1 from the training part.
+        """n real images with labels to measure against, none of them trained on; draws 0 and 1 have none in common.
 
-        A folder has no test part: both are drawn from it, as disjoint halves. Fewer than n come back
-        where a part has fewer.
+        Fewer than n come back where half of the test part is fewer.
         """
-        generator = seeded(self.seed, 1, draw)
-        if self.train is self.test:
-            rows = torch.randperm(len(self.rows), generator=seeded(self.seed, 1))[draw % 2 :: 2][:n]
-            return self.train.read(self.rows[rows], generator)
-        if draw == 0:
-            return self.test.read(torch.randperm(len(self.test), generator=generator)[:n], generator)
-        return self.train.read(self.rows[torch.randperm(len(self.rows), generator=generator)[:n]], generator)
+        order = torch.randperm(len(self.test_rows), generator=seeded(self.seed, 1))
+        rows = order[: len(order) // 2 * 2][draw % 2 :: 2][:n]
+        return self.test.read(self.test_rows[rows], seeded(self.seed, 1, draw))

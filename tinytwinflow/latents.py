@@ -45,11 +45,9 @@ def encode(images, vae, out, batch_size=32, shard=4096):
     out = Path(out)
     if is_latents(out):
         raise ValueError(f"{out} already holds latents: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     begun = json.dumps([str(images.folder), len(images), images.size, str(vae.config._name_or_path), shard])
     if (out / BEGUN).exists() and (out / BEGUN).read_text() != begun:
         raise ValueError(f"{out} was begun with other images, size or autoencoder: choose another --out")
-    (out / BEGUN).write_text(begun)
     device, names = next(vae.parameters()).device, []
     for begin in range(0, len(images), shard):
         name = f"latents-{begin // shard:05d}.npy"
@@ -65,6 +63,8 @@ def encode(images, vae, out, batch_size=32, shard=4096):
         whole = torch.cat(parts)
         if not whole.isfinite().all():
             raise ValueError(f"images {begin} to {begin + len(whole) - 1}: their latents are not finite in float16")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / BEGUN).write_text(begun)
         aside = out / (name + ".tmp")
         with open(aside, "wb") as file:
             np.save(file, whole.numpy())
@@ -96,13 +96,14 @@ class Latents:
             self.labels, self.classes = torch.tensor(about["labels"]), about["classes"]
             self.scale, self.shift, names = about["scale"], about["shift"], about["shards"]
             self.shards = [np.load(self.folder / name, mmap_mode="r") for name in names]
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            self.labels, self.scale, self.shift = self.labels.long(), float(self.scale), float(self.shift)
+        except Exception as error:  # whatever a damaged file makes the readers raise
             raise ValueError(f"{self.folder}: damaged latents ({error})") from None
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         shapes = {shard.shape[1:] for shard in self.shards}
         if len(shapes) != 1 or self.ends[-1] != len(self.labels):
             raise ValueError(f"{self.folder}: damaged latents (shards of shapes {shapes}, {len(self.labels)} labels)")
-        if not 0 <= self.labels.min() <= self.labels.max() < self.classes:
+        if not isinstance(self.classes, int) or not 0 <= self.labels.min() <= self.labels.max() < self.classes:
             raise ValueError(f"{self.folder}: labels must lie in [0, {self.classes - 1}]")
         _, twice, height, width = shapes.pop()
         self.shape = (twice // 2, height, width)

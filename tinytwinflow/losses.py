@@ -109,6 +109,8 @@ class TwinFlowLoss:
         need(0 <= self.flow_share <= 1, f"flow_share must lie in [0, 1], got {self.flow_share!r}")
         need(0 <= self.one_step_share <= 1, f"one_step_share must lie in [0, 1], got {self.one_step_share!r}")
         need(0 < self.dt < 1, f"dt must lie in (0, 1), got {self.dt!r}")
+        numbers = all(isinstance(a, int | float) for a in (*self.times, *self.guidance_range))
+        need(numbers, f"times and guidance_range must be numbers, got {self.times!r} and {self.guidance_range!r}")
         need(len(self.times) == 2 and min(self.times) > 0, f"times must be two positive numbers, got {self.times!r}")
         need(self.metric in METRICS, f"unknown metric {self.metric!r}: choose from {', '.join(METRICS)}")
         for name in ("adversarial_weight", "rectify_weight", "guidance"):
@@ -117,6 +119,7 @@ class TwinFlowLoss:
         need(self.gain > 0, f"gain must be > 0, got {self.gain!r}")
         need(self.clip > 0, f"clip must be > 0, got {self.clip!r}")
         need(self.rectify_clip is None or self.rectify_clip > 0, f"rectify_clip must be > 0, got {self.rectify_clip!r}")
+        need(len(self.guidance_range) == 2, f"guidance_range must be two times, got {self.guidance_range!r}")
         low, high = self.guidance_range
         need(0 <= low <= high <= 1, f"guidance_range must be two times 0 <= low <= high <= 1, got {low}, {high}")
 

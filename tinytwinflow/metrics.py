@@ -76,8 +76,9 @@ def coverage(x, mixture, radius=3.0):
 def frechet(x, y):
     """Frechet distance |mean x - mean y|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)) of the Gaussians fitted to two sets.
 
-    x (n, D), y (m, D), features of images. In Inception's features it is the FID (not a root, as is custom).
-    Biased upwards for few samples: compare only figures of equal n.
+    x (n, D), y (m, D), features of images. A square, not a root, as is custom. It depends on the features:
+    published FIDs are of one particular Inception file and way to resize. Biased upwards for few samples: compare
+    only figures of equal n.
     """
     _check(x, y)
     x, y = x.double(), y.double()

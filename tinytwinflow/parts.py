@@ -14,7 +14,8 @@ def split(n, shares, generator=None, device="cpu"):
     ends = [round(n * sum(shares[: i + 1]), 6) for i in range(len(shares))]
     offset = 0.0
     if any(end != int(end) for end in ends):
-        offset = torch.rand((), generator=generator, device=device, dtype=torch.float64).item()
+        exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        offset = torch.rand((), generator=generator, device=device, dtype=exact).item()
     ends = [0, *(int(end + offset) for end in ends)]
     return tuple(b - a for a, b in zip(ends[:-1], ends[1:]))
 

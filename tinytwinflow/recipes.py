@@ -1,6 +1,7 @@
 """Named settings. A recipe is a flat dict; `--set key=value` changes one entry of it."""
 
 import json
+import math
 from dataclasses import fields
 
 from .losses import TwinFlowLoss
@@ -24,7 +25,7 @@ LOSS = {  # see TwinFlowLoss
     "guidance_range": [0.0, 1.0],
 }
 
-ENGINE = {  # see train.train
+ENGINE = {  # see train.train, and runs.first_weights
     "ema": 0.999,
     "teacher_ema": 0.99,
     "label_dropout": 0.1,
@@ -32,6 +33,7 @@ ENGINE = {  # see train.train
     "clip_norm": None,
     "precision": "float32",
     "compile": "none",
+    "init_from": "",
 }
 
 TOY = {
@@ -161,9 +163,10 @@ def _parse(key, text, default):
         value = None if text == "None" else text
     if isinstance(default, float) and type(value) is int:
         value = float(value)
-    kind = (float, int, type(None)) if default is None else type(default)
+    none_too = default is None or key == "clip_norm"
+    kind = (float, int, type(None)) if none_too else type(default)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        wanted = "a number or None" if default is None else f"{kind.__name__}, like {json.dumps(default)}"
+        wanted = "a number or None" if none_too else f"{kind.__name__}, like {json.dumps(default)}"
         raise ValueError(f"{key} takes {wanted}, got {text!r}")
     return value
 
@@ -175,10 +178,11 @@ def check(config):
     for key in (*needed, *(key for key in positive if key in config)):
         if config[key] < 1:
             raise ValueError(f"{key} must be at least 1, got {config[key]}")
-    if config["eval_samples"] < 2:
-        raise ValueError(f"eval_samples must be at least 2, got {config['eval_samples']}")
-    if not config["lr"] > 0:
-        raise ValueError(f"lr must be > 0, got {config['lr']}")
+    least = 6 if "size" in config else 2  # of images, more than the neighbours that are looked for
+    if config["eval_samples"] < least:
+        raise ValueError(f"eval_samples must be at least {least}, got {config['eval_samples']}")
+    if not 0 < config["lr"] < math.inf:
+        raise ValueError(f"lr must be a number > 0, got {config['lr']}")
     if config["clip_norm"] is not None and not config["clip_norm"] > 0:
         raise ValueError(f"clip_norm must be > 0 or None, got {config['clip_norm']}")
     if config["batch_size"] % config["accumulate"]:

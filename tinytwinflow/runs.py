@@ -12,10 +12,12 @@ import torch
 from tqdm import tqdm
 
 from .data import Points
+from .features import Inception
 from .images import Images
+from .latents import autoencoder
 from .nets import MLP, DiT, UNet, dit, load_published
 from .pictures import draw_one
-from .recipes import ENGINE, check, loss_of
+from .recipes import ENGINE, RECIPES, check, loss_of
 from .samplers import sample
 from .train import load, load_weights, new_state, save, train
 
@@ -35,8 +37,11 @@ def read_config(folder):
     try:
         config = json.loads(path.read_text())
         check(config)
+        missing = RECIPES[config["recipe"]].keys() - config.keys() or {"seed"} - config.keys()
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the settings of a run ({error})") from None
+    if missing:
+        raise ValueError(f"{path}: not the settings of a run ({', '.join(sorted(missing))} missing)")
     return config
 
 
@@ -47,6 +52,10 @@ def net_of(config, shape, classes):
         raise ValueError(
             f"net {kind!r} does not fit samples of shape {tuple(shape)}: mlp is for points, others for images"
         )
+    needed = {"mlp": ("width", "depth"), "unet": ("width", "depth"), "dit": ("width", "depth", "heads", "patch")}
+    missing = [key for key in needed.get(kind, ()) if key not in config]
+    if missing:
+        raise ValueError(f"net {kind!r} needs {', '.join(missing)}, which recipe {config['recipe']} does not set")
     if kind == "mlp":
         return MLP(shape[0], config["width"], config["depth"], classes)
     channels, size = shape[0], shape[-1]
@@ -65,7 +74,7 @@ def trained(folder, device="cpu"):
     Raises ValueError if the folder holds no run, or its checkpoint does not fit it.
     """
     config, path = read_config(folder), Path(folder) / "checkpoint.pt"
-    saved = load(path, device)
+    saved = load(path, device, keys=("average", "step", "data"))
     net = net_of(config, saved["data"]["shape"], saved["data"]["classes"]).to(device)
     load_weights(net, saved["average"], path)
     return net.requires_grad_(False), config, saved
@@ -97,12 +106,25 @@ def set_aside(folder):
 def start(folder, config, aside=False):
     """Make a new run folder, having looked at its data and network; aside=True first moves an earlier run away.
 
-    Raises ValueError if the data is not there or does not fit, or a run is there already: nothing is overwritten.
+    Raises ValueError if anything that the settings name is not there or does not fit, or a run is there already:
+    nothing is overwritten.
     """
     folder = Path(folder)
     data = data_of(config)
     with torch.device("meta"):
         net_of(config, data.shape, data.classes)
+    if "size" in config and len(data.test_rows) < 12:
+        kept = f"{len(data.test_rows)} images are kept to measure against, of a folder every twentieth"
+        raise ValueError(f"{config['data']}: {kept}; at least 12 are needed")
+    if config["init_from"]:
+        first_weights(net_of(config, data.shape, data.classes), config["init_from"])
+    if config.get("features", "classifier") != "classifier":
+        judged = Inception(config["features"])
+        if data.shape[0] != 3 and not config.get("vae"):
+            raise ValueError(f"Inception takes RGB images, not {data.shape[0]} channels: --set features=classifier")
+        del judged
+    if config.get("vae"):
+        autoencoder(config["vae"])
     if aside:
         set_aside(folder)
     if (folder / "config.json").exists() or (folder / "checkpoint.pt").exists():
@@ -125,7 +147,7 @@ def _cut_log(path, step):
     os.replace(aside, path)
 
 
-def first_weights(net, source, device="cpu"):
+def first_weights(net, source):
     """Fill a network from a run folder, one of its checkpoints, or "sit:FILE" or "dit:FILE", published weights."""
     kind, colon, path = str(source).partition(":")
     if colon and kind in ("sit", "dit"):
@@ -134,15 +156,21 @@ def first_weights(net, source, device="cpu"):
         load_published(net, path, kind)
     else:
         path = Path(source) / "checkpoint.pt" if Path(source).is_dir() else Path(source)
-        load_weights(net, load(path, device)["average"], path)
+        load_weights(net, load(path)["average"], path)
 
 
-def continue_run(folder, init_from=None, device="cpu"):
+def finished(folder):
+    """Whether a run has taken its last step."""
+    path = Path(folder) / "checkpoint.pt"
+    return path.exists() and load(path)["step"] >= read_config(folder)["steps"]
+
+
+def continue_run(folder, device="cpu"):
     """Train a run to its last step from wherever it stands, with a log line a step and checkpoints.
 
-    A folder without checkpoint is at step 0; init_from then gives the first weights, see `first_weights`.
-    Returns the final State. Raises ValueError if the folder, its data or its checkpoint
-    does not fit, FloatingPointError if training goes astray.
+    A folder without checkpoint is at step 0; the setting init_from may give the first weights. Returns the
+    final State. Raises ValueError if the folder, its data or its checkpoint does not fit, FloatingPointError
+    if training goes astray.
     """
     folder = Path(folder)
     config, checkpoint, log = read_config(folder), folder / "checkpoint.pt", folder / "log.jsonl"
@@ -158,13 +186,15 @@ def continue_run(folder, init_from=None, device="cpu"):
         save(checkpoint, {**state.state_dict(), "data": about_data})
 
     if checkpoint.exists():
-        saved = load(checkpoint, device)
+        saved = load(checkpoint, keys=("net", "average", "teacher", "optimizer", "generator", "step", "data"))
         load_weights(net, saved["net"], checkpoint)
         state.load_state_dict(saved)
+        del saved
     else:
-        if init_from is not None:
-            for network in (net, state.average, state.teacher):
-                first_weights(network, init_from, device)
+        if config["init_from"]:
+            first_weights(net, config["init_from"])
+            for average in (state.average, state.teacher):
+                average.load_state_dict(net.state_dict())
         write_checkpoint()
 
     pool, next_batch = ThreadPoolExecutor(1), {}
@@ -179,7 +209,7 @@ def continue_run(folder, init_from=None, device="cpu"):
     if config["compile"] != "none":
         for network in (state.net, state.teacher):
             network.compile()
-    keys = ("warmup_steps", "base_steps", *(key for key in ENGINE if key != "compile"))
+    keys = ("warmup_steps", "base_steps", *(key for key in ENGINE if key not in ("compile", "init_from")))
     null = data.classes if config["conditional"] else None
     options = {key: config[key] for key in keys}
     records = train(state, loss_of(config), batch, config["steps"], null=null, **options)

@@ -11,7 +11,7 @@ bit for bit as if it had never stopped.
 import dataclasses
 import math
 import os
-import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,10 @@ class State:
         self.average.load_state_dict(saved["average"])
         self.teacher.load_state_dict(saved["teacher"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.generator.set_state(saved["generator"].cpu())
+        try:
+            self.generator.set_state(saved["generator"].cpu())
+        except RuntimeError:
+            raise ValueError("the run was trained on another kind of device: go on with it there") from None
         self.step = saved["step"]
 
 
@@ -99,10 +102,13 @@ def train(
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate(i, steps)
         current = flow_matching if i < warmup_steps else base if i < warmup_steps + base_steps else loss
+        if len(x) % accumulate:
+            raise ValueError(f"a batch of {len(x)} does not divide into {accumulate} equal parts")
         state.optimizer.zero_grad()
         terms = torch.zeros(len(Losses._fields), device=device)
         for part in torch.arange(len(x), device=device).chunk(accumulate):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            # no cache: older torch reuses casts made without gradient, and those weights would get none
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
                 out = current(state.net, x[part], take(cond, part), state.teacher, null, generator=state.generator)
             (out.total / accumulate).backward()
             terms += torch.stack(out).detach() / accumulate
@@ -124,7 +130,7 @@ def save(path, content):
 
     Raises FloatingPointError, writing nothing, if a weight is not finite.
     """
-    for name, value in content["net"].items():
+    for name, value in (*content["net"].items(), *content["average"].items()):
         if not value.isfinite().all():
             raise FloatingPointError(f"step {content['step']}: weight {name} is not finite; the last checkpoint stays")
     aside = Path(path).with_suffix(".tmp")
@@ -140,9 +146,13 @@ def load(path, device="cpu", keys=("net", "average", "step")):
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint")
     try:
+        with zipfile.ZipFile(path) as whole:
+            damaged = whole.testzip()
         content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+    except Exception:  # whatever a damaged file makes the readers raise
         raise ValueError(f"{path}: the file is cut short or is no checkpoint") from None
+    if damaged:
+        raise ValueError(f"{path}: the file is damaged at {damaged}")
     if not isinstance(content, dict) or not set(keys) <= content.keys():
         raise ValueError(f"{path}: holds no {', '.join(keys)}, so it is no checkpoint of this library")
     return content
@@ -150,9 +160,9 @@ def load(path, device="cpu", keys=("net", "average", "step")):
 
 def load_weights(net, weights, path):
     """Put weights into a network. Raises ValueError that names the first tensor that does not fit."""
-    own = net.state_dict()
+    own, weights = net.state_dict(), weights if isinstance(weights, dict) else {}
     for name in sorted(own.keys() | weights.keys()):
-        here, there = (tuple(w[name].shape) if name in w else None for w in (own, weights))
+        here, there = (tuple(w[name].shape) if torch.is_tensor(w.get(name)) else None for w in (own, weights))
         if here != there:
             raise ValueError(f"{path}: holds another network ({name} is {there} there, {here} here)")
     net.load_state_dict(weights)

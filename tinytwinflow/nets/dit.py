@@ -80,7 +80,7 @@ class DiT(nn.Module):
     """Velocity field for images.  net(x, t, r, cond) : (B, C, H, H), (B,), (B,), (B,) -> (B, C, H, H), float32.
 
     t and r lie in [-1, 1]; see `Times` for how they enter. With `classes`, cond holds labels in
-    [0, classes]; the last one is the null label. A new network is zero (adaLN-Zero).
+    [0, classes]; the last one is the null label. A new network is zero (adaLN-Zero) but for epsilon=True.
 
     epsilon: the weights are those of a DiT of Peebles and Xie, which predicts the noise of another path
     at steps 0..999; forward then translates, see `from_epsilon`. Raises ValueError for a size,
@@ -149,10 +149,11 @@ def from_epsilon(predict, x_t, t):
     predicted noise as z, v = (z - x_t) / (1 - t). Its last step, 999, is t = 0.9937; that value stands
     in for larger t, where the division would fail.
     """
-    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device=x_t.device)
+    exact = torch.float32 if x_t.device.type == "mps" else torch.float64
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=exact, device=x_t.device)
     alpha = (1 - beta).cumprod(0)
     ratio = (alpha / (1 - alpha)).sqrt()  # (1 - t) / t at each step, falling
-    t = t.abs().double().clamp(1 / (1 + ratio[0]), 1 / (1 + ratio[-1]))
+    t = t.abs().to(exact).clamp(1 / (1 + ratio[0]), 1 / (1 + ratio[-1]))
     wanted, falling = ((1 - t) / t).log(), ratio.log()
     after = torch.searchsorted(-falling, -wanted).clamp(1, 999)
     step = after - (wanted - falling[after]) / (falling[after - 1] - falling[after])

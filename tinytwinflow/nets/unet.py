@@ -1,5 +1,7 @@
 """A compact U-Net for images of 16 to 64 pixels: convolutions, with attention where the image is smallest."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as f
@@ -9,7 +11,7 @@ from .embed import Times, check_image, check_labels, check_times
 
 
 def norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
 
 
 class Residual(nn.Module):
