@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import write_cifar, write_folder, write_mnist
 from test_cli import fails
 from test_nets import published
@@ -226,3 +227,20 @@ def test_every_recipe_has_the_settings_that_scripts_rely_on():
     common = {"steps", "batch_size", "lr", "share", "order", "guidance", "warmup_steps", "ema", "log_every"}
     for recipe in RECIPES.values():
         assert common | {"checkpoint_every"} <= recipe.keys()
+
+
+def test_latents_are_decoded_for_inception_and_for_pictures(home, vae, tmp_path, monkeypatch):
+    """The path to a FID on ImageNet: latents to pixels to torchvision's Inception, here with random weights."""
+    from tinytwinflow import pictures
+
+    torch.manual_seed(0)
+    weights = torchvision.models.inception_v3(weights=None, init_weights=False).state_dict()
+    torch.save(weights, tmp_path / "inception.pth")
+    drawn, draw = [], pictures.draw
+    monkeypatch.setattr(pictures, "draw", lambda path, panels, *rest: (drawn.extend(panels), draw(path, panels, *rest)))
+    changes = [*ENGINE, *RUNS["imagenet"], f"vae={vae}", f"features={tmp_path / 'inception.pth'}"]
+    command = ["train", "imagenet", "--data-dir", str(home), "--set", *changes, "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert set(result["floor"]) == IMAGE_METRICS - {"accuracy"} and result["samples"] == 6
+    assert all(x.shape[1:] == (3, 16, 16) for _, x, _ in drawn)
