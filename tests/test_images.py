@@ -14,9 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tinytwinflow import latents
-from tinytwinflow.images import Folder, Images, to_bytes, to_unit
+from tinytwinflow.images import Folder, Images, to_unit
 
 close = torch.testing.assert_close
+
+
+def to_bytes(x):
+    """Floats in [-1, 1] back to the bytes they came from."""
+    return ((x + 1) * 127.5).round().to(torch.uint8)
 
 
 @pytest.fixture(scope="module")

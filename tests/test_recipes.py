@@ -146,7 +146,7 @@ def test_published_weights_start_a_run(home, tmp_path, capsys):
         torch.testing.assert_close(net.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
     changes = [*engine, *RUNS["fashion"]]
     command = ["train", "fashion", "--data-dir", str(home), "--set", *changes, "--out", str(tmp_path / "other")]
-    fails(capsys, [*command, "--init-from", f"sit:{tmp_path / 'weights.pt'}"], "weights.pt", "not this SIT")
+    fails(capsys, [*command, "--init-from", f"sit:{tmp_path / 'weights.pt'}"], "weights.pt", "another network")
 
 
 def test_wrong_settings_are_answered_in_one_line(home, vae, tmp_path, capsys):

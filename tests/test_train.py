@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from tinytwinflow import Losses, TwinFlowLoss, ema
 from tinytwinflow.data import Points
+from tinytwinflow.files import load
 from tinytwinflow.nets import MLP
 from tinytwinflow.recipes import settings as recipe
 from tinytwinflow.runs import continue_run, read_log, start, trained
-from tinytwinflow.train import learning_rate, load, new_state, save, train
+from tinytwinflow.train import learning_rate, new_state, save, train
 
 SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "base_steps=0", "eval_samples=64"]
 

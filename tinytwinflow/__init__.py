@@ -7,8 +7,8 @@
     out = loss(net, x)                          # out.total.backward()
     x = ttf.sample(net, z, steps=1)
 
-The rooms, in reading order: path, exact, twin, parts, losses, samplers, reference, nets, data, latents, images,
-metrics, ema, train, features.
+The rooms, in reading order: path, exact, twin, parts, losses, samplers, reference, nets, files, data, latents,
+images, metrics, ema, train, features.
 """
 
 from . import (
@@ -16,6 +16,7 @@ from . import (
     ema,
     exact,
     features,
+    files,
     images,
     latents,
     losses,
@@ -38,6 +39,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Draws", "GaussianMixture", "Losses", "TwinFlowLoss", "Twins",
     "gap", "generate", "sample", "time_grid", "twin_velocities",
-    "data", "ema", "exact", "features", "images", "latents", "losses", "metrics", "nets", "parts", "path",
+    "data", "ema", "exact", "features", "files", "images", "latents", "losses", "metrics", "nets", "parts", "path",
     "reference", "samplers", "train", "twin",
 ]  # fmt: skip

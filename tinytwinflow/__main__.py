@@ -11,9 +11,10 @@ import torch
 from . import bench, compare, images, pictures
 from .data import NAMES, restore
 from .evaluate import evaluate, table
+from .files import write_json
 from .latents import autoencoder, decode, encode
 from .recipes import RECIPES, method_of, settings
-from .runs import continue_run, read_config, read_log, sampled, start, trained, write_json
+from .runs import continue_run, read_config, read_log, sampled, start, trained
 from .samplers import MODES
 from .train import COMPILE
 
@@ -135,7 +136,7 @@ def run_toy(args):
     began = time.perf_counter()
     folder = Path(args.out or "runs/toy")
     config, device = config_of(args, "toy"), device_of(args.device)
-    start(folder, config, aside=True)
+    start(folder, config, move=True)
     continue_run(folder, device=device)
     result, kept = evaluate(folder, nfes=(1, 2, 4), device=device)
     show(folder, result, kept)

@@ -14,6 +14,7 @@ from .losses import TwinFlowLoss
 from .nets import MLP, dit
 from .recipes import loss_of, settings
 from .samplers import sample
+from .train import adamw, autocast
 
 
 def synchronize(device):
@@ -66,17 +67,14 @@ def training_steps(net, losses, shape, batch_size, device, precision):
     """Functions that each take one whole training step with one of the losses: forward, backward, optimiser, moving
     average as teacher. They share one network, so that the memory is that of one."""
     average = average_of(net)
-    how = {"fused": True} if str(device).startswith("cuda") else {"foreach": True}
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, **how)
+    optimizer = adamw(net, lr=1e-6)
     x = torch.randn(batch_size, *shape, device=device)
     cond = torch.randint(net.classes, (batch_size,), device=device)
     null = torch.tensor([net.classes], device=device)
 
     def step(loss):
         optimizer.zero_grad()
-        with torch.autocast(
-            torch.device(device).type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
-        ):
+        with autocast(device, precision):
             total = loss(net, x, cond, average, null).total
         total.backward()
         optimizer.step()
@@ -125,7 +123,7 @@ def bench(device="cpu", net="mlp", batch_size=None, points=None, rounds=9, preci
     cond = torch.zeros(points, dtype=torch.long, device=device)
 
     def draw(n):
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             sample(average, z, n, cond=cond)
 
     calls = {n: functools.partial(draw, n) for n in (1, 2, 100)}

@@ -7,8 +7,9 @@ from statistics import mean, pstdev
 
 from . import data, pictures
 from .evaluate import rows_of, yardstick
+from .files import write_json
 from .recipes import FLOW_MATCHING, RCGM, settings
-from .runs import continue_run, read_config, start, write_json
+from .runs import continue_run, read_config, start
 
 STEPS = 8000  # where flow matching at 100 NFE has come near the floor
 SAMPLES = 50000  # so many that the floor, real data against real data, is well below what is measured

@@ -183,6 +183,18 @@ def seeded(*key):
     return torch.Generator().manual_seed(int(seed >> 1))
 
 
+@functools.lru_cache(maxsize=2)
+def _shuffled(n, seed, epoch):
+    return torch.randperm(n, generator=seeded(seed, 0, epoch))
+
+
+def rows_of_step(n, batch_size, step, seed):
+    """Which of n rows make up the batch of a step: shuffled once an epoch, batches run on over its end."""
+    index = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = index.div(n, rounding_mode="floor")
+    return torch.cat([_shuffled(n, seed, epoch)[index[epochs == epoch] % n] for epoch in epochs.unique().tolist()])
+
+
 def restore(x, mean, std):
     """Undo a standardisation; points of a named set (mean None) were not standardised."""
     return x if mean is None else x * std.to(x) + mean.to(x)
@@ -214,12 +226,7 @@ class Points:
         """Points (batch_size, D) and labels (batch_size,) or None of one step."""
         if self.table is None:
             return points(self.name, self.batch_size, seeded(self.seed, 0, step))
-        n = len(self.table)
-        index = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        rows = torch.empty_like(index)
-        for epoch in index.div(n, rounding_mode="floor").unique().tolist():
-            here = index.div(n, rounding_mode="floor") == epoch
-            rows[here] = torch.randperm(n, generator=seeded(self.seed, 0, epoch))[index[here] % n]
+        rows = rows_of_step(len(self.table), self.batch_size, step, self.seed)
         return self.standardise(self.table[rows]), None
 
     def fresh(self, n, draw=0):

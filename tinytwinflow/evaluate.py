@@ -10,9 +10,10 @@ import torch
 
 from . import data, metrics
 from .features import Inception, classifier_of, features_of
+from .files import write_json
 from .latents import autoencoder, decode
 from .recipes import FLOW_MATCHING, method_of
-from .runs import continue_run, data_of, finished, read_config, sampled, start, trained, write_json
+from .runs import continue_run, data_of, finished, read_config, sampled, start, trained
 
 BASELINE = "flow-matching"
 
@@ -52,6 +53,7 @@ class Yardstick(NamedTuple):
     label: torch.Tensor | None  # (n,), their labels; a conditional model's samples are made for the same ones
     measure: Callable  # samples, labels -> dict of metrics
     floor: dict  # the metrics of other real samples
+    show: Callable  # samples -> what a picture shows of them
 
 
 def yardstick(folder, config, device="cpu"):
@@ -61,6 +63,11 @@ def yardstick(folder, config, device="cpu"):
     (real, label), (again, label_again) = source.fresh(n, 0), source.fresh(n, 1)
     if not config["conditional"]:
         label = label_again = None
+    vae = autoencoder(config["vae"], device) if config.get("vae") else None
+
+    def pixels(x):
+        return x if vae is None else decode(x, vae, **source.scaling)
+
     if "size" not in config:
         mixture = data.mixture(config["data"])
 
@@ -73,17 +80,16 @@ def yardstick(folder, config, device="cpu"):
             judge = copy.deepcopy(net).cpu()
         else:
             net, judge = Inception(config["features"]).to(device).eval(), None
-        vae = autoencoder(config["vae"], device) if config.get("vae") and judge is None else None
 
         def see(x):
-            return features_of(net, x if vae is None else decode(x, vae, **source.scaling), device)
+            return features_of(net, pixels(x) if judge is None else x, device)
 
         of_real = see(real)
 
         def measure(x, label):
             return measure_images(see(x), label, of_real, judge)
 
-    return Yardstick(real, label, measure, measure(again, label_again))
+    return Yardstick(real, label, measure, measure(again, label_again), lambda x: pixels(x[:64]) if vae else x)
 
 
 def rows_of(folder, nfes, yard, device="cpu"):
@@ -125,9 +131,7 @@ def evaluate(folder, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=T
         more, flow_kept = rows_of(baseline(folder, device), flow_nfes, yard, device)
         rows, kept = rows + more, kept | flow_kept
     kept["data"] = yard.real
-    if config.get("vae"):
-        vae, scaling = autoencoder(config["vae"], device), data_of(config).scaling
-        kept = {name: decode(x[:64], vae, **scaling) for name, x in kept.items()}
+    kept = {name: yard.show(x) for name, x in kept.items()}
     result = {
         "data": config["data"],
         "seed": config["seed"],

@@ -1,6 +1,5 @@
 """What images are compared by: features, from a small classifier trained here or from Inception."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as f
 
-from .train import load, load_weights
+from .files import aside, load, load_weights
 
 PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation that Inception was trained with
 
@@ -60,9 +59,8 @@ def classifier_of(folder, data, device="cpu"):
         load_weights(net, load(path, keys=("net",))["net"], path)
         return net.to(device).eval().requires_grad_(False)
     net = train_classifier(data, device=device)
-    aside = path.with_suffix(".tmp")
-    torch.save({"net": net.state_dict()}, aside)
-    os.replace(aside, path)
+    with aside(path) as file:
+        torch.save({"net": net.state_dict()}, file)
     return net
 
 

@@ -11,7 +11,6 @@ import os
 import pickle
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as tv
 
 from . import latents
-from .data import seeded
+from .data import rows_of_step, seeded
 
 DEBIAN = {"fashion": "/usr/share/datasets/fashion-mnist"}
 GET = {
@@ -35,11 +34,6 @@ NAMES = tuple(GET)
 def to_unit(pixels):
     """Bytes 0..255 to floats in [-1, 1]."""
     return pixels.float() / 127.5 - 1
-
-
-def to_bytes(x):
-    """Floats to bytes, [-1, 1] to 0..255; what lies outside is cut off, as every display does."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def read_idx(path):
@@ -166,11 +160,6 @@ class Folder:
         return to_unit(torch.stack(list(self.pool.map(self._one, rows.tolist())))), self.labels[rows]
 
 
-@lru_cache(maxsize=2)
-def _shuffled(n, seed, epoch):
-    return torch.randperm(n, generator=seeded(seed, 0, epoch))
-
-
 class Images:
     """Training data as a function of the step: batch(i) is the same whenever and wherever it is asked.
 
@@ -219,11 +208,9 @@ class Images:
 
     def batch(self, step):
         """Images (batch_size, C, H, W) and labels (batch_size,) of one step."""
-        n, index = len(self.rows), torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs = index.div(n, rounding_mode="floor")
-        rows = torch.cat([_shuffled(n, self.seed, e)[index[epochs == e] % n] for e in epochs.unique().tolist()])
+        rows = self.rows[rows_of_step(len(self.rows), self.batch_size, step, self.seed)]
         generator = seeded(self.seed, 2, step)
-        x, label = self.train.read(self.rows[rows], generator)
+        x, label = self.train.read(rows, generator)
         if self.flip and not self.latents:
             mirrored = torch.rand(len(x), generator=generator) < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)

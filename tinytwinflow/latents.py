@@ -6,11 +6,12 @@ a set larger than memory costs none.
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from .files import aside, write_json
 
 INDEX, BEGUN = "latents.json", "begun.json"
 
@@ -65,10 +66,8 @@ def encode(images, vae, out, batch_size=32, shard=4096):
             raise ValueError(f"images {begin} to {begin + len(whole) - 1}: their latents are not finite in float16")
         out.mkdir(parents=True, exist_ok=True)
         (out / BEGUN).write_text(begun)
-        aside = out / (name + ".tmp")
-        with open(aside, "wb") as file:
+        with aside(out / name) as file:
             np.save(file, whole.numpy())
-        os.replace(aside, out / name)
     about = {
         "shards": names,
         "labels": images.labels.tolist(),
@@ -76,9 +75,7 @@ def encode(images, vae, out, batch_size=32, shard=4096):
         "scale": vae.config.scaling_factor,
         "shift": getattr(vae.config, "shift_factor", None) or 0.0,
     }
-    aside = out / (INDEX + ".tmp")
-    aside.write_text(json.dumps(about))
-    os.replace(aside, out / INDEX)
+    write_json(out / INDEX, about)
     (out / BEGUN).unlink()
 
 

@@ -94,9 +94,10 @@ def _radius(x, k):
     return torch.cat([torch.cdist(some, x).kthvalue(k + 1, dim=1)[0] for some in x.split(1024)])
 
 
-def _within(x, y, radius):
-    """Whether any x lies within the radius of each row of y.  (n, D), (m, D), (m,) -> (m,) bool."""
-    return torch.cat([(torch.cdist(b, x) <= r[:, None]).any(1) for b, r in zip(y.split(1024), radius.split(1024))])
+def _any_near(x, y, radius):
+    """Whether each row of x has a y within a radius, that of x (n, 1) or of y (m,).  (n, D), (m, D) -> (n,) bool."""
+    radius = radius.expand(len(x), len(y))
+    return torch.cat([(torch.cdist(some, y) <= r).any(1) for some, r in zip(x.split(1024), radius.split(1024))])
 
 
 def neighbours(x, y, k=5):
@@ -110,9 +111,11 @@ def neighbours(x, y, k=5):
     if min(len(x), len(y)) <= k:
         raise ValueError(f"neighbours needs more than k = {k} samples in each set, got {len(x)} and {len(y)}")
     real, own = _radius(y, k), _radius(x, k)
-    precision = torch.cat([(torch.cdist(some, y) <= real).any(1) for some in x.split(1024)])
-    recall = torch.cat([(torch.cdist(some, x) <= own).any(1) for some in y.split(1024)])
-    kinds = {"precision": precision, "recall": recall, "coverage": _within(x, y, real)}
+    kinds = {
+        "precision": _any_near(x, y, real),
+        "recall": _any_near(y, x, own),
+        "coverage": _any_near(y, x, real[:, None]),
+    }
     return {name: inside.double().mean().item() for name, inside in kinds.items()}
 
 

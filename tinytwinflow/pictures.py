@@ -36,6 +36,14 @@ def tile(axis, x, title, side=8):
     axis.title.set_fontsize(10)
 
 
+def panel(axis, x, title, color, limits=None):
+    """Points (n, D), by default within their own limits, or images (n, C, H, W)."""
+    if x.ndim == 4:
+        tile(axis, x, title)
+    else:
+        scatter(axis, x, title, color, limits or _limits(x))
+
+
 def _limits(x):
     low, high = np.quantile(x[:, :2], 0.001, axis=0), np.quantile(x[:, :2], 0.999, axis=0)
     middle, half = (low + high) / 2, 0.6 * (high - low).max()
@@ -70,11 +78,10 @@ def draw(path, panels, log, config, title):
     panels: list of (title, points (n, D) or images (n, C, H, W), color); the first points set the limits of all.
     """
     figure, axes = _canvas(len(panels) + 1)
+    first = panels[0][1]
+    limits = None if first.ndim == 4 else _limits(first)
     for axis, (name, x, color) in zip(axes, panels):
-        if x.ndim == 4:
-            tile(axis, x, name)
-        else:
-            scatter(axis, x[:8000], name, color, _limits(panels[0][1]))
+        panel(axis, x[:8000], name, color, limits)
     gap_curve(axes[-1], log, config)
     figure.suptitle(title, fontsize=11)
     aside = Path(path).with_suffix(".tmp.png")
@@ -85,10 +92,7 @@ def draw(path, panels, log, config, title):
 def draw_one(path, x, title):
     """Draw one set of points (n, D) or images (n, C, H, W)."""
     figure, axes = _canvas(1)
-    if x.ndim == 4:
-        tile(axes[0], x, title)
-    else:
-        scatter(axes[0], x, title, ONE, _limits(x))
+    panel(axes[0], x, title, ONE)
     figure.savefig(path)
 
 

@@ -4,7 +4,6 @@ Written in an order, and each file in a way, that a crash at any moment leaves a
 """
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,20 +12,14 @@ from tqdm import tqdm
 
 from .data import Points
 from .features import Inception
+from .files import aside, load, load_weights, write_json
 from .images import Images
 from .latents import autoencoder
 from .nets import MLP, DiT, UNet, dit, load_published
 from .pictures import draw_one
 from .recipes import ENGINE, RECIPES, check, loss_of
 from .samplers import sample
-from .train import load, load_weights, new_state, save, train
-
-
-def write_json(path, content):
-    """Write a JSON file aside, then rename it into place."""
-    aside = Path(path).with_suffix(".tmp")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, path)
+from .train import new_state, save, train
 
 
 def read_config(folder):
@@ -103,8 +96,8 @@ def set_aside(folder):
     print(f"{folder} moved to {folder}.{number}")
 
 
-def start(folder, config, aside=False):
-    """Make a new run folder, having looked at its data and network; aside=True first moves an earlier run away.
+def start(folder, config, move=False):
+    """Make a new run folder, having looked at its data and network; move=True first moves an earlier run away.
 
     Raises ValueError if anything that the settings name is not there or does not fit, or a run is there already:
     nothing is overwritten.
@@ -125,7 +118,7 @@ def start(folder, config, aside=False):
         del judged
     if config.get("vae"):
         autoencoder(config["vae"])
-    if aside:
+    if move:
         set_aside(folder)
     if (folder / "config.json").exists() or (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} already holds a run: --resume continues it, --out DIR starts another")
@@ -142,9 +135,8 @@ def _cut_log(path, step):
                 lines.append(line)
         except json.JSONDecodeError:
             break
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in lines))
-    os.replace(aside, path)
+    with aside(path, "w") as file:
+        file.write("".join(line + "\n" for line in lines))
 
 
 def first_weights(net, source):

@@ -10,14 +10,12 @@ bit for bit as if it had never stopped.
 
 import dataclasses
 import math
-import os
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from .ema import average_of, update, warmed_up
+from .files import aside
 from .losses import Losses
 from .twin import take
 
@@ -61,13 +59,25 @@ class State:
         self.step = saved["step"]
 
 
+def adamw(net, lr, betas=(0.9, 0.99)):
+    """AdamW without weight decay (Table 6), for all weights in a few kernels."""
+    how = {"fused": True} if next(net.parameters()).device.type == "cuda" else {"foreach": True}
+    return torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0.0, **how)
+
+
 def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0):
-    """Start of training: AdamW without weight decay (Table 6), the averages equal to the network."""
-    device = next(net.parameters()).device
-    how = {"fused": True} if device.type == "cuda" else {"foreach": True}
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0.0, **how)
+    """Start of training: AdamW, the averages equal to the network."""
+    optimizer = adamw(net, lr, betas)
     optimizer.param_groups[0]["initial_lr"] = lr
-    return State(net, average_of(net), average_of(net), optimizer, torch.Generator(device).manual_seed(seed))
+    generator = torch.Generator(next(net.parameters()).device).manual_seed(seed)
+    return State(net, average_of(net), average_of(net), optimizer, generator)
+
+
+def autocast(device, precision):
+    """The context that networks run in: "bf16" computes in bfloat16 what can be, "float32" changes nothing."""
+    # no cache: older torch reuses casts made without gradient, and those weights would get none
+    on = precision == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=on, cache_enabled=False)
 
 
 def learning_rate(step, steps, warm_up=100):
@@ -107,8 +117,7 @@ def train(
         state.optimizer.zero_grad()
         terms = torch.zeros(len(Losses._fields), device=device)
         for part in torch.arange(len(x), device=device).chunk(accumulate):
-            # no cache: older torch reuses casts made without gradient, and those weights would get none
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+            with autocast(device, precision):
                 out = current(state.net, x[part], take(cond, part), state.teacher, null, generator=state.generator)
             (out.total / accumulate).backward()
             terms += torch.stack(out).detach() / accumulate
@@ -133,36 +142,5 @@ def save(path, content):
     for name, value in (*content["net"].items(), *content["average"].items()):
         if not value.isfinite().all():
             raise FloatingPointError(f"step {content['step']}: weight {name} is not finite; the last checkpoint stays")
-    aside = Path(path).with_suffix(".tmp")
-    with open(aside, "wb") as file:
+    with aside(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def load(path, device="cpu", keys=("net", "average", "step")):
-    """Read a checkpoint. Raises ValueError with one line if it is missing, cut short or lacks a key."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint")
-    try:
-        with zipfile.ZipFile(path) as whole:
-            damaged = whole.testzip()
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # whatever a damaged file makes the readers raise
-        raise ValueError(f"{path}: the file is cut short or is no checkpoint") from None
-    if damaged:
-        raise ValueError(f"{path}: the file is damaged at {damaged}")
-    if not isinstance(content, dict) or not set(keys) <= content.keys():
-        raise ValueError(f"{path}: holds no {', '.join(keys)}, so it is no checkpoint of this library")
-    return content
-
-
-def load_weights(net, weights, path):
-    """Put weights into a network. Raises ValueError that names the first tensor that does not fit."""
-    own, weights = net.state_dict(), weights if isinstance(weights, dict) else {}
-    for name in sorted(own.keys() | weights.keys()):
-        here, there = (tuple(w[name].shape) if torch.is_tensor(w.get(name)) else None for w in (own, weights))
-        if here != there:
-            raise ValueError(f"{path}: holds another network ({name} is {there} there, {here} here)")
-    net.load_state_dict(weights)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as f
 
+from ..files import check_weights
 from .embed import Times, check_image, check_labels, check_times
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}  # width, depth, heads
@@ -190,10 +191,7 @@ def load_published(net, path, kind):
         if torch.is_tensor(found.get(name)) and len(found[name]) == 2 * len(own):
             found[name] = found[name].unflatten(0, (-1, 2 * net.channels))[:, : net.channels].flatten(0, 1)
     own = {name: w for name, w in net.state_dict().items() if not name.startswith(("times.r.", "times.twin."))}
-    for name in sorted(own.keys() | found.keys()):
-        here, there = (tuple(w[name].shape) if torch.is_tensor(w.get(name)) else None for w in (own, found))
-        if here != there:
-            raise ValueError(f"{path}: not this {kind.upper()} ({name} is {there} there, {here} here)")
+    check_weights(own, found, path)
     if kind == "sit":
         found["final_layer.linear.weight"] = -found["final_layer.linear.weight"]
         found["final_layer.linear.bias"] = -found["final_layer.linear.bias"]
