@@ -139,7 +139,7 @@ def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
     fails(capsys, ["--set", "steps=0", "--out", tmp_path / "b"], "steps must be at least 1")
     fails(capsys, ["--set", "share=2", "--out", tmp_path / "b"], "share must lie in [0, 1]")
     fails(capsys, ["--set", "metric=lpips", "--out", tmp_path / "b"], "squared, normalised")
-    fails(capsys, ["--set", "steps=10", "warmup_steps=10", "--out", tmp_path / "b"], "the twin never starts")
+    fails(capsys, ["--set", "steps=10", "warmup_steps=10", "--out", tmp_path / "b"], "the method never starts")
     fails(capsys, ["--set", "guidance=1", "--out", tmp_path / "b"], "guidance needs labels")
     fails(capsys, ["--set", "times=[1]", "--out", tmp_path / "b"], "times must be two positive numbers")
     fails(capsys, ["--device", "abacus", "--out", tmp_path / "b"], "device 'abacus'")

@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser():
-    whole = Parser(prog="tinytwinflow", description="TwinFlow: one-step generation with one network.")
+    about = "TwinFlow: one-step generation with one network."
+    whole = Parser(prog="tinytwinflow", description=about, fromfile_prefix_chars="@")
     commands = whole.add_subparsers(dest="command", required=True)
 
     def add(name, does, run):
@@ -76,9 +77,13 @@ def parser():
     measure.add_argument("folder", metavar="RUN")
     measure.add_argument("--device", default="cpu")
 
-    peers = add("compare", "TwinFlow, its any-step base alone, and flow matching on equal terms", run_compare)
+    peers = add("compare", "TwinFlow and its peers on equal terms: one table", run_compare)
     peers.add_argument("--data", nargs="+", default=list(compare.DATA), metavar="D")
-    peers.add_argument("--seeds", type=int, default=3, metavar="K", help="seeds 0 .. K-1 (default 3)")
+    known = f"from {', '.join(compare.METHODS)}; with settings of its own: 'dmd2 lr=1e-3'; @FILE reads them, one a line"
+    peers.add_argument("--methods", nargs="+", default=list(compare.METHODS), metavar="M", help=known)
+    peers.add_argument("--seeds", type=int, default=3, metavar="K", help="how many (default 3)")
+    peers.add_argument("--first-seed", type=int, default=0, metavar="S", help="the first of them (default 0)")
+    peers.add_argument("--jobs", type=int, metavar="J", help="processes of one thread (default: one a core)")
     peers.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
     peers.add_argument("--out", default="runs/compare", metavar="DIR")
 
@@ -211,9 +216,12 @@ def run_evaluate(args):
 
 
 def run_compare(args):
-    if args.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
-    compare.compare(args.data, args.seeds, args.changes, Path(args.out))
+    for name, value in (("--seeds", args.seeds), ("--jobs", args.jobs)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    methods = list(dict.fromkeys(" ".join(method.split()) for method in args.methods))
+    compare.compare(args.data, methods, seeds, args.changes, Path(args.out), args.jobs)
 
 
 def run_bench(args):

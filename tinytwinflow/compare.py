@@ -1,111 +1,185 @@
 """Methods on equal terms: same data, network, steps, batch and seeds; one table and one picture."""
 
 import json
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, pstdev
 
-from . import data, pictures
+import torch
+from tqdm import tqdm
+
+from . import data, memory, peers, pictures
 from .evaluate import rows_of, yardstick
 from .files import write_json
 from .recipes import FLOW_MATCHING, RCGM, settings
 from .runs import continue_run, read_config, start
 
-STEPS = 8000  # where flow matching at 100 NFE has come near the floor
-SAMPLES = 50000  # so many that the floor, real data against real data, is well below what is measured
-DATA = ("8gaussians", "checkerboard", "moons", "swissroll")
-METHODS = {
-    "twinflow": ({}, (1, 2, 4)),
-    "rcgm": (RCGM, (1, 2, 4)),
-    "flow matching": (FLOW_MATCHING, (1, 2, 4, 100)),
-}
+EQUAL = ("steps=3000", "batch_size=256", "eval_samples=20000", "checkpoint_every=1000")
+DATA = ("8gaussians", "checkerboard")
+METHODS = ("flow matching", "rcgm", *peers.METHODS, "twinflow")
+NFES = (1, 2, 4, 8)
+LINE = ("flow matching", 100)  # what one step is compared with
+METRICS = ("sliced_wasserstein", "energy_distance", "coverage", "diversity")
+TUNED = {}
 
 
-def compare(names, seeds, changes, out):
+def entry(text, changes=()):
+    """Settings of one line of the table: a method's name, and settings of its own after it.
+
+    text: "dmd2" or "dmd2 lr=1e-3 warmup_steps=1500". changes: those for all. Later ones win: EQUAL, TUNED, changes,
+    own. Raises ValueError for an unknown method or setting.
+    """
+    words = text.split()
+    name, own = " ".join(word for word in words if "=" not in word), [word for word in words if "=" in word]
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    given = [*EQUAL, *TUNED.get(name, ()), *changes, *own]
+    if name in peers.METHODS:
+        return {"recipe": "toy", **settings("toy", [f"method={name}", *given])}
+    return {"recipe": "toy", **settings("toy", given), **{"flow matching": FLOW_MATCHING, "rcgm": RCGM}.get(name, {})}
+
+
+def compare(names, methods, seeds, changes, out, jobs=None):
     """Train and measure every method on every data set and seed; write metrics.json, table.md, compare.png.
 
-    Stopped and called again with the same arguments it goes on where it was. Raises ValueError for
-    an unknown data set or setting, or if `out` was made with other settings.
+    methods: see `entry`. seeds: the numbers. jobs: processes, each of one thread (default: one a core). Stopped and
+    called again with the same arguments it goes on where it was. A method that diverges is reported as such. Raises
+    ValueError for an unknown data set, method or setting, or if `out` was made with other settings.
     """
-    began, results = time.perf_counter(), []
-    changes = [f"eval_samples={SAMPLES}", f"steps={STEPS}", *changes]
+    began, todo = time.perf_counter(), []
     for name in names:
         data.Points(name, 1)
-    for name in names:
-        for seed in range(seeds):
-            results += one(name, seed, changes, out)
-    rows = summary([row for result in results for row in result["rows"]], names)
-    floors = {name: mean(r["floor"]["sliced_wasserstein"] for r in results if r["data"] == name) for name in names}
-    text = table(rows, floors, names)
-    print(text)
-    write_json(out / "metrics.json", {"seeds": seeds, "seconds": round(time.perf_counter() - began), "device": "cpu",
-                                      "floor": floors, "rows": rows})  # fmt: skip
-    (out / "table.md").write_text(text + "\n")
-    pictures.draw_comparison(out / "compare.png", rows, floors, names)
-    print(f"\n{out}/table.md  {out}/compare.png  {out}/metrics.json")
-
-
-def one(name, seed, changes, out):
-    """All methods on one data set with one seed.  -> a list of results, one a method."""
-    results = []
-    for method, (own, nfes) in METHODS.items():
-        folder = Path(out) / Path(name).stem / f"seed-{seed}" / method.replace(" ", "-")
-        config = {"recipe": "toy", "seed": seed, **settings("toy", changes), "data": name, **own}
+    for seed in seeds:
+        for name in names:
+            for method in methods:
+                folder = Path(out) / Path(name).stem / f"seed-{seed}" / method.replace(" ", "-").replace("/", "-")
+                todo.append((folder, {**entry(method, changes), "seed": seed, "data": name}, method))
+    for folder, config, _ in todo:
         if not (folder / "config.json").exists():
             start(folder, config)
         elif read_config(folder) != json.loads(json.dumps(config)):
             raise ValueError(f"{folder} was made with other settings: choose another --out")
-        done = folder / "metrics.json"
-        if not done.exists():
-            began = time.perf_counter()
-            continue_run(folder)
-            trained_in = time.perf_counter() - began
-            yard = yardstick(folder, config)
-            rows, _ = rows_of(folder, nfes, yard)
-            rows = [{"data": name, "seed": seed, **row} for row in rows]
-            write_json(done, {"data": name, "seed": seed, "seconds": round(trained_in, 1), "device": "cpu",
-                              "floor": yard.floor, "rows": rows})  # fmt: skip
-        results.append(json.loads(done.read_text()))
-    return results
+    left = [(folder, config, method) for folder, config, method in todo if not (folder / "metrics.json").exists()]
+    jobs = min(jobs or os.cpu_count(), max(1, len(left)))
+    if left:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            running = [pool.submit(one, *job) for job in left]
+            bar = tqdm(as_completed(running), "compare", len(todo), initial=len(todo) - len(left), disable=None)
+            for done in bar:
+                done.result()
+    results = [json.loads((folder / "metrics.json").read_text()) for folder, _, _ in todo]
+    costs = cost(methods, changes, Path(out) / "cost.json")
+    rows, floors = summary(results, names, methods), {name: floor_of(results, name) for name in names}
+    text = table(rows, floors, names, methods, costs)
+    print(text)
+    content = {"seeds": list(seeds), "seconds": round(time.perf_counter() - began), "device": "cpu"}
+    content |= {"training_seconds": sum(r["seconds"] for r in results), "floor": floors, "cost": costs, "rows": rows}
+    write_json(Path(out) / "metrics.json", content)
+    (Path(out) / "table.md").write_text(text + "\n")
+    pictures.draw_comparison(Path(out) / "compare.png", rows, floors, names, methods)
+    print(f"\n{out}/table.md  {out}/compare.png  {out}/metrics.json")
 
 
-def summary(rows, names):
-    """Mean and spread over seeds of each data set, method and NFE."""
+def one(folder, config, method):
+    """Train and measure one method on one data set with one seed; the result is left in its folder."""
+    began, yard = time.perf_counter(), yardstick(folder, config)
+    try:
+        continue_run(folder, bar=False)
+        rows, _ = rows_of(folder, (*NFES, LINE[1]) if method.startswith(LINE[0]) else NFES, yard)
+        diverged = None
+    except FloatingPointError as error:
+        rows, diverged = [], str(error)
+    about = {"data": config["data"], "seed": config["seed"], "method": method, "diverged": diverged}
+    spent = {"seconds": round(time.perf_counter() - began, 1), "device": "cpu"}
+    rows = [{**row, **about} for row in rows]
+    write_json(Path(folder) / "metrics.json", {**about, **spent, "floor": yard.floor, "rows": rows})
+
+
+def cost(methods, changes, path):
+    """What a step of each method takes, measured once and kept: see `memory.cost`."""
+    if path.exists() and json.loads(path.read_text()).keys() == set(methods):
+        return json.loads(path.read_text())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    configs = {method: entry(method, changes) for method in {LINE[0]: None, **dict.fromkeys(methods)}}
+    found = memory.cost(configs)
+    torch.set_num_threads(threads)
+    found = {method: found[method] for method in methods}
+    write_json(path, found)
+    return found
+
+
+def floor_of(results, name):
+    """Each metric between two sets of real data, mean over the runs on one data set."""
+    own = [r["floor"] for r in results if r["data"] == name]
+    return {metric: mean(floor[metric] for floor in own) for metric in METRICS if metric in own[0]}
+
+
+def summary(results, names, methods):
+    """Mean and spread over seeds of each data set, method and NFE; runs that diverged are listed, not averaged."""
     out = []
     for name in names:
-        for method, (_, nfes) in METHODS.items():
-            for nfe in nfes:
-                same = [r for r in rows if (r["data"], r["method"], r["nfe"]) == (name, method, nfe)]
-                row = {"data": name, "method": method, "mode": same[0]["mode"], "nfe": nfe}
-                for metric in ("sliced_wasserstein", "energy_distance", "coverage"):
-                    values = [r[metric] for r in same if metric in r]
+        for method in methods:
+            own = [r for r in results if (r["data"], r["method"]) == (name, method)]
+            diverged = [f"seed {r['seed']}: {r['diverged']}" for r in own if r["diverged"]]
+            rows = [row for r in own for row in r["rows"]]
+            for nfe in sorted({row["nfe"] for row in rows}) or NFES:
+                out.append({"data": name, "method": method, "nfe": nfe, "diverged": diverged})
+                for metric in METRICS:
+                    values = [row[metric] for row in rows if row["nfe"] == nfe and metric in row]
                     if values:
-                        row |= {metric: mean(values), f"{metric}_spread": pstdev(values)}
-                out.append(row)
+                        out[-1] |= {metric: mean(values), f"{metric}_spread": pstdev(values)}
     return out
 
 
-def table(rows, floors, names):
-    """Sliced W2 as a Markdown table, with each row's mean over the data as a multiple of flow matching's at 100 NFE."""
-    cells = {(r["data"], r["method"], r["nfe"]): r for r in rows}
-
-    def average(method, nfe):
-        return mean(cells[name, method, nfe]["sliced_wasserstein"] for name in names)
-
-    line = average("flow matching", 100)
-    shown = [Path(name).name for name in names]
-    lines = ["| method | NFE | " + " | ".join(shown) + " | mean | x flow matching at 100 NFE | modes covered |"]
-    lines.append("|---" * (len(names) + 5) + "|")
-    for method, (_, nfes) in METHODS.items():
-        for nfe in nfes:
-            own = [cells[name, method, nfe] for name in names]
-            numbers = [f"{c['sliced_wasserstein']:.3f} ± {c['sliced_wasserstein_spread']:.3f}" for c in own]
-            covered = [f"{c['coverage']:.0%}" for c in own if "coverage" in c]
-            a = average(method, nfe)
-            lines.append(
-                f"| {method} | {nfe} | {' | '.join(numbers)} | {a:.4f} | {a / line:.2f} | {', '.join(covered)} |"
-            )
-    numbers = " | ".join(f"{floors[name]:.3f}" for name in names)
-    a = mean(floors.values())
-    lines.append(f"| real data | | {numbers} | {a:.4f} | {a / line:.2f} | |")
+def table(rows, floors, names, methods, costs):
+    """Two Markdown tables: what each method costs, and what it gives, a row a method, at 1, 2, 4, 8 NFE."""
+    lines = ["| method | auxiliary networks, trained / frozen | weights held | step time | peak memory of a step |"]
+    lines.append("|---|---|---|---|---|")
+    for method in methods:
+        c = costs[method]
+        lines.append(
+            f"| {method} | {c['trained']} / {c['frozen']} | {c['weights'] / c['net']:.0f} x | "
+            f"{c['seconds_ratio']:.2f} x | {c['peak'] / 2**20:.1f} MiB |"
+        )
+    for name in names:
+        of_line = [r for r in rows if (r["data"], r["method"], r["nfe"]) == (name, *LINE)]
+        line = of_line[0].get("sliced_wasserstein") if of_line else None
+        shown = "".join(f" {nfe} NFE |" for nfe in NFES)
+        lines += ["", f"**{Path(name).name}**: sliced W2 (mean ± spread over seeds), and at 1 NFE the rest", ""]
+        lines.append(f"| method |{shown} x {LINE[0]} at {LINE[1]} | energy distance | modes covered | diversity |")
+        lines.append("|---" * (len(NFES) + 5) + "|")
+        for method in methods:
+            own = {r["nfe"]: r for r in rows if (r["data"], r["method"]) == (name, method)}
+            lines.append(f"| {method} |" + "".join(f" {cell(own[nfe])} |" for nfe in NFES) + rest(own[1], line))
+            if LINE[1] in own:
+                blank = " |" * (len(NFES) - 1)
+                lines.append(f"| {method}, {LINE[1]} NFE | {cell(own[LINE[1]])} |{blank}" + rest(own[LINE[1]], line))
+        floor = floors[name]
+        covered = f"{floor['coverage']:.0%}" if "coverage" in floor else "-"
+        lines.append(
+            f"| real data | {floor['sliced_wasserstein']:.3f} |" + " |" * (len(NFES) - 1) + " | "
+            f"{floor['energy_distance']:.5f} | {covered} | {floor['diversity']:.2f} |"
+        )
     return "\n".join(lines)
+
+
+def cell(row):
+    """Sliced W2 of a row; what became of the seeds that diverged."""
+    text = "; ".join(row["diverged"])
+    if "sliced_wasserstein" not in row:
+        return f"diverged ({text})"
+    number = f"{row['sliced_wasserstein']:.3f} ± {row['sliced_wasserstein_spread']:.3f}"
+    return f"{number} (diverged: {text})" if text else number
+
+
+def rest(row, line):
+    """The other columns of a row."""
+    if "sliced_wasserstein" not in row:
+        return " | | | |"
+    ratio = f"{row['sliced_wasserstein'] / line:.2f}" if line else "-"
+    covered = f"{row['coverage']:.0%}" if "coverage" in row else "-"
+    return f" {ratio} | {row['energy_distance']:.5f} | {covered} | {row['diversity']:.2f} |"

@@ -12,7 +12,7 @@ from . import data, metrics
 from .features import Inception, classifier_of, features_of
 from .files import write_json
 from .latents import autoencoder, decode
-from .recipes import FLOW_MATCHING, method_of
+from .recipes import FLOW_MATCHING, method_of, mode_of
 from .runs import continue_run, data_of, finished, read_config, sampled, start, trained
 
 BASELINE = "flow-matching"
@@ -21,11 +21,13 @@ BASELINE = "flow-matching"
 def measure_points(samples, real, mixture=None):
     """All metrics of a set of points.  (n, D), (n, D) -> dict.
 
-    The energy distance is taken on the first 5,000 of each, coverage where the mixture is known.
+    The energy distance is taken on the first 5,000 of each; diversity is the mean distance of two of the first 5,000
+    samples, to be set against that of real data; coverage is given where the mixture is known.
     """
     values = {
         "sliced_wasserstein": metrics.sliced_wasserstein(samples, real),
         "energy_distance": metrics.energy_distance(samples[:5000], real[:5000]),
+        "diversity": torch.pdist(samples[:5000]).mean().item(),
     }
     if mixture is not None:
         values["coverage"] = metrics.coverage(samples, mixture)
@@ -96,7 +98,7 @@ def rows_of(folder, nfes, yard, device="cpu"):
     """Metrics of a run at each number of network calls.  -> list of rows, and dict (method, nfe) -> samples."""
     net, config, saved = trained(folder, device)
     method, rows, kept = method_of(config), [], {}
-    mode = "multi" if method == "flow matching" else "any"
+    mode = mode_of(config)
     for nfe in nfes:
         x = sampled(net, len(yard.real), saved["data"]["shape"], nfe, mode, config["seed"], yard.label)
         rows.append({"method": method, "mode": mode, "nfe": nfe, **yard.measure(x, yard.label)})

@@ -4,10 +4,13 @@ import json
 import math
 from dataclasses import fields
 
+from . import peers
 from .losses import TwinFlowLoss
 from .train import COMPILE, PRECISIONS
 
-LOSS = {  # see TwinFlowLoss
+LOSS = {  # see peers.METHODS, where a method's own settings are fields to change by peer={"name": value}; TwinFlowLoss
+    "method": "twinflow",
+    "peer": {},
     "order": 8,
     "share": 1 / 3,
     "flow_share": 0.5,
@@ -147,6 +150,8 @@ def settings(recipe, changes=()):
             raise ValueError(f"unknown key {key!r}: {recipe} has {', '.join(config)}")
         config[key] = _parse(key, text, RECIPES[recipe][key])
     given = {change.partition("=")[0] for change in changes}
+    if config["method"] != "twinflow" and "base_steps" not in given:
+        config["base_steps"] = 0
     for key in {"warmup_steps", "base_steps"} - given:
         config[key] = round(config[key] * config["steps"] / RECIPES[recipe]["steps"])
     check(config)
@@ -197,8 +202,10 @@ def check(config):
         if not 0 <= config[key] <= config["steps"]:
             raise ValueError(f"{key} must lie in [0, steps], got {config[key]} of {config['steps']} steps")
     before = config["warmup_steps"] + config["base_steps"]
-    if config["share"] > 0 and before >= config["steps"]:
-        raise ValueError(f"the twin never starts: warmup_steps + base_steps = {before} of {config['steps']} steps")
+    if method_of(config) not in ("rcgm", "flow matching") and before >= config["steps"]:
+        raise ValueError(f"the method never starts: warmup_steps + base_steps = {before} of {config['steps']} steps")
+    if config["method"] != "twinflow" and (config["guidance"] or config["base_steps"]):
+        raise ValueError("guidance and base_steps are for method twinflow: --set guidance=0 base_steps=0")
     if config["guidance"] and not config["conditional"]:
         raise ValueError("guidance needs labels: --set conditional=true")
     loss_of(config)
@@ -206,15 +213,33 @@ def check(config):
 
 def loss_of(config):
     """The loss that a run's settings describe."""
+    if config["method"] in peers.METHODS:
+        try:
+            return peers.METHODS[config["method"]](**config["peer"])
+        except TypeError as error:
+            raise ValueError(f"peer: {config['method']} has no such setting ({error})") from None
+    if config["method"] != "twinflow" or config["peer"]:
+        raise ValueError(
+            f"method must be one of twinflow, {', '.join(peers.METHODS)}, and peer is for all but the first; "
+            f"got {config['method']!r} and {config['peer']}"
+        )
     return TwinFlowLoss(**{f.name: config[f.name] for f in fields(TwinFlowLoss) if f.name in config})
 
 
 def method_of(config):
-    """What a run's settings amount to: "twinflow", "rcgm" (the any-step base alone) or "flow matching"."""
+    """What a run's settings amount to: a peer, "twinflow", "rcgm" (the any-step base alone) or "flow matching"."""
+    if config["method"] in peers.METHODS:
+        return config["method"]
     if config["share"] > 0:
         return "twinflow"
     return "rcgm" if config["order"] > 0 and config["warmup_steps"] < config["steps"] else "flow matching"
 
 
-FLOW_MATCHING = {"order": 0, "share": 0.0, "warmup_steps": 0, "base_steps": 0}
+def mode_of(config):
+    """How a run's model samples in several steps."""
+    method = method_of(config)
+    return peers.METHODS[method]().mode if method in peers.METHODS else "multi" if method == "flow matching" else "any"
+
+
+FLOW_MATCHING = {"method": "twinflow", "peer": {}, "order": 0, "share": 0.0, "warmup_steps": 0, "base_steps": 0}
 RCGM = {"share": 0.0}

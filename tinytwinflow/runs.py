@@ -17,7 +17,7 @@ from .images import Images
 from .latents import autoencoder
 from .nets import MLP, DiT, UNet, dit, load_published
 from .pictures import draw_one
-from .recipes import ENGINE, RECIPES, check, loss_of
+from .recipes import ENGINE, RECIPES, check, loss_of, mode_of
 from .samplers import sample
 from .train import new_state, save, train
 
@@ -157,7 +157,7 @@ def finished(folder):
     return path.exists() and load(path)["step"] >= read_config(folder)["steps"]
 
 
-def continue_run(folder, device="cpu"):
+def continue_run(folder, device="cpu", bar=True):
     """Train a run to its last step from wherever it stands, with a log line a step and checkpoints.
 
     A folder without checkpoint is at step 0; the setting init_from may give the first weights. Returns the
@@ -171,14 +171,15 @@ def continue_run(folder, device="cpu"):
     data = data_of(config)
     torch.manual_seed(config["seed"])
     net = net_of(config, data.shape, data.classes).to(device)
-    state = new_state(net, config["lr"], seed=config["seed"])
+    loss = loss_of(config)
+    state = new_state(net, config["lr"], seed=config["seed"], helpers=getattr(loss, "helpers", None))
     about_data = {"shape": list(data.shape), "classes": data.classes, **data.scaling}
 
     def write_checkpoint():
         save(checkpoint, {**state.state_dict(), "data": about_data})
 
     if checkpoint.exists():
-        saved = load(checkpoint, keys=("net", "average", "teacher", "optimizer", "generator", "step", "data"))
+        saved = load(checkpoint, keys=(*state.state_dict(), "data"))
         load_weights(net, saved["net"], checkpoint)
         state.load_state_dict(saved)
         del saved
@@ -199,14 +200,15 @@ def continue_run(folder, device="cpu"):
         return x.to(device), label.to(device) if config["conditional"] else None
 
     if config["compile"] != "none":
-        for network in (state.net, state.teacher):
+        for network in (state.net, state.teacher, *state.helpers.values()):
             network.compile()
     keys = ("warmup_steps", "base_steps", *(key for key in ENGINE if key not in ("compile", "init_from")))
     null = data.classes if config["conditional"] else None
     options = {key: config[key] for key in keys}
-    records = train(state, loss_of(config), batch, config["steps"], null=null, **options)
+    records = train(state, loss, batch, config["steps"], null=null, **options)
     _cut_log(log, state.step)
-    bar = tqdm(records, total=config["steps"], initial=state.step, desc=folder.name, disable=None)
+    shown = None if bar else True
+    bar = tqdm(records, total=config["steps"], initial=state.step, desc=folder.name, disable=shown)
     with open(log, "a") as file:
         for record in bar:
             if record["step"] % config["log_every"] == 0 or record["step"] == config["steps"]:
@@ -214,7 +216,7 @@ def continue_run(folder, device="cpu"):
                 bar.set_postfix(loss=f"{record['total']:.3f}", refresh=False)
             if record["step"] % config.get("sample_every", config["steps"] + 1) == 0:
                 label = torch.arange(64) % data.classes if config["conditional"] else None
-                x = sampled(state.average, 64, data.shape, 1, "any", config["seed"], label)
+                x = sampled(state.average, 64, data.shape, 1, mode_of(config), config["seed"], label)
                 draw_one(folder / f"samples-{state.step:06d}.png", x.numpy(), f"step {state.step}, 1 NFE")
             if record["step"] % config["checkpoint_every"] == 0 or record["step"] == config["steps"]:
                 file.flush()

@@ -8,6 +8,7 @@
 bit for bit as if it had never stopped.
 """
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -16,18 +17,20 @@ import torch
 
 from .ema import average_of, update, warmed_up
 from .files import aside
-from .losses import Losses
+from .losses import TwinFlowLoss
 from .twin import take
 
 PRECISIONS = ("float32", "bf16")
 COMPILE = ("none", "default")
+FLOW_MATCHING = TwinFlowLoss(order=0, share=0.0)
 
 
 @dataclass
 class State:
     """A network in training: net, two moving averages of it, the optimiser, the noise generator, steps done.
 
-    `average`, the slow one, is the model to sample from; `teacher`, the fast one, is F^-.
+    `average`, the slow one, is the model to sample from; `teacher`, the fast one, is F^-. `helpers`: the networks
+    that a peer's loss needs beside these, by name.
     """
 
     net: torch.nn.Module
@@ -35,6 +38,7 @@ class State:
     teacher: torch.nn.Module
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
+    helpers: torch.nn.ModuleDict
     step: int = 0
 
     def state_dict(self):
@@ -42,6 +46,7 @@ class State:
             "net": self.net.state_dict(),
             "average": self.average.state_dict(),
             "teacher": self.teacher.state_dict(),
+            "helpers": self.helpers.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "step": self.step,
@@ -51,6 +56,7 @@ class State:
         self.net.load_state_dict(saved["net"])
         self.average.load_state_dict(saved["average"])
         self.teacher.load_state_dict(saved["teacher"])
+        self.helpers.load_state_dict(saved["helpers"])
         self.optimizer.load_state_dict(saved["optimizer"])
         try:
             self.generator.set_state(saved["generator"].cpu())
@@ -59,18 +65,26 @@ class State:
         self.step = saved["step"]
 
 
-def adamw(net, lr, betas=(0.9, 0.99)):
+def adamw(net, lr, betas=(0.9, 0.99), helpers=()):
     """AdamW without weight decay (Table 6), for all weights in a few kernels."""
     how = {"fused": True} if next(net.parameters()).device.type == "cuda" else {"foreach": True}
-    return torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0.0, **how)
+    groups = [{"params": list(net.parameters())}]
+    groups += [{"params": list(helper.parameters())} for helper in helpers]
+    for group in groups:
+        group["initial_lr"] = lr
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0, **how)
 
 
-def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0):
-    """Start of training: AdamW, the averages equal to the network."""
-    optimizer = adamw(net, lr, betas)
-    optimizer.param_groups[0]["initial_lr"] = lr
+def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None):
+    """Start of training: AdamW, the averages equal to the network.
+
+    helpers: of a peer's loss, name -> kind; see `peers`.
+    """
+    kinds = {name: kind for name, kind in (helpers or {}).items() if kind != "average"}
+    made = torch.nn.ModuleDict({name: copy.deepcopy(net).requires_grad_(kinds[name] != "frozen") for name in kinds})
+    optimizer = adamw(net, lr, betas, [made[name] for name, kind in kinds.items() if kind != "frozen"])
     generator = torch.Generator(next(net.parameters()).device).manual_seed(seed)
-    return State(net, average_of(net), average_of(net), optimizer, generator)
+    return State(net, average_of(net), average_of(net), optimizer, generator, made)
 
 
 def autocast(device, precision):
@@ -91,16 +105,18 @@ def train(
 ):  # fmt: skip
     """Take training steps up to `steps`, yielding after each a record: step, lr and the loss terms.
 
-    loss: a TwinFlowLoss. For `warmup_steps` only its flow part is trained, which is flow matching; for
-    the next `base_steps` the whole base without the twin parts; then all of it.
+    loss: a TwinFlowLoss, or a peer's. For `warmup_steps` only its flow part is trained, which is flow matching;
+    for the next `base_steps` the whole base without the twin parts; then all of it. A peer's frozen and
+    trained networks are filled from the average when flow matching ends.
     batch(i) gives data and condition (None without) of step i. null: label that stands for no
     condition; it replaces a share `label_dropout` of the labels. ema and teacher_ema are the decays
     of the two averages (Table 6: 0.99 for the teacher). accumulate: the batch is worked through in so
     many equal parts. clip_norm: longest gradient, or None. precision "bf16": the networks run under autocast.
     Raises FloatingPointError, before the weights are touched, if a loss term is not finite.
     """
-    flow_matching = dataclasses.replace(loss, order=0, share=0.0)
-    base = dataclasses.replace(loss, share=0.0)
+    peer = not isinstance(loss, TwinFlowLoss)
+    flow_matching = FLOW_MATCHING if peer else dataclasses.replace(loss, order=0, share=0.0)
+    base = loss if peer else dataclasses.replace(loss, share=0.0)
     device = next(state.net.parameters()).device
     null = None if null is None else torch.tensor([null], device=device)
     while state.step < steps:
@@ -114,24 +130,40 @@ def train(
         current = flow_matching if i < warmup_steps else base if i < warmup_steps + base_steps else loss
         if len(x) % accumulate:
             raise ValueError(f"a batch of {len(x)} does not divide into {accumulate} equal parts")
+        done, extra = i - warmup_steps, {}
+        if peer and done >= 0:
+            fill_helpers(state, loss, done, steps - warmup_steps)
+            extra = {"progress": done / (steps - warmup_steps), **state.helpers}
         state.optimizer.zero_grad()
-        terms = torch.zeros(len(Losses._fields), device=device)
+        terms = 0.0
         for part in torch.arange(len(x), device=device).chunk(accumulate):
             with autocast(device, precision):
-                out = current(state.net, x[part], take(cond, part), state.teacher, null, generator=state.generator)
+                some = {"cond": take(cond, part), "teacher": state.teacher, "null": null}
+                out = current(state.net, x[part], **some, generator=state.generator, **extra)
             (out.total / accumulate).backward()
-            terms += torch.stack(out).detach() / accumulate
-        record = dict(zip(Losses._fields, terms.tolist()))
+            terms = terms + torch.stack(out).detach() / accumulate
+        record = dict(zip(out._fields, terms.tolist()))
         for name, value in record.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"step {i + 1}: the {name} loss is {value}; lower lr or rectify_weight")
+                raise FloatingPointError(f"step {i + 1}: the {name} loss is {value}; lower lr or the term's weight")
         if clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(state.net.parameters(), clip_norm, foreach=True)
+            for network in (state.net, *state.helpers.values()):
+                torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm, foreach=True)
         state.optimizer.step()
         update(state.average, state.net, warmed_up(ema, i))
         update(state.teacher, state.net, warmed_up(teacher_ema, i))
         state.step += 1
         yield {"step": state.step, "lr": state.optimizer.param_groups[0]["lr"], **record}
+
+
+def fill_helpers(state, loss, done, total):
+    """Fill a peer's networks when its part of the training begins, and its frozen one again where it asks for it."""
+    again = done in [round(progress * total) for progress in getattr(loss, "refill", ())]
+    for name, helper in state.helpers.items():
+        if done == 0 and loss.helpers[name] != "critic":
+            helper.load_state_dict(state.average.state_dict())
+        elif again and loss.helpers[name] == "frozen":
+            helper.load_state_dict(state.teacher.state_dict())
 
 
 def save(path, content):

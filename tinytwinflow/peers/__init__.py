@@ -1,0 +1,41 @@
+"""The methods the paper compares with, each a loss on the same velocity field and the same path.
+
+    loss = peers.MeanFlow()
+    out = loss(net, x, cond, teacher=average)             # out.total.backward()
+    loss = peers.DMD2()
+    out = loss(net, x, original=flow_model, fake=fake, critic=critic)
+
+A loss is called with net, the data x (B, *D), cond (None or a tensor of B rows), a generator, progress (how far
+training is, 0 to 1), and the networks that it needs beside net, by name. `helpers` says which: "average", the moving
+average of net; "frozen", the flow model that training began with; "trained", an auxiliary one that begins as
+that flow model; "critic", an auxiliary one that begins anew. All get gradient from their own terms only. It
+returns scalars, the total and its terms, each with its graph. `mode` is how its model samples in several steps.
+"""
+
+from functools import partial
+
+from .consistency import ConsistencyDistillation, ConsistencyTraining
+from .dmd import DMD
+from .dmd2 import DMD2
+from .meanflow import MeanFlow
+from .progressive import Progressive
+from .sana_sprint import SanaSprint
+from .scm import SCM
+from .shortcut import Shortcut
+from .sid import SiD
+from .vsd import VSD
+
+METHODS = {
+    "consistency training": ConsistencyTraining,
+    "consistency distillation": ConsistencyDistillation,
+    "scm": SCM,
+    "scm by differences": partial(SCM, derivative="differences"),
+    "meanflow": MeanFlow,
+    "shortcut": Shortcut,
+    "progressive distillation": Progressive,
+    "vsd": VSD,
+    "dmd": DMD,
+    "dmd2": DMD2,
+    "sid": SiD,
+    "sana-sprint": SanaSprint,
+}

@@ -1,0 +1,75 @@
+"""What several peers share: random numbers, terms of a loss, fakes, weights held fixed, derivatives along a path."""
+
+from collections import namedtuple
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..losses import squared
+from ..path import denoise, expand, interpolate, velocity
+
+
+def uniform(x, generator=None, low=0.0, high=1.0):
+    """A number for each row of x, in float32 or better.  -> (B,)."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return low + (high - low) * torch.rand(len(x), generator=generator, dtype=exact, device=x.device)
+
+
+def normal(x, generator=None):
+    """Noise in the shape of x."""
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
+def terms(**parts):
+    """The terms of a loss and their sum: a named tuple (total, ...) of scalars, each with its graph."""
+    return namedtuple("Terms", ["total", *parts])(sum(parts.values()), *parts.values())
+
+
+def clean(net, x_t, t, cond=None):
+    """Consistency function f(x_t, t) = x_t - t F(x_t, t, 0), the jump to data; f(x, 0) = x by construction."""
+    return denoise(x_t, net(x_t, t, torch.zeros_like(t), cond), t)
+
+
+def renoise(x, t, generator=None):
+    """Samples carried to times t with fresh noise.  (B, *D), (B,) -> x_t and u = z - x."""
+    z = normal(x, generator)
+    return interpolate(x, z, t), velocity(x, z)
+
+
+def fixed(net):
+    """The same function with its weights held fixed: gradient passes to its input, none to its weights."""
+    if not isinstance(net, nn.Module):
+        return net
+    weights = {name: weight.detach() for name, weight in net.state_dict(keep_vars=True).items()}
+    return lambda *args: torch.func.functional_call(net, weights, args)
+
+
+def fake_score(fake, x_t, t, u, cond=None):
+    """Flow matching of the auxiliary network on fakes, which makes it the fakes' velocity field."""
+    return squared(fake(x_t, t, t, cond), u).mean()
+
+
+def moved(x, gradient):
+    """A loss whose gradient in x is `gradient`, up to the mean over all elements: half of |x - sg(x - gradient)|^2."""
+    return 0.5 * squared(x, (x - gradient).detach()).mean()
+
+
+def along(net, x_t, t, r, u, cond=None):
+    """F and its derivative along the path, dF/dt = u dF/dx + dF/dt, in forward mode, without gradient.
+
+    x_t, u (B, *D), t, r (B,).  -> two (B, *D). Attention's fused kernels have no forward mode, so the plain one runs.
+    """
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        moving = forward_ad.make_dual(x_t, u), forward_ad.make_dual(t, torch.ones_like(t))
+        F, dF = forward_ad.unpack_dual(net(*moving, r, cond))
+    return F, torch.zeros_like(F) if dF is None else dF
+
+
+@torch.no_grad()
+def along_differences(net, x_t, t, r, u, cond=None, step=0.005):
+    """The derivative of `along` by differences: F at t + step and t - step, times kept in [r, 1]; error O(step^2)."""
+    ahead, behind = (t + step).clamp(max=1.0), torch.maximum(t - step, r)
+    F = [net(x_t + expand(s - t, x_t) * u, s, r, cond) for s in (ahead, behind)]
+    return (F[0] - F[1]) / expand(ahead - behind, x_t)
