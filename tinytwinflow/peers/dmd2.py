@@ -1,4 +1,4 @@
-"""DMD2 (arXiv 2405.14867): DMD without pairs; the fakes' network learns faster than the generator, a critic sees data."""
+"""DMD2 (arXiv 2405.14867): DMD without pairs; the fakes have a faster network, and a critic sees data."""
 
 from dataclasses import dataclass
 from typing import ClassVar
