@@ -1,4 +1,4 @@
-"""The command line: python -m tinytwinflow [toy | train | sample | evaluate | compare | bench]."""
+"""The command line: python -m tinytwinflow [toy | train | sample | evaluate | compare | memory | bench | encode]."""
 
 import argparse
 import sys
@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import bench, compare, images, pictures
+from . import bench, compare, images, memory, pictures
 from .data import NAMES, restore
 from .evaluate import evaluate, table
 from .files import write_json
 from .latents import autoencoder, decode, encode
-from .recipes import RECIPES, method_of, settings
+from .recipes import RECIPES, loss_of, method_of, settings
 from .runs import continue_run, read_config, read_log, sampled, start, trained
 from .samplers import MODES
 from .train import COMPILE
@@ -86,6 +86,11 @@ def parser():
     peers.add_argument("--jobs", type=int, metavar="J", help="processes of one thread (default: one a core)")
     peers.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
     peers.add_argument("--out", default="runs/compare", metavar="DIR")
+
+    count = add("memory", "bytes of a training step of every method on a published DiT, counted", run_memory)
+    count.add_argument("--net", default="dit-xl-2", help="dit-s-2 ... dit-xl-8 (default dit-xl-2)")
+    count.add_argument("--batch-size", type=int, default=64, metavar="B")
+    count.add_argument("--methods", nargs="+", default=list(compare.METHODS), metavar="M")
 
     speed = add("bench", "step time, sampling time, memory, and share of the machine's matrix peak", run_bench)
     speed.add_argument("--net", default="mlp", help="mlp (default), or dit-s-2 ... dit-xl-8")
@@ -222,6 +227,14 @@ def run_compare(args):
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     methods = list(dict.fromkeys(" ".join(method.split()) for method in args.methods))
     compare.compare(args.data, methods, seeds, args.changes, Path(args.out), args.jobs)
+
+
+def run_memory(args):
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    losses = {method: loss_of(compare.entry(method)) for method in dict.fromkeys(["flow matching", *args.methods])}
+    print(f"{args.net}, 32 x 32 x 4 latents, batch {args.batch_size}, bf16 autocast, float32 weights, GiB\n")
+    print(memory.table(memory.at_scale(losses, args.net, args.batch_size)))
 
 
 def run_bench(args):

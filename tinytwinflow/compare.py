@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -65,7 +66,7 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     left = [(folder, config, method) for folder, config, method in todo if not (folder / "metrics.json").exists()]
     jobs = min(jobs or os.cpu_count(), max(1, len(left)))
     if left:
-        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), alone, (os.getpid(),)) as pool:
             running = [pool.submit(one, *job) for job in left]
             bar = tqdm(as_completed(running), "compare", len(todo), initial=len(todo) - len(left), disable=None)
             for done in bar:
@@ -81,6 +82,18 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     (Path(out) / "table.md").write_text(text + "\n")
     pictures.draw_comparison(Path(out) / "compare.png", rows, floors, names, methods)
     print(f"\n{out}/table.md  {out}/compare.png  {out}/metrics.json")
+
+
+def alone(parent):
+    """Begin a worker: one thread, and an end as soon as the parent has ended, so that no run has two writers."""
+    torch.set_num_threads(1)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def one(folder, config, method):
@@ -99,13 +112,13 @@ def one(folder, config, method):
 
 
 def cost(methods, changes, path):
-    """What a step of each method takes, measured once and kept: see `memory.cost`."""
+    """What a step of each method takes, measured once and kept: see `memory.step_cost`."""
     if path.exists() and json.loads(path.read_text()).keys() == set(methods):
         return json.loads(path.read_text())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     configs = {method: entry(method, changes) for method in {LINE[0]: None, **dict.fromkeys(methods)}}
-    found = memory.cost(configs)
+    found = memory.in_two_dimensions(configs)
     torch.set_num_threads(threads)
     found = {method: found[method] for method in methods}
     write_json(path, found)

@@ -1,6 +1,8 @@
 """Memory of a training step, counted tensor by tensor, on any device: what a method needs beyond flow matching."""
 
+import dataclasses
 import weakref
+from functools import partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,9 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from .bench import in_turn
 from .data import Points
+from .nets.dit import PATCHES, SIZES, DiT
 from .recipes import loss_of
 from .runs import net_of
-from .train import new_state, train
+from .train import autocast, loss_of_batch, new_state, train
 
 
 class LiveBytes(TorchDispatchMode):
@@ -42,51 +45,122 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def held(state, loss):
-    """All tensors that a run keeps between steps; the teacher only where the loss uses it."""
-    networks = [state.net, state.average, state.helpers]
-    if getattr(loss, "helpers", {}).get("teacher") or getattr(loss, "order", 0) > 0:
-        networks.append(state.teacher)
-    weights = [tensor for network in networks for tensor in network.state_dict().values()]
-    moments = [v for moment in state.optimizer.state.values() for v in moment.values() if torch.is_tensor(v)]
-    return weights, moments
+def networks_of(state, loss):
+    """All networks that a run holds between steps; the teacher only where the loss uses it."""
+    uses_teacher = "teacher" in getattr(loss, "helpers", {}) or getattr(loss, "order", 0) > 0
+    return [state.net, state.average, *state.helpers.values(), *([state.teacher] if uses_teacher else [])]
 
 
-def cost(configs, rounds=5, repeats=6):
-    """What one training step of several methods costs, on 2D data, in one run.  name -> settings  ->  name -> figures.
+def step_cost(loss, net, x, cond=None, precision="float32"):
+    """Bytes of one training step, and the steps themselves, a generator that goes on for ever.
 
-    trained, frozen: auxiliary networks; net, weights: bytes of one network and of all that are held; peak: most bytes
-    held in a step, gradients, moments and intermediate results included; seconds_ratio: median step time over
-    that of flow matching, all called in turn.
+    trained, frozen: auxiliary networks; net, weights: bytes of one network and of all that are held; states: of
+    gradients and of the optimiser's moments; peak: most bytes held from the beginning of a step until the optimiser
+    begins, all included (on a GPU a fused optimiser needs no more).
+    """
+    kinds = getattr(loss, "helpers", {})
+    state = new_state(net, lr=1e-5, helpers=kinds)
+    records = train(state, loss, lambda step: (x, cond), 10**6, precision=precision)
+    peaks, counter = [], LiveBytes()
+    next(records)
+    counter.hold(tensor for network in networks_of(state, loss) for tensor in network.state_dict().values())
+    weights = counter.now
+    counter.hold(v for moment in state.optimizer.state.values() for v in moment.values() if torch.is_tensor(v))
+    moments = counter.now - weights
+    counter.hold([x] if cond is None else [x, cond])
+    state.optimizer.zero_grad()
+    hook = state.optimizer.register_step_pre_hook(lambda *_: peaks.append(counter.peak))
+    with counter:
+        next(records)
+    hook.remove()
+    learning = [p for group in state.optimizer.param_groups for p in group["params"]]
+    figures = {
+        "trained": sum(kind in ("trained", "critic") for kind in kinds.values()),
+        "frozen": sum(kind == "frozen" for kind in kinds.values()),
+        "net": sum(tensor.untyped_storage().nbytes() for tensor in net.state_dict().values()),
+        "weights": weights,
+        "states": moments + sum(p.untyped_storage().nbytes() for p in learning),
+        "peak": peaks[0],
+    }
+    return figures, records
+
+
+def in_two_dimensions(configs, rounds=5, repeats=6):
+    """What a training step of several methods costs on 2D data.  name -> settings  ->  name -> figures of `step_cost`.
+
+    seconds_ratio: median step time over that of flow matching, which must be among them, all called in turn.
     """
     found, steps = {}, {}
     for name, config in configs.items():
-        loss = loss_of(config)
         points = Points(config["data"], config["batch_size"])
         torch.manual_seed(0)
         net = net_of(config, points.shape, 0)
-        kinds = getattr(loss, "helpers", {})
-        state = new_state(net, config["lr"], helpers=kinds)
-        x = points.batch(0)[0]
-        records = train(state, loss, lambda step, x=x: (x, None), 10**6)
-        for _ in range(3):
-            next(records)
-        counter = LiveBytes()
-        weights, moments = held(state, loss)
-        counter.hold(weights)
-        bytes_of_weights = counter.now
-        counter.hold(moments)
-        with counter:
-            next(records)
-        found[name] = {
-            "trained": sum(kind in ("trained", "critic") for kind in kinds.values()),
-            "frozen": sum(kind == "frozen" for kind in kinds.values()),
-            "net": sum(tensor.untyped_storage().nbytes() for tensor in net.state_dict().values()),
-            "weights": bytes_of_weights,
-            "peak": counter.peak,
-        }
-        steps[name] = lambda records=records: next(records)
+        found[name], records = step_cost(loss_of(config), net, points.batch(0)[0])
+        steps[name] = partial(next, records)
     times = in_turn(steps, "cpu", rounds, repeats)
     for name, seconds in times.items():
         found[name]["seconds_ratio"] = seconds / times["flow matching"]
     return found
+
+
+BATCHES = (6, 12)  # which divide into the parts of every loss
+
+
+def at_scale(losses, name, batch_size, size=32, channels=4, classes=1000):
+    """Bytes of a training step of a published DiT on latents, in bfloat16 autocast.  name -> loss  ->  name -> figures.
+
+    Counted on any machine: all bytes are a + b depth in the network's depth and c + d batch in the batch, so the
+    forward passes of one and of two blocks, at the true width, with 6 and 12 samples, give those of the whole.
+    graph: what a loss makes before its backward pass begins. Gradients take its place in the course of
+    that, so a step needs weights, moments, and the larger of graph and gradients. Raises ValueError for another net.
+    """
+    letter, _, patch = name.removeprefix("dit-").partition("-")
+    if not name.startswith("dit-") or letter not in SIZES or patch not in map(str, PATCHES):
+        raise ValueError(f"unknown net {name!r}: choose from dit-s-2 ... dit-xl-8")
+    width, depth, heads = SIZES[letter]
+    found = {}
+    for method, loss in losses.items():
+        loss = dataclasses.replace(loss, every=1) if hasattr(loss, "every") else loss  # a step in which all parts learn
+        corners = {}
+        for blocks in (1, 2):
+            for samples in BATCHES:
+                net = DiT(size, channels, classes, width, blocks, heads, int(patch))
+                corners[blocks, samples] = forward_cost(loss, net, torch.zeros(samples, channels, size, size))
+        found[method] = {key: carried(corners, key, depth, batch_size) for key in corners[1, BATCHES[0]]}
+        f = found[method]
+        f["peak"] = f["weights"] + f["moments"] + max(f["graph"], f["gradients"])
+        f |= {kind: list(getattr(loss, "helpers", {}).values()).count(kind) for kind in ("trained", "critic", "frozen")}
+    return found
+
+
+def forward_cost(loss, net, x):
+    """Bytes: weights held, gradients, moments of AdamW, and graph, the most that the forward pass of a loss makes."""
+    state = new_state(net, helpers=getattr(loss, "helpers", None))
+    cond, null = torch.zeros(len(x), dtype=torch.long), torch.tensor([net.classes])
+    counter = LiveBytes()
+    counter.hold(tensor for network in networks_of(state, loss) for tensor in network.state_dict().values())
+    weights = counter.now
+    with counter, autocast("cpu", "bf16"):
+        loss_of_batch(loss, state, x, cond, null, progress=0.0)
+    learning = sum(p.nbytes for group in state.optimizer.param_groups for p in group["params"])
+    return {"weights": weights, "gradients": learning, "moments": 2 * learning, "graph": counter.peak - weights}
+
+
+def carried(corners, key, depth, batch):
+    """A figure, known at depths 1 and 2 and at two batch sizes and bilinear in them, at another depth and batch."""
+    low, high = BATCHES
+    small, large = ([corners[blocks, samples][key] for samples in BATCHES] for blocks in (1, 2))
+    one, two = (a + (b - a) * (batch - low) / (high - low) for a, b in (small, large))
+    return one + (two - one) * (depth - 1)
+
+
+def table(found):
+    """The figures of `at_scale` as a Markdown table in GiB, with what a method needs beyond flow matching."""
+    lines = ["| method | trained / frozen | weights | moments | graph or gradients | a step | beyond flow matching |"]
+    lines.append("|---" * 7 + "|")
+    base = found["flow matching"]["peak"]
+    for method, f in found.items():
+        parts = [f["weights"], f["moments"], max(f["graph"], f["gradients"]), f["peak"], f["peak"] - base]
+        numbers = " | ".join(f"{part / 2**30:.1f}" for part in parts)
+        lines.append(f"| {method} | {f['trained'] + f['critic']} / {f['frozen']} | {numbers} |")
+    return "\n".join(lines)

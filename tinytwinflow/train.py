@@ -130,16 +130,14 @@ def train(
         current = flow_matching if i < warmup_steps else base if i < warmup_steps + base_steps else loss
         if len(x) % accumulate:
             raise ValueError(f"a batch of {len(x)} does not divide into {accumulate} equal parts")
-        done, extra = i - warmup_steps, {}
+        done, total = i - warmup_steps, steps - warmup_steps
         if peer and done >= 0:
-            fill_helpers(state, loss, done, steps - warmup_steps)
-            extra = {"progress": done / (steps - warmup_steps), **state.helpers}
+            fill_helpers(state, loss, done, total)
         state.optimizer.zero_grad()
         terms = 0.0
         for part in torch.arange(len(x), device=device).chunk(accumulate):
             with autocast(device, precision):
-                some = {"cond": take(cond, part), "teacher": state.teacher, "null": null}
-                out = current(state.net, x[part], **some, generator=state.generator, **extra)
+                out = loss_of_batch(current, state, x[part], take(cond, part), null, done / total if total else 0.0)
             (out.total / accumulate).backward()
             terms = terms + torch.stack(out).detach() / accumulate
         record = dict(zip(out._fields, terms.tolist()))
@@ -154,6 +152,12 @@ def train(
         update(state.teacher, state.net, warmed_up(teacher_ema, i))
         state.step += 1
         yield {"step": state.step, "lr": state.optimizer.param_groups[0]["lr"], **record}
+
+
+def loss_of_batch(loss, state, x, cond=None, null=None, progress=0.0):
+    """Call a loss with the networks that it needs; progress counts from the end of flow matching."""
+    more = {} if isinstance(loss, TwinFlowLoss) else {"progress": progress, **state.helpers}
+    return loss(state.net, x, cond=cond, teacher=state.teacher, null=null, generator=state.generator, **more)
 
 
 def fill_helpers(state, loss, done, total):

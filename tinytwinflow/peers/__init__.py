@@ -1,7 +1,7 @@
 """The methods the paper compares with, each a loss on the same velocity field and the same path.
 
     loss = peers.MeanFlow()
-    out = loss(net, x, cond, teacher=average)             # out.total.backward()
+    out = loss(net, x, teacher=average)                   # out.total.backward()
     loss = peers.DMD2()
     out = loss(net, x, original=flow_model, fake=fake, critic=critic)
 
