@@ -19,7 +19,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def check_metrics(folder, metrics=("sliced_wasserstein", "energy_distance", "coverage")):
+def check_metrics(folder, metrics=("sliced_wasserstein", "energy_distance", "coverage", "diversity")):
     result = json.loads((folder / "metrics.json").read_text())
     assert {"data", "seed", "seconds", "device", "floor", "rows"} <= result.keys()
     assert set(metrics) == result["floor"].keys()
@@ -60,7 +60,9 @@ def test_evaluate_prints_the_table_of_metrics_json(run, capsys):
 def test_train_then_sample(tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(["train", "toy", "--data", "moons", "--set", *SMALL, "--out", str(folder), "--seed", "3"]) == 0
-    assert check_metrics(folder, ("sliced_wasserstein", "energy_distance")) == {("twinflow", n) for n in (1, 2, 4)}
+    assert check_metrics(folder, ("sliced_wasserstein", "energy_distance", "diversity")) == {
+        ("twinflow", n) for n in (1, 2, 4)
+    }
     for arguments in (["--steps", "3", "--mode", "few"], ["--steps", "2", "--mode", "multi"], []):
         for out in ("x.npy", "x.png"):
             assert main(["sample", str(folder), "--n", "50", *arguments, "--out", str(tmp_path / out)]) == 0
@@ -102,16 +104,52 @@ def test_conditional_runs_sample_by_label(tmp_path, capsys):
 
 
 def test_compare_trains_each_method_once_and_resumes(tmp_path, capsys):
-    command = ["compare", "--data", "moons", "8gaussians", "--seeds", "2", "--set", *SMALL, "--out", str(tmp_path)]
+    """One table of costs and one of quality a data set; called again it prints the same without training."""
+    methods = ["flow matching", "twinflow", "dmd2", "meanflow lr=1e-3 width=8"]
+    command = ["compare", "--data", "moons", "8gaussians", "--seeds", "2", "--jobs", "2", "--methods", *methods]
+    command += ["--set", *SMALL, "--out", str(tmp_path)]
     assert main(command) == 0
     first = capsys.readouterr().out
-    assert "| flow matching | 100 |" in first and "| twinflow | 1 |" in first and "| rcgm | 1 |" in first
-    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
-    assert len(rows) == 2 * (3 + 3 + 4)
+    assert "| flow matching, 100 NFE |" in first and "| dmd2 | 2 / 1 | 5 x |" in first and "| meanflow lr=1e-3" in first
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(result["rows"]) == 2 * (5 + 4 + 4 + 4)
+    runs = {name: tmp_path / "moons" / "seed-1" / name for name in ("dmd2", "meanflow-lr=1e-3-width=8")}
+    configs = {name: json.loads((folder / "config.json").read_text()) for name, folder in runs.items()}
+    assert configs["dmd2"]["width"] == 16 and configs["meanflow-lr=1e-3-width=8"]["width"] == 8
+    own = [json.loads((tmp_path / "moons" / f"seed-{seed}" / "dmd2" / "metrics.json").read_text()) for seed in (0, 1)]
+    values = [row["sliced_wasserstein"] for r in own for row in r["rows"] if row["nfe"] == 1]
+    row = next(r for r in result["rows"] if (r["data"], r["method"], r["nfe"]) == ("moons", "dmd2", 1))
+    assert row["sliced_wasserstein"] == pytest.approx(sum(values) / 2) and values[0] != values[1]
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("checkpoint.pt"))]
     assert main(command) == 0
     assert capsys.readouterr().out == first
-    assert main([*command[:-2], "lr=0.5", *command[-2:]]) == 2
-    assert "other settings" in capsys.readouterr().err
+    assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("checkpoint.pt"))] and len(times) == 16
+    fails(capsys, [*command[:-2], "lr=0.5", *command[-2:]], "other settings")
+
+
+def test_compare_reports_a_method_that_diverges(tmp_path, capsys):
+    """With the step, in the table, and the other methods are measured all the same."""
+    methods = ["flow matching", "shortcut lr=1e30"]
+    command = ["compare", "--data", "moons", "--seeds", "1", "--jobs", "1", "--methods", *methods]
+    assert main([*command, "--set", *SMALL, "steps=200", "--out", str(tmp_path)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| shortcut lr=1e30 | div"))
+    assert "seed 0: step" in line
+    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    assert all(("sliced_wasserstein" in row) == (row["method"] == "flow matching") for row in rows)
+
+
+def test_a_peer_trains_from_the_command_line(tmp_path, capsys):
+    """`--set method=` takes any of them; the run resumes, samples and evaluates like every other."""
+    folder = tmp_path / "run"
+    changes = ["width=16", "depth=2", "batch_size=16", "steps=6", "warmup_steps=2", "eval_samples=64"]
+    peer = ["method=dmd2", 'peer={"every":1}']
+    assert main(["train", "toy", "--data", "moons", "--set", *changes, *peer, "--out", str(folder)]) == 0
+    assert main(["train", "toy", "--data", "moons", "--set", *changes, *peer, "--out", str(folder), "--resume"]) == 0
+    assert main(["sample", str(folder), "--out", str(tmp_path / "x.npy")]) == 0
+    assert main(["evaluate", str(folder)]) == 0
+    rows = json.loads((folder / "metrics.json").read_text())["rows"]
+    assert {(row["method"], row["mode"]) for row in rows} == {("dmd2", "few"), ("flow matching", "multi")}
 
 
 def fails(capsys, arguments, *words):
@@ -150,6 +188,17 @@ def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
     fails(capsys, ["sample", run, "--cond", "1"], "no labels")
     fails(capsys, ["compare", "--data", "blobs", "--out", tmp_path / "c"], "unknown data set 'blobs'")
     fails(capsys, ["compare", "--seeds", "0", "--out", tmp_path / "c"], "--seeds must be at least 1")
+    fails(capsys, ["compare", "--jobs", "0", "--out", tmp_path / "c"], "--jobs must be at least 1")
+    fails(capsys, ["compare", "--methods", "gan", "--out", tmp_path / "c"], "unknown method 'gan'", "dmd2", "twinflow")
+    fails(capsys, ["compare", "--methods", "dmd rate=1", "--out", tmp_path / "c"], "unknown key 'rate'")
+    fails(capsys, ["--set", "method=gan", "--out", tmp_path / "b"], "method must be one of", "sana-sprint", "'gan'")
+    fails(capsys, ["--set", "method=vsd", 'peer={"alpha":1}', "--out", tmp_path / "b"], "vsd has no such setting")
+    fails(capsys, ["--set", 'peer={"alpha":1}', "--out", tmp_path / "b"], "peer is for all but the first")
+    fails(
+        capsys, ["--set", "method=sid", "base_steps=5", "--out", tmp_path / "b"], "base_steps are for method twinflow"
+    )
+    fails(capsys, ["memory", "--net", "unet"], "unknown net 'unet'", "dit-s-2")
+    fails(capsys, ["memory", "--batch-size", "0"], "--batch-size must be at least 1")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists(), "a refused command leaves no folder"
 
 

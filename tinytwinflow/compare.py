@@ -1,6 +1,7 @@
 """Methods on equal terms: same data, network, steps, batch and seeds; one table and one picture."""
 
 import json
+import math
 import os
 import threading
 import time
@@ -39,6 +40,7 @@ def entry(text, changes=()):
         raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     given = [*EQUAL, *TUNED.get(name, ()), *changes, *own]
     if name in peers.METHODS:
+        given = [change for change in given if not change.startswith("base_steps=")]  # only TwinFlow has that phase
         return {"recipe": "toy", **settings("toy", [f"method={name}", *given])}
     return {"recipe": "toy", **settings("toy", given), **{"flow matching": FLOW_MATCHING, "rcgm": RCGM}.get(name, {})}
 
@@ -177,7 +179,25 @@ def table(rows, floors, names, methods, costs):
             f"| real data | {floor['sliced_wasserstein']:.3f} |" + " |" * (len(NFES) - 1) + " | "
             f"{floor['energy_distance']:.5f} | {covered} | {floor['diversity']:.2f} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + (means(rows, names, methods) if len(names) > 1 else []))
+
+
+def means(rows, names, methods):
+    """One more table: sliced W2 as the mean over the data sets, where a method has a figure on all of them."""
+    values = {(r["data"], r["method"], r["nfe"]): r.get("sliced_wasserstein", math.inf) for r in rows}
+    average = {
+        (method, nfe): mean(values.get((name, method, nfe), math.inf) for name in names)
+        for method in methods
+        for nfe in (*NFES, LINE[1])
+    }
+    lines = ["", "**Mean over the data sets**: sliced W2", "", f"| method |{''.join(f' {n} NFE |' for n in NFES)}"]
+    lines[-1] += f" {LINE[1]} NFE | 1 NFE x {LINE[0]} at {LINE[1]} |"
+    lines.append("|---" * (len(NFES) + 3) + "|")
+    for method in methods:
+        own = [average[method, nfe] for nfe in (*NFES, LINE[1])]
+        shown = " | ".join("" if value == math.inf else f"{value:.4f}" for value in own)
+        lines.append(f"| {method} | {shown} | {own[0] / average.get(LINE, math.inf):.2f} |")
+    return lines
 
 
 def cell(row):

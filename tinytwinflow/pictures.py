@@ -51,14 +51,17 @@ def _limits(x):
     return limits if len(limits) == 2 else [limits[0], (-half, half)]
 
 
-def gap_curve(axis, log, config):
-    """The gap between the two velocities at noised fakes, over training, averaged over 50 records."""
-    records = [r for r in log if r["gap"] > 0]
-    step, gap = np.array([r["step"] for r in records]), np.array([r["gap"] for r in records])
-    width = max(1, min(50, len(gap) // 4))
-    if len(gap):
-        axis.plot(step[width - 1 :], np.convolve(gap, np.ones(width) / width, "valid"), color=INK, lw=1.2)
-        axis.set_yscale("log")
+def training_curve(axis, log, config):
+    """The gap between the two velocities at noised fakes over training, of a peer its loss, averaged over 50 records."""
+    key, title, label = "gap", "gap of real and fake velocity", "mean of (v - v_fake)²"
+    if config["method"] != "twinflow":
+        key, title, label = "total", "training loss", f"loss of {config['method']}"
+    records = [r for r in log if key == "total" or r["gap"] > 0]
+    step, value = np.array([r["step"] for r in records]), np.array([r[key] for r in records])
+    width = max(1, min(50, len(value) // 4))
+    if len(value):
+        axis.plot(step[width - 1 :], np.convolve(value, np.ones(width) / width, "valid"), color=INK, lw=1.2)
+        axis.set_yscale("log" if value.min() > 0 else "linear")
     begin = 0
     for name, key in (("flow matching", "warmup_steps"), ("any-step base", "base_steps")):
         end = begin + config[key]
@@ -67,13 +70,13 @@ def gap_curve(axis, log, config):
             axis.text((begin + end) / 2, 0.5, name, rotation=90, ha="center", va="center",
                       transform=axis.get_xaxis_transform(), fontsize=8, color="#777777")  # fmt: skip
         begin = end
-    axis.set(title="gap of real and fake velocity", xlabel="training step", ylabel="mean of (v - v_fake)²")
+    axis.set(title=title, xlabel="training step", ylabel=label)
     axis.set_xlim(0, config["steps"])
     axis.title.set_fontsize(10)
 
 
 def draw(path, panels, log, config, title):
-    """Draw samples side by side, then the gap over training.
+    """Draw samples side by side, then a curve of the training.
 
     panels: list of (title, points (n, D) or images (n, C, H, W), color); the first points set the limits of all.
     """
@@ -82,7 +85,7 @@ def draw(path, panels, log, config, title):
     limits = None if first.ndim == 4 else _limits(first)
     for axis, (name, x, color) in zip(axes, panels):
         panel(axis, x[:8000], name, color, limits)
-    gap_curve(axes[-1], log, config)
+    training_curve(axes[-1], log, config)
     figure.suptitle(title, fontsize=11)
     aside = Path(path).with_suffix(".tmp.png")
     figure.savefig(aside)
