@@ -169,7 +169,7 @@ def table(rows, floors, names, methods, costs):
         lines.append("|---" * (len(NFES) + 5) + "|")
         for method in methods:
             own = {r["nfe"]: r for r in rows if (r["data"], r["method"]) == (name, method)}
-            lines.append(f"| {method} |" + "".join(f" {cell(own[nfe])} |" for nfe in NFES) + rest(own[1], line))
+            lines.append(f"| {method} |" + "".join(f" {cell(own.get(nfe))} |" for nfe in NFES) + rest(own[1], line))
             if LINE[1] in own:
                 blank = " |" * (len(NFES) - 1)
                 lines.append(f"| {method}, {LINE[1]} NFE | {cell(own[LINE[1]])} |{blank}" + rest(own[LINE[1]], line))
@@ -201,7 +201,9 @@ def means(rows, names, methods):
 
 
 def cell(row):
-    """Sliced W2 of a row; what became of the seeds that diverged."""
+    """Sliced W2 of a row, nothing where a method makes no such number of steps; what became of seeds that diverged."""
+    if row is None:
+        return ""
     text = "; ".join(row["diverged"])
     if "sliced_wasserstein" not in row:
         return f"diverged ({text})"

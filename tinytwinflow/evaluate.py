@@ -95,13 +95,16 @@ def yardstick(folder, config, device="cpu"):
 
 
 def rows_of(folder, nfes, yard, device="cpu"):
-    """Metrics of a run at each number of network calls.  -> list of rows, and dict (method, nfe) -> samples."""
+    """Metrics of a run at each number of network calls, at 1 alone for a method that makes one step only.
+
+    -> list of rows, and dict (method, nfe) -> samples.
+    """
     net, config, saved = trained(folder, device)
     method, rows, kept = method_of(config), [], {}
     mode = mode_of(config)
-    for nfe in nfes:
-        x = sampled(net, len(yard.real), saved["data"]["shape"], nfe, mode, config["seed"], yard.label)
-        rows.append({"method": method, "mode": mode, "nfe": nfe, **yard.measure(x, yard.label)})
+    for nfe in nfes if mode else (1,):
+        x = sampled(net, len(yard.real), saved["data"]["shape"], nfe, mode or "any", config["seed"], yard.label)
+        rows.append({"method": method, "mode": mode or "any", "nfe": nfe, **yard.measure(x, yard.label)})
         kept[method, nfe] = x
     return rows, kept
 

@@ -52,7 +52,7 @@ def _limits(x):
 
 
 def training_curve(axis, log, config):
-    """The gap between the two velocities at noised fakes over training, or the loss of a peer, averaged over 50 records."""
+    """The gap of the two velocities at noised fakes over training, or a peer's loss, averaged over 50 records."""
     key, title, label = "gap", "gap of real and fake velocity", "mean of (v - v_fake)²"
     if config["method"] != "twinflow":
         key, title, label = "total", "training loss", f"loss of {config['method']}"

@@ -236,7 +236,7 @@ def method_of(config):
 
 
 def mode_of(config):
-    """How a run's model samples in several steps."""
+    """How a run's model samples in several steps; None if it makes one step only."""
     method = method_of(config)
     return peers.METHODS[method]().mode if method in peers.METHODS else "multi" if method == "flow matching" else "any"
 

@@ -9,7 +9,8 @@ A loss is called with net, the data x (B, *D), cond (None or a tensor of B rows)
 training is, 0 to 1), and the networks that it needs beside net, by name. `helpers` says which: "average", the moving
 average of net; "frozen", the flow model that training began with; "trained", an auxiliary one that begins as
 that flow model; "critic", an auxiliary one that begins anew. All get gradient from their own terms only. It
-returns scalars, the total and its terms, each with its graph. `mode` is how its model samples in several steps.
+returns scalars, the total and its terms, each with its graph. `mode` is how its model samples in
+several steps, None where it learns the step from noise to data alone.
 """
 
 from functools import partial

@@ -34,7 +34,7 @@ class DMD:
     share: float = 0.25
     kept: tuple | None = field(default=None, init=False, repr=False)
     helpers: ClassVar = {"original": "frozen", "fake": "trained"}
-    mode: ClassVar = "few"
+    mode: ClassVar = None
 
     def some_pairs(self, x, cond, original, generator):
         """Rows of the pairs. They follow from the frozen network alone, so a resumed run makes the same again."""

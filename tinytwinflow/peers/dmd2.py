@@ -25,7 +25,7 @@ class DMD2:
     gan: float = 0.1
     critic_weight: float = 1.0
     helpers: ClassVar = {"original": "frozen", "fake": "trained", "critic": "critic"}
-    mode: ClassVar = "few"
+    mode: ClassVar = None
 
     def __call__(self, net, x, original, fake, critic, cond=None, generator=None, **_):
         z, t = normal(x, generator), uniform(x, generator, 0.02, 0.98)

@@ -16,7 +16,7 @@ class SiD:
 
     alpha: float = 1.0
     helpers: ClassVar = {"original": "frozen", "fake": "trained"}
-    mode: ClassVar = "few"
+    mode: ClassVar = None
 
     def __call__(self, net, x, original, fake, cond=None, generator=None, **_):
         x_fake, t = generate(net, normal(x, generator), cond), uniform(x, generator, 0.02, 0.98)

@@ -19,7 +19,7 @@ class VSD:
     """Gradient in the fakes: w(t) (1 - t) (s_fake - s_real), w(t) = t^2 (Eq. 9 there), so t (1 - t)^2 (v - v_fake)."""
 
     helpers: ClassVar = {"original": "frozen", "fake": "trained"}
-    mode: ClassVar = "few"
+    mode: ClassVar = None
 
     def __call__(self, net, x, original, fake, cond=None, generator=None, **_):
         x_fake, t = generate(net, normal(x, generator), cond), uniform(x, generator, 0.02, 0.98)
