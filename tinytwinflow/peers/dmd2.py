@@ -13,7 +13,7 @@ from .dmd import matching
 
 @dataclass
 class DMD2:
-    """DMD's gradient, and an adversarial loss on noised samples (Eq. 4 there).
+    """DMD's gradient, and an adversarial loss on noised samples.
 
     every: the generator moves in one of so many steps, drawn at random; the paper's two time scales. gan,
     critic_weight: weights of the generator's and of the critic's adversarial terms. A critic is a

@@ -15,7 +15,7 @@ from .scm import normalised, tangent
 
 @dataclass
 class SanaSprint:
-    """sCM with the frozen network's velocity, and a hinge loss on noised x^ = x_t - t F(x_t, t, 0) (Eqs. 9-12 there).
+    """sCM with the frozen network's velocity, and a hinge loss on noised x^ = x_t - t F(x_t, t, 0).
 
     gan: weight of the generator's adversarial term. at_noise: share of its rows at t = 1. derivative,
     warm_up: see SCM. The paper's critic reads features of the frozen network; see DMD2 for the one here.

@@ -13,7 +13,7 @@ from .common import normal, terms, uniform
 
 @dataclass
 class Shortcut:
-    """Flow matching on most rows; on the others F(x_t, t, t - 2d) = mean of two jumps of d (Eq. 4 there).
+    """Flow matching on most rows; on the others F(x_t, t, t - 2d) = mean of two jumps of d.
 
     share: of rows that bootstrap. finest: 1 / d of the shortest jump, which is taught by two steps of
     the velocity; longer ones, in powers of two, by the moving average's jumps.

@@ -11,7 +11,7 @@ from .common import fake_score, fixed, normal, renoise, terms, uniform
 @dataclass
 class SiD:
     """w [(x^_real - x^_fake) (x^_real - x_fake) - alpha |x^_real - x^_fake|^2], with gradient through both networks
-    into the noised fake (Eq. 23 there); w = 1 / mean |x_fake - x^_real|, without gradient.
+    into the noised fake; w = 1 / mean |x_fake - x^_real|, without gradient.
     """
 
     alpha: float = 1.0
