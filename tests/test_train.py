@@ -19,7 +19,7 @@ from tinytwinflow.data import Points
 from tinytwinflow.files import load
 from tinytwinflow.nets import MLP
 from tinytwinflow.recipes import settings as recipe
-from tinytwinflow.runs import continue_run, read_log, start, trained
+from tinytwinflow.runs import continue_run, read_log, sampled, start, trained
 from tinytwinflow.train import learning_rate, new_state, save, train
 
 SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "base_steps=0", "eval_samples=64"]
@@ -250,3 +250,19 @@ def test_config_is_kept_and_checkpoint_is_plain_data(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == own
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 3 and saved["data"]["shape"] == [2]
+
+
+@given(st.integers(0, 2**31 - 1))
+@settings(max_examples=10)
+def test_fresh_noise_of_few_step_samples_is_not_the_first_noise(seed):
+    """A network whose clean sample is zero shows, at t = 1/2, half of the noise that is added again."""
+    seen = []
+
+    class Zero(torch.nn.Linear):
+        def forward(self, x, t, r, cond=None):
+            seen.append(x)
+            return x / t[:, None]
+
+    sampled(Zero(1, 1), 500, (2,), 2, "few", seed)
+    first, second = seen
+    assert (first * 2 * second).mean().abs() < 0.2 and abs((2 * second).std() - 1) < 0.1

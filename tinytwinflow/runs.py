@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .data import Points
+from .data import Points, seeded
 from .features import Inception
 from .files import aside, load, load_weights, write_json
 from .images import Images
@@ -229,7 +229,7 @@ def sampled(net, n, shape, steps, mode, seed, label=None, batch_size=4000):
     """n samples for labels (n,) or None, the same noise for the same seed.  -> (n, *shape)."""
     z = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
     device = next(net.parameters()).device
-    fresh, parts = torch.Generator(device).manual_seed(seed), []
+    fresh, parts = torch.Generator(device).manual_seed(seeded(seed, 3).initial_seed()), []  # not the stream of z
     for rows in torch.arange(n).split(batch_size if len(shape) == 1 else batch_size // 16):
         some = None if label is None else label[rows].to(device)
         parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, generator=fresh).cpu())
