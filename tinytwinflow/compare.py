@@ -25,7 +25,20 @@ METHODS = ("flow matching", "rcgm", *peers.METHODS, "twinflow")
 NFES = (1, 2, 4, 8)
 LINE = ("flow matching", 100)  # what one step is compared with
 METRICS = ("sliced_wasserstein", "energy_distance", "coverage", "diversity")
-TUNED = {}
+TUNED = {  # the best at 1 NFE of seven trials each, on checkerboard with seed 100; see tutorials/peers.md
+    "consistency training": ("lr=1e-3", "warmup_steps=750", 'peer={"c":null}'),
+    "consistency distillation": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9", 'peer={"steps":12}'),
+    "scm": ("lr=1e-3", "warmup_steps=0"),
+    "scm by differences": ("lr=1e-3", "warmup_steps=0"),
+    "meanflow": ("lr=1e-3", "warmup_steps=0", 'peer={"power":0.5}'),
+    "shortcut": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9"),
+    "progressive distillation": ("lr=4e-3", "warmup_steps=750", "ema=0.99"),
+    "vsd": ("lr=4e-3", "warmup_steps=1500"),
+    "dmd": ("lr=4e-3", "warmup_steps=1500", 'peer={"regression":1.0}'),
+    "dmd2": ("lr=4e-3", "warmup_steps=1500", 'peer={"gan":0.3}'),
+    "sid": ("lr=4e-3", "warmup_steps=750", 'peer={"alpha":1.2}'),
+    "sana-sprint": ("lr=1e-3", "warmup_steps=1500", 'peer={"warm_up":0.5}'),
+}
 
 
 def entry(text, changes=()):
@@ -38,11 +51,20 @@ def entry(text, changes=()):
     name, own = " ".join(word for word in words if "=" not in word), [word for word in words if "=" in word]
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    given = [*EQUAL, *TUNED.get(name, ()), *changes, *own]
+    steps = settings("toy", [change for change in (*EQUAL, *changes, *own) if change.startswith("steps=")])["steps"]
+    given = [*EQUAL, *tuned(name, steps), *changes, *own]
     if name in peers.METHODS:
         given = [change for change in given if not change.startswith("base_steps=")]  # only TwinFlow has that phase
         return {"recipe": "toy", **settings("toy", [f"method={name}", *given])}
     return {"recipe": "toy", **settings("toy", given), **{"flow matching": FLOW_MATCHING, "rcgm": RCGM}.get(name, {})}
+
+
+def tuned(name, steps):
+    """The settings found for a method, with flow matching at its beginning for the same share of the steps."""
+    of_trials = settings("toy", EQUAL)["steps"]
+    for change in TUNED.get(name, ()):
+        key, _, value = change.partition("=")
+        yield f"{key}={round(int(value) * steps / of_trials)}" if key == "warmup_steps" else change
 
 
 def compare(names, methods, seeds, changes, out, jobs=None):
