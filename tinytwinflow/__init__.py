@@ -7,7 +7,7 @@
     out = loss(net, x)                          # out.total.backward()
     x = ttf.sample(net, z, steps=1)
 
-The rooms, in reading order: path, exact, twin, parts, losses, samplers, reference, nets, files, data, latents,
+The rooms, in reading order: path, exact, twin, parts, losses, samplers, reference, peers, nets, files, data, latents,
 images, metrics, ema, train, features.
 """
 
@@ -24,6 +24,7 @@ from . import (
     nets,
     parts,
     path,
+    peers,
     reference,
     samplers,
     train,
@@ -40,5 +41,5 @@ __all__ = [
     "Draws", "GaussianMixture", "Losses", "TwinFlowLoss", "Twins",
     "gap", "generate", "sample", "time_grid", "twin_velocities",
     "data", "ema", "exact", "features", "files", "images", "latents", "losses", "metrics", "nets", "parts", "path",
-    "reference", "samplers", "train", "twin",
+    "peers", "reference", "samplers", "train", "twin",
 ]  # fmt: skip

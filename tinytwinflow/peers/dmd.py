@@ -41,12 +41,12 @@ class DMD:
         if cond is not None:
             z = normal(x, generator)
             return z, sample(original, z, self.steps, "multi", cond=cond)
-        if self.kept is None:
+        if self.kept is None or self.kept[0] is not original:
             own = torch.Generator(x.device).manual_seed(0)
             z = torch.randn(self.pairs, *x.shape[1:], generator=own, dtype=x.dtype, device=x.device)
-            self.kept = z, torch.cat([sample(original, some, self.steps, "multi") for some in z.split(4096)])
+            self.kept = original, z, torch.cat([sample(original, some, self.steps, "multi") for some in z.split(4096)])
         rows = (uniform(x, generator) * self.pairs).long()
-        return self.kept[0][rows], self.kept[1][rows]
+        return tuple(known[rows] for known in self.kept[1:])
 
     def __call__(self, net, x, original, fake, cond=None, generator=None, **_):
         x_fake, t = generate(net, normal(x, generator), cond), uniform(x, generator, 0.02, 0.98)
