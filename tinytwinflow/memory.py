@@ -51,36 +51,34 @@ def networks_of(state, loss):
     return [state.net, state.average, *state.helpers.values(), *([state.teacher] if uses_teacher else [])]
 
 
-def step_cost(loss, net, x, cond=None, precision="float32"):
-    """Bytes of one training step, and the steps themselves, a generator that goes on for ever.
+def step_cost(loss, net, x, steps=8):
+    """Bytes of a training step, and the steps themselves, a generator that goes on for ever.
 
-    trained, frozen: auxiliary networks; net, weights: bytes of one network and of all that are held; states: of
-    gradients and of the optimiser's moments; peak: most bytes held from the beginning of a step until the optimiser
-    begins, all included (on a GPU a fused optimiser needs no more).
+    trained, frozen: auxiliary networks; net, weights: bytes of one network and of all that are held; peak: the most
+    held in any of some steps until the optimiser begins, gradients, moments and intermediate results included.
     """
-    kinds = getattr(loss, "helpers", {})
-    state = new_state(net, lr=1e-5, helpers=kinds)
-    records = train(state, loss, lambda step: (x, cond), 10**6, precision=precision)
+    kinds = list(getattr(loss, "helpers", {}).values())
+    state = new_state(net, lr=1e-5, helpers=getattr(loss, "helpers", None))
+    records = train(state, loss, lambda step: (x, None), 10**6)
     peaks, counter = [], LiveBytes()
     next(records)
     counter.hold(tensor for network in networks_of(state, loss) for tensor in network.state_dict().values())
     weights = counter.now
-    counter.hold(v for moment in state.optimizer.state.values() for v in moment.values() if torch.is_tensor(v))
-    moments = counter.now - weights
-    counter.hold([x] if cond is None else [x, cond])
+    counter.hold(
+        [x, *(v for moments in state.optimizer.state.values() for v in moments.values() if torch.is_tensor(v))]
+    )
     state.optimizer.zero_grad()
     hook = state.optimizer.register_step_pre_hook(lambda *_: peaks.append(counter.peak))
     with counter:
-        next(records)
+        for _ in range(steps):
+            next(records)
+            counter.peak = 0  # without what the optimiser makes for itself, which a fused one does not
     hook.remove()
-    learning = [p for group in state.optimizer.param_groups for p in group["params"]]
-    figures = {
-        "trained": sum(kind in ("trained", "critic") for kind in kinds.values()),
-        "frozen": sum(kind == "frozen" for kind in kinds.values()),
-        "net": sum(tensor.untyped_storage().nbytes() for tensor in net.state_dict().values()),
+    figures = {"trained": kinds.count("trained") + kinds.count("critic"), "frozen": kinds.count("frozen")}
+    figures |= {
+        "net": sum(tensor.nbytes for tensor in net.state_dict().values()),
         "weights": weights,
-        "states": moments + sum(p.untyped_storage().nbytes() for p in learning),
-        "peak": peaks[0],
+        "peak": max(peaks),
     }
     return figures, records
 
