@@ -118,7 +118,8 @@ def at_scale(losses, name, batch_size, size=32, channels=4, classes=1000):
     width, depth, heads = SIZES[letter]
     found = {}
     for method, loss in losses.items():
-        loss = dataclasses.replace(loss, every=1) if hasattr(loss, "every") else loss  # a step in which all parts learn
+        # all parts learn in this step, and pairs are made in one call
+        loss = dataclasses.replace(loss, **{key: 1 for key in ("every", "steps") if hasattr(loss, key)})
         corners = {}
         for blocks in (1, 2):
             for samples in BATCHES:
