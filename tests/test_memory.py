@@ -37,6 +37,7 @@ def test_small_passes_tell_the_bytes_of_the_whole(loss, monkeypatch):
     monkeypatch.setitem(SIZES, "s", (32, 4, 2))
     found = memory.at_scale({"loss": loss}, "dit-s-8", 24)["loss"]
     whole = memory.forward_cost(loss, DiT(32, 4, 1000, 32, 4, 2, 8), torch.zeros(24, 4, 32, 32))
+    whole["graph"] = max(whole["graph"], whole.pop("passing"))
     assert {key: found[key] for key in whole} == pytest.approx(whole, rel=0.01)
 
 

@@ -125,24 +125,29 @@ def at_scale(losses, name, batch_size, size=32, channels=4, classes=1000):
             for samples in BATCHES:
                 net = DiT(size, channels, classes, width, blocks, heads, int(patch))
                 corners[blocks, samples] = forward_cost(loss, net, torch.zeros(samples, channels, size, size))
-        found[method] = {key: carried(corners, key, depth, batch_size) for key in corners[1, BATCHES[0]]}
-        f = found[method]
+        found[method] = f = {key: carried(corners, key, depth, batch_size) for key in corners[1, BATCHES[0]]}
+        f["graph"] = max(f["graph"], f.pop("passing"))
         f["peak"] = f["weights"] + f["moments"] + max(f["graph"], f["gradients"])
         f |= {kind: list(getattr(loss, "helpers", {}).values()).count(kind) for kind in ("trained", "critic", "frozen")}
     return found
 
 
 def forward_cost(loss, net, x):
-    """Bytes: weights held, gradients, moments of AdamW, and graph, the most that the forward pass of a loss makes."""
+    """Bytes: weights held, gradients, moments of AdamW, graph, what the forward pass of a loss leaves for the backward
+    pass, and passing, the most that it makes at one time, some of which may be let go before its end.
+    """
     state = new_state(net, helpers=getattr(loss, "helpers", None))
     cond, null = torch.zeros(len(x), dtype=torch.long), torch.tensor([net.classes])
     counter = LiveBytes()
     counter.hold(tensor for network in networks_of(state, loss) for tensor in network.state_dict().values())
     weights = counter.now
     with counter, autocast("cpu", "bf16"):
-        loss_of_batch(loss, state, x, cond, null, progress=0.0)
+        out = loss_of_batch(loss, state, x, cond, null, progress=0.0)
+        graph = counter.now - weights
+    del out
     learning = sum(p.nbytes for group in state.optimizer.param_groups for p in group["params"])
-    return {"weights": weights, "gradients": learning, "moments": 2 * learning, "graph": counter.peak - weights}
+    of_state = {"weights": weights, "gradients": learning, "moments": 2 * learning}
+    return {**of_state, "graph": graph, "passing": counter.peak - weights}
 
 
 def carried(corners, key, depth, batch):
