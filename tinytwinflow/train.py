@@ -162,7 +162,7 @@ def loss_of_batch(loss, state, x, cond=None, null=None, progress=0.0):
 
 def fill_helpers(state, loss, done, total):
     """Fill a peer's networks when its part of the training begins, and its frozen one again where it asks for it."""
-    again = done in [round(progress * total) for progress in getattr(loss, "refill", ())]
+    again = done in [math.ceil(progress * total - 1e-6) for progress in getattr(loss, "refill", ())]
     for name, helper in state.helpers.items():
         if done == 0 and loss.helpers[name] != "critic":
             helper.load_state_dict(state.average.state_dict())
