@@ -25,7 +25,7 @@ METHODS = ("flow matching", "rcgm", *peers.METHODS, "twinflow")
 NFES = (1, 2, 4, 8)
 LINE = ("flow matching", 100)  # what one step is compared with
 METRICS = ("sliced_wasserstein", "energy_distance", "coverage", "diversity")
-TUNED = {  # the best at 1 NFE of seven trials each, on checkerboard with seed 100; see tutorials/peers.md
+TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutorials/peers.md
     "consistency training": ("lr=1e-3", "warmup_steps=750", 'peer={"c":null}'),
     "consistency distillation": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9", 'peer={"steps":12}'),
     "scm": ("lr=1e-3", "warmup_steps=0"),
@@ -36,7 +36,7 @@ TUNED = {  # the best at 1 NFE of seven trials each, on checkerboard with seed 1
     "vsd": ("lr=4e-3", "warmup_steps=1500"),
     "dmd": ("lr=4e-3", "warmup_steps=1500", 'peer={"regression":1.0}'),
     "dmd2": ("lr=4e-3", "warmup_steps=1500", 'peer={"gan":0.3}'),
-    "sid": ("lr=4e-3", "warmup_steps=750", 'peer={"alpha":1.2}'),
+    "sid": ("lr=4e-3", "warmup_steps=750"),
     "sana-sprint": ("lr=1e-3", "warmup_steps=1500", 'peer={"warm_up":0.5}'),
 }
 
