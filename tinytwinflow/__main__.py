@@ -261,7 +261,7 @@ def main(argv=None):
         print(f"tinytwinflow: training stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("tinytwinflow: stopped; `train ... --resume` goes on from the last checkpoint", file=sys.stderr)
+        print("tinytwinflow: stopped; `train ... --resume` or the same `compare` goes on from here", file=sys.stderr)
         return 130
     return 0
 

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, pstdev
@@ -93,8 +95,14 @@ def compare(names, methods, seeds, changes, out, jobs=None):
         with ProcessPoolExecutor(jobs, get_context("spawn"), alone, (os.getpid(),)) as pool:
             running = [pool.submit(one, *job) for job in left]
             bar = tqdm(as_completed(running), "compare", len(todo), initial=len(todo) - len(left), disable=None)
-            for done in bar:
-                done.result()
+            try:
+                for done in bar:
+                    done.result()
+            except BrokenProcessPool:
+                raise OSError("a process of the comparison was killed; the same command goes on where it was") from None
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # or it would first work off what waits
+                raise
     results = [json.loads((folder / "metrics.json").read_text()) for folder, _, _ in todo]
     costs = cost(methods, changes, Path(out) / "cost.json")
     rows, floors = summary(results, names, methods), {name: floor_of(results, name) for name in names}
@@ -109,8 +117,9 @@ def compare(names, methods, seeds, changes, out, jobs=None):
 
 
 def alone(parent):
-    """Begin a worker: one thread, and an end as soon as the parent has ended, so that no run has two writers."""
+    """Begin a worker: one thread, and an end with Ctrl-C or with its parent, so that no run has two writers."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch():
         while os.getppid() == parent:
