@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_losses import gradients, network
 from torch import nn
 
-from tinytwinflow import generate, peers
+from tinytwinflow import generate, peers, sample
 from tinytwinflow.nets import MLP
 from tinytwinflow.peers.common import along, along_differences
 from tinytwinflow.peers.shortcut import two_jumps
@@ -172,6 +172,18 @@ def test_sana_sprint_and_the_regression_of_dmd_agree_with_the_exact_field(exact,
     assert made("sana-sprint")(exact, x, original=exact, critic=exact).consistency < 1e-20
     out = made("dmd", pairs=200, steps=200)(shifted, x, original=exact, fake=exact)
     assert abs(out.regression.item() - shift**2 / 4) < 0.02
+
+
+@settings(max_examples=5)
+@given(seeds)
+def test_pairs_of_dmd_are_the_frozen_networks_own(seed):
+    """A loss that has served one frozen network makes new pairs for another: x where its Euler steps take z."""
+    torch.manual_seed(seed)
+    loss, x = made("dmd"), torch.randn(8, 2).double()
+    for original in (network(seed), network(seed + 1)):
+        loss(network(seed), x, original=original, fake=original)
+        _, z, target = loss.kept
+        close(target, sample(original, z, 4, "multi"))
 
 
 # Where it is a zero in the mean over data and noise
