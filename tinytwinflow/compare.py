@@ -1,7 +1,6 @@
 """Methods on equal terms: same data, network, steps, batch and seeds; one table and one picture."""
 
 import json
-import math
 import os
 import signal
 import threading
@@ -10,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, pstdev
 
 import torch
 from tqdm import tqdm
@@ -20,13 +18,11 @@ from .evaluate import rows_of, yardstick
 from .files import write_json
 from .recipes import FLOW_MATCHING, RCGM, settings
 from .runs import continue_run, read_config, start
+from .tables import LINE, NFES, floor_of, summary, table
 
 EQUAL = ("steps=3000", "batch_size=256", "eval_samples=20000", "checkpoint_every=1000")
 DATA = ("8gaussians", "checkerboard")
 METHODS = ("flow matching", "rcgm", *peers.METHODS, "twinflow")
-NFES = (1, 2, 4, 8)
-LINE = ("flow matching", 100)  # what one step is compared with
-METRICS = ("sliced_wasserstein", "energy_distance", "coverage", "diversity")
 TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutorials/peers.md
     "consistency training": ("lr=1e-3", "warmup_steps=750", 'peer={"c":null}'),
     "consistency distillation": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9", 'peer={"steps":12}'),
@@ -156,96 +152,3 @@ def cost(methods, changes, path):
     found = {method: found[method] for method in methods}
     write_json(path, found)
     return found
-
-
-def floor_of(results, name):
-    """Each metric between two sets of real data, mean over the runs on one data set."""
-    own = [r["floor"] for r in results if r["data"] == name]
-    return {metric: mean(floor[metric] for floor in own) for metric in METRICS if metric in own[0]}
-
-
-def summary(results, names, methods):
-    """Mean and spread over seeds of each data set, method and NFE; runs that diverged are listed, not averaged."""
-    out = []
-    for name in names:
-        for method in methods:
-            own = [r for r in results if (r["data"], r["method"]) == (name, method)]
-            diverged = [f"seed {r['seed']}: {r['diverged']}" for r in own if r["diverged"]]
-            rows = [row for r in own for row in r["rows"]]
-            for nfe in sorted({row["nfe"] for row in rows}) or NFES:
-                out.append({"data": name, "method": method, "nfe": nfe, "diverged": diverged})
-                for metric in METRICS:
-                    values = [row[metric] for row in rows if row["nfe"] == nfe and metric in row]
-                    if values:
-                        out[-1] |= {metric: mean(values), f"{metric}_spread": pstdev(values)}
-    return out
-
-
-def table(rows, floors, names, methods, costs):
-    """Two Markdown tables: what each method costs, and what it gives, a row a method, at 1, 2, 4, 8 NFE."""
-    lines = ["| method | auxiliary networks, trained / frozen | weights held | step time | peak memory of a step |"]
-    lines.append("|---|---|---|---|---|")
-    for method in methods:
-        c = costs[method]
-        lines.append(
-            f"| {method} | {c['trained']} / {c['frozen']} | {c['weights'] / c['net']:.0f} x | "
-            f"{c['seconds_ratio']:.2f} x | {c['peak'] / 2**20:.1f} MiB |"
-        )
-    for name in names:
-        of_line = [r for r in rows if (r["data"], r["method"], r["nfe"]) == (name, *LINE)]
-        line = of_line[0].get("sliced_wasserstein") if of_line else None
-        shown = "".join(f" {nfe} NFE |" for nfe in NFES)
-        lines += ["", f"**{Path(name).name}**: sliced W2 (mean ± spread over seeds), and at 1 NFE the rest", ""]
-        lines.append(f"| method |{shown} x {LINE[0]} at {LINE[1]} | energy distance | modes covered | diversity |")
-        lines.append("|---" * (len(NFES) + 5) + "|")
-        for method in methods:
-            own = {r["nfe"]: r for r in rows if (r["data"], r["method"]) == (name, method)}
-            lines.append(f"| {method} |" + "".join(f" {cell(own.get(nfe))} |" for nfe in NFES) + rest(own[1], line))
-            if LINE[1] in own:
-                blank = " |" * (len(NFES) - 1)
-                lines.append(f"| {method}, {LINE[1]} NFE | {cell(own[LINE[1]])} |{blank}" + rest(own[LINE[1]], line))
-        floor = floors[name]
-        covered = f"{floor['coverage']:.0%}" if "coverage" in floor else "-"
-        lines.append(
-            f"| real data | {floor['sliced_wasserstein']:.3f} |" + " |" * (len(NFES) - 1) + " | "
-            f"{floor['energy_distance']:.5f} | {covered} | {floor['diversity']:.2f} |"
-        )
-    return "\n".join(lines + (means(rows, names, methods) if len(names) > 1 else []))
-
-
-def means(rows, names, methods):
-    """One more table: sliced W2 as the mean over the data sets, where a method has a figure on all of them."""
-    values = {(r["data"], r["method"], r["nfe"]): r.get("sliced_wasserstein", math.inf) for r in rows}
-    average = {
-        (method, nfe): mean(values.get((name, method, nfe), math.inf) for name in names)
-        for method in methods
-        for nfe in (*NFES, LINE[1])
-    }
-    lines = ["", "**Mean over the data sets**: sliced W2", "", f"| method |{''.join(f' {n} NFE |' for n in NFES)}"]
-    lines[-1] += f" {LINE[1]} NFE | 1 NFE x {LINE[0]} at {LINE[1]} |"
-    lines.append("|---" * (len(NFES) + 3) + "|")
-    for method in methods:
-        own = [average[method, nfe] for nfe in (*NFES, LINE[1])]
-        shown = " | ".join("" if value == math.inf else f"{value:.4f}" for value in own)
-        lines.append(f"| {method} | {shown} | {own[0] / average.get(LINE, math.inf):.2f} |")
-    return lines
-
-
-def cell(row):
-    """Sliced W2 of a row, nothing where a method makes no such number of steps; what became of seeds that diverged."""
-    if row is None:
-        return ""
-    text = "; ".join(row["diverged"])
-    if "sliced_wasserstein" not in row:
-        return f"diverged ({text})"
-    number = f"{row['sliced_wasserstein']:.3f} ± {row['sliced_wasserstein_spread']:.3f}"
-    return f"{number} (diverged: {text})" if text else number
-
-
-def rest(row, line):
-    """The other columns of a row."""
-    if "sliced_wasserstein" not in row:
-        return " | | | |"
-    ratio = f"{row['sliced_wasserstein'] / line:.2f}" if line else "-"
-    covered = f"{row['coverage']:.0%}" if "coverage" in row else "-"
-    return f" {ratio} | {row['energy_distance']:.5f} | {covered} | {row['diversity']:.2f} |"

@@ -102,9 +102,10 @@ def rows_of(folder, nfes, yard, device="cpu"):
     net, config, saved = trained(folder, device)
     method, rows, kept = method_of(config), [], {}
     mode = mode_of(config)
-    for nfe in nfes if mode else (1,):
-        x = sampled(net, len(yard.real), saved["data"]["shape"], nfe, mode or "any", config["seed"], yard.label)
-        rows.append({"method": method, "mode": mode or "any", "nfe": nfe, **yard.measure(x, yard.label)})
+    nfes, mode = (nfes, mode) if mode else ((1,), "any")
+    for nfe in nfes:
+        x = sampled(net, len(yard.real), saved["data"]["shape"], nfe, mode, config["seed"], yard.label)
+        rows.append({"method": method, "mode": mode, "nfe": nfe, **yard.measure(x, yard.label)})
         kept[method, nfe] = x
     return rows, kept
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from .parts import Draws, mean, split
+from .parts import Draws, mean, normal, split, uniform
 from .path import expand, interpolate, jump, velocity
 from .twin import gap, generate, join, repeat, take
 
@@ -152,30 +152,26 @@ class TwinFlowLoss:
     def draw(self, x, generator=None):
         """Draw everything random for a batch like x.  (B, *D) -> Draws."""
 
-        def rand(n):  # never below float32: bfloat16 cannot tell 0.99 from 0.992
-            exact = torch.promote_types(x.dtype, torch.float32)
-            return torch.rand(n, generator=generator, dtype=exact, device=x.device)
-
-        def randn():
-            return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        def rand(rows):
+            return uniform(x[rows], generator)
 
         B = len(x)
         counts = split(B, self.shares(), generator, x.device)
-        any_step, base = counts[0], counts[0] + counts[1]
+        any_step, base = slice(0, counts[0]), slice(counts[0] + counts[1], B)
         a, b = self.times
-        t = (1 - rand(B) ** (1 / b)) ** (1 / a)
-        t[base:] = rand(B - base)
+        t = (1 - rand(slice(B)) ** (1 / b)) ** (1 / a)
+        t[base] = rand(base)
         one_step = rand(any_step) < self.one_step_share
-        t[:any_step] = torch.where(one_step, 1.0, self.dt + (1 - self.dt) * t[:any_step])
+        t[any_step] = torch.where(one_step, 1.0, self.dt + (1 - self.dt) * t[any_step])
         r = t.clone()
-        r[:any_step] = torch.where(one_step, 0.0, rand(any_step) * (t[:any_step] - self.dt))
-        inner, t_i = [], t[:any_step] - self.dt
+        r[any_step] = torch.where(one_step, 0.0, rand(any_step) * (t[any_step] - self.dt))
+        inner, t_i = [], t[any_step] - self.dt
         for i in range(1, self.order):
             step = 1 / (self.order - i + 1) if self.even_inner else rand(any_step)
-            t_i = t_i - step * (t_i - r[:any_step])
+            t_i = t_i - step * (t_i - r[any_step])
             inner.append(t_i)
         rows = torch.randperm(B, generator=generator, device=x.device)
-        return Draws(counts, rows, randn(), randn(), t, r, inner)
+        return Draws(counts, rows, normal(x, generator), normal(x, generator), t, r, inner)
 
     def evaluate(self, draws, net, x, cond=None, teacher=None, null=None, original=None):
         """The loss for given draws.  See `__call__`."""

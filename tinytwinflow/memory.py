@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from .bench import in_turn
 from .data import Points
-from .nets.dit import PATCHES, SIZES, DiT
+from .nets.dit import DiT, dimensions
 from .recipes import loss_of
 from .runs import net_of
 from .train import autocast, loss_of_batch, new_state, train
@@ -45,10 +45,19 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def networks_of(state, loss):
-    """All networks that a run holds between steps; the teacher only where the loss uses it."""
+def counter_of(state, loss):
+    """A counter that holds all networks of a run; the teacher only where the loss uses it."""
     uses_teacher = "teacher" in getattr(loss, "helpers", {}) or getattr(loss, "order", 0) > 0
-    return [state.net, state.average, *state.helpers.values(), *([state.teacher] if uses_teacher else [])]
+    networks = [state.net, state.average, *state.helpers.values(), *([state.teacher] if uses_teacher else [])]
+    counter = LiveBytes()
+    counter.hold(tensor for network in networks for tensor in network.state_dict().values())
+    return counter
+
+
+def auxiliary(loss):
+    """How many networks a loss trains and keeps frozen beside the one that generates."""
+    kinds = list(getattr(loss, "helpers", {}).values())
+    return {"trained": kinds.count("trained") + kinds.count("critic"), "frozen": kinds.count("frozen")}
 
 
 def step_cost(loss, net, x, steps=8):
@@ -57,12 +66,10 @@ def step_cost(loss, net, x, steps=8):
     trained, frozen: auxiliary networks; net, weights: bytes of one network and of all that are held; peak: the most
     held in any of some steps until the optimiser begins, gradients, moments and intermediate results included.
     """
-    kinds = list(getattr(loss, "helpers", {}).values())
     state = new_state(net, lr=1e-5, helpers=getattr(loss, "helpers", None))
     records = train(state, loss, lambda step: (x, None), 10**6)
-    peaks, counter = [], LiveBytes()
     next(records)
-    counter.hold(tensor for network in networks_of(state, loss) for tensor in network.state_dict().values())
+    counter, peaks = counter_of(state, loss), []
     weights = counter.now
     counter.hold(
         [x, *(v for moments in state.optimizer.state.values() for v in moments.values() if torch.is_tensor(v))]
@@ -74,8 +81,7 @@ def step_cost(loss, net, x, steps=8):
             next(records)
             counter.peak = 0  # without what the optimiser makes for itself, which a fused one does not
     hook.remove()
-    figures = {"trained": kinds.count("trained") + kinds.count("critic"), "frozen": kinds.count("frozen")}
-    figures |= {
+    figures = auxiliary(loss) | {
         "net": sum(tensor.nbytes for tensor in net.state_dict().values()),
         "weights": weights,
         "peak": max(peaks),
@@ -112,10 +118,9 @@ def at_scale(losses, name, batch_size, size=32, channels=4, classes=1000):
     graph: what a loss makes before its backward pass begins. Gradients take its place in the course of
     that, so a step needs weights, moments, and the larger of graph and gradients. Raises ValueError for another net.
     """
-    letter, _, patch = name.removeprefix("dit-").partition("-")
-    if not name.startswith("dit-") or letter not in SIZES or patch not in map(str, PATCHES):
+    if not name.startswith("dit-"):
         raise ValueError(f"unknown net {name!r}: choose from dit-s-2 ... dit-xl-8")
-    width, depth, heads = SIZES[letter]
+    width, depth, heads, patch = dimensions(name.removeprefix("dit-"))
     found = {}
     for method, loss in losses.items():
         # all parts learn in this step, and pairs are made in one call
@@ -123,12 +128,12 @@ def at_scale(losses, name, batch_size, size=32, channels=4, classes=1000):
         corners = {}
         for blocks in (1, 2):
             for samples in BATCHES:
-                net = DiT(size, channels, classes, width, blocks, heads, int(patch))
+                net = DiT(size, channels, classes, width, blocks, heads, patch)
                 corners[blocks, samples] = forward_cost(loss, net, torch.zeros(samples, channels, size, size))
         found[method] = f = {key: carried(corners, key, depth, batch_size) for key in corners[1, BATCHES[0]]}
         f["graph"] = max(f["graph"], f.pop("passing"))
         f["peak"] = f["weights"] + f["moments"] + max(f["graph"], f["gradients"])
-        f |= {kind: list(getattr(loss, "helpers", {}).values()).count(kind) for kind in ("trained", "critic", "frozen")}
+        f |= auxiliary(loss)
     return found
 
 
@@ -138,8 +143,7 @@ def forward_cost(loss, net, x):
     """
     state = new_state(net, helpers=getattr(loss, "helpers", None))
     cond, null = torch.zeros(len(x), dtype=torch.long), torch.tensor([net.classes])
-    counter = LiveBytes()
-    counter.hold(tensor for network in networks_of(state, loss) for tensor in network.state_dict().values())
+    counter = counter_of(state, loss)
     weights = counter.now
     with counter, autocast("cpu", "bf16"):
         out = loss_of_batch(loss, state, x, cond, null, progress=0.0)
@@ -166,5 +170,5 @@ def table(found):
     for method, f in found.items():
         parts = [f["weights"], f["moments"], max(f["graph"], f["gradients"]), f["peak"], f["peak"] - base]
         numbers = " | ".join(f"{part / 2**30:.1f}" for part in parts)
-        lines.append(f"| {method} | {f['trained'] + f['critic']} / {f['frozen']} | {numbers} |")
+        lines.append(f"| {method} | {f['trained']} / {f['frozen']} | {numbers} |")
     return "\n".join(lines)

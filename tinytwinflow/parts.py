@@ -20,6 +20,17 @@ def split(n, shares, generator=None, device="cpu"):
     return tuple(b - a for a, b in zip(ends[:-1], ends[1:]))
 
 
+def uniform(x, generator=None, low=0.0, high=1.0):
+    """A number for each row of x, in float32 at least: bfloat16 cannot tell 0.99 from 0.992.  -> (B,)."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return low + (high - low) * torch.rand(len(x), generator=generator, dtype=exact, device=x.device)
+
+
+def normal(x, generator=None):
+    """Noise in the shape of x."""
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
 def mean(values, expected):
     """Sum over the rows of a part, divided by the number of rows expected in it; 0 for a part of share 0."""
     return values.sum() / expected if expected else values.sum()

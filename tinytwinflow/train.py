@@ -137,7 +137,7 @@ def train(
         terms = 0.0
         for part in torch.arange(len(x), device=device).chunk(accumulate):
             with autocast(device, precision):
-                out = loss_of_batch(current, state, x[part], take(cond, part), null, done / total if total else 0.0)
+                out = loss_of_batch(current, state, x[part], take(cond, part), null, done / max(total, 1))
             (out.total / accumulate).backward()
             terms = terms + torch.stack(out).detach() / accumulate
         record = dict(zip(out._fields, terms.tolist()))

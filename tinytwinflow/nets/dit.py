@@ -133,14 +133,18 @@ class DiT(nn.Module):
         return h.permute(0, 5, 1, 3, 2, 4).reshape(x.shape).float()
 
 
-def dit(name, size=32, channels=4, classes=1000, epsilon=False):
-    """One of the published sizes, "s-2" to "xl-8": letter, then patch.  Raises ValueError for another name."""
+def dimensions(name):
+    """Width, depth, heads, patch of a published size, "s-2" to "xl-8": letter, then patch. ValueError for others."""
     letter, _, patch = name.partition("-")
     if letter not in SIZES or patch not in map(str, PATCHES):
         known = ", ".join(f"{letter}-{patch}" for letter in SIZES for patch in PATCHES)
         raise ValueError(f"unknown DiT {name!r}: choose from {known}")
-    width, depth, heads = SIZES[letter]
-    return DiT(size, channels, classes, width, depth, heads, int(patch), epsilon)
+    return *SIZES[letter], int(patch)
+
+
+def dit(name, size=32, channels=4, classes=1000, epsilon=False):
+    """A DiT of a published size, see `dimensions`."""
+    return DiT(size, channels, classes, *dimensions(name), epsilon)
 
 
 def from_epsilon(predict, x_t, t):

@@ -1,6 +1,7 @@
-"""What several peers share: random numbers, terms of a loss, fakes, weights held fixed, derivatives along a path."""
+"""What several peers share: time grids, terms of a loss, fakes, weights held fixed, derivatives along a path."""
 
 from collections import namedtuple
+from functools import cache
 
 import torch
 from torch import nn
@@ -8,23 +9,24 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..losses import squared
+from ..parts import normal
 from ..path import denoise, expand, interpolate, velocity
 
 
-def uniform(x, generator=None, low=0.0, high=1.0):
-    """A number for each row of x, in float32 or better.  -> (B,)."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    return low + (high - low) * torch.rand(len(x), generator=generator, dtype=exact, device=x.device)
+def neighbours(u, intervals):
+    """Points n / intervals and (n - 1) / intervals of even time grids, n uniform in 1..intervals for u in [0, 1)."""
+    n = (u * intervals).floor() + 1
+    return n / intervals, (n - 1) / intervals
 
 
-def normal(x, generator=None):
-    """Noise in the shape of x."""
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+@cache
+def _named(*names):
+    return namedtuple("Terms", names)
 
 
 def terms(**parts):
     """The terms of a loss and their sum: a named tuple (total, ...) of scalars, each with its graph."""
-    return namedtuple("Terms", ["total", *parts])(sum(parts.values()), *parts.values())
+    return _named("total", *parts)(sum(parts.values()), *parts.values())
 
 
 def clean(net, x_t, t, cond=None):

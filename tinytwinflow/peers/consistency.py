@@ -10,19 +10,14 @@ from typing import ClassVar
 
 import torch
 
+from ..parts import normal, uniform
 from ..path import interpolate, jump
-from .common import clean, normal, terms, uniform
+from .common import clean, neighbours, terms
 
 
 def pseudo_huber(a, b, c):
     """sqrt(|a - b|^2 + c^2) - c per sample; c = 0 the distance, its gradient of the same length for every error."""
     return ((a - b).square().flatten(1).sum(1) + c**2 + 1e-12).sqrt() - c
-
-
-def neighbours(x, steps, generator):
-    """Times t = n / steps and (n - 1) / steps for n uniform in 1..steps."""
-    n = (uniform(x, generator) * steps).floor() + 1
-    return n / steps, (n - 1) / steps
 
 
 @dataclass
@@ -45,7 +40,7 @@ class ConsistencyTraining:
 
     def __call__(self, net, x, cond=None, generator=None, progress=0.0, **_):
         z = normal(x, generator)
-        t, s = neighbours(x, self.intervals(progress), generator)
+        t, s = neighbours(uniform(x, generator), self.intervals(progress))
         x_t = interpolate(x, z, t)
         with torch.no_grad():
             target = clean(net, interpolate(x, z, s), s, cond)
@@ -72,7 +67,7 @@ class ConsistencyDistillation:
     mode: ClassVar = "few"
 
     def __call__(self, net, x, original, cond=None, teacher=None, generator=None, **_):
-        t, s = neighbours(x, self.steps, generator)
+        t, s = neighbours(uniform(x, generator), self.steps)
         x_t = interpolate(x, normal(x, generator), t)
         with torch.no_grad():
             v = original(x_t, t, t, cond)

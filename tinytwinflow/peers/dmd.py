@@ -6,10 +6,11 @@ from typing import ClassVar
 import torch
 
 from ..losses import squared
+from ..parts import normal, uniform
 from ..path import denoise, expand
 from ..samplers import sample
 from ..twin import generate, take
-from .common import fake_score, moved, normal, renoise, terms, uniform
+from .common import fake_score, moved, renoise, terms
 
 
 @torch.no_grad()

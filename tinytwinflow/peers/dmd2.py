@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import softplus
 
+from ..parts import normal, uniform
 from ..twin import generate
-from .common import fake_score, fixed, moved, normal, renoise, terms, uniform
+from .common import fake_score, fixed, moved, renoise, terms
 from .dmd import matching
 
 

@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 
 from ..losses import squared
+from ..parts import normal, uniform
 from ..path import expand, interpolate
-from .common import normal, terms, uniform
+from .common import neighbours, terms
 from .shortcut import two_jumps
 
 STAGES = 7  # 64, 32, ..., 1 steps; the first teacher takes 128 steps of its velocity
@@ -33,8 +34,7 @@ class Progressive:
         earlier = (uniform(x, generator) * stage).floor()
         old = uniform(x, generator) < self.rehearse if stage else torch.zeros(len(x), dtype=torch.bool, device=x.device)
         intervals = 2.0 ** (STAGES - 1 - torch.where(old, earlier, stage))
-        t = ((uniform(x, generator) * intervals).floor() + 1) / intervals
-        r = (t - 1 / intervals).clamp(min=0)
+        t, r = neighbours(uniform(x, generator), intervals)
         x_t = interpolate(x, normal(x, generator), t)
         with torch.no_grad():
             target = two_jumps(original, x_t, t, r, intervals == 2 ** (STAGES - 1), cond)

@@ -7,9 +7,10 @@ import torch
 from torch.nn.functional import relu
 
 from ..losses import squared
+from ..parts import normal, uniform
 from ..path import denoise, interpolate
 from ..twin import join
-from .common import fixed, normal, renoise, terms, uniform
+from .common import fixed, renoise, terms
 from .scm import normalised, tangent
 
 

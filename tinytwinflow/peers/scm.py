@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 
 from ..losses import squared
+from ..parts import normal, uniform
 from ..path import expand, interpolate, velocity
-from .common import along, along_differences, normal, terms, uniform
+from .common import along, along_differences, terms
 
 
 def tangent(net, x_t, t, u, cond, warm, derivative):

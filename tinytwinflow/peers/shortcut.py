@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 
 from ..losses import squared
+from ..parts import normal, uniform
 from ..path import interpolate, jump, velocity
 from ..twin import take
-from .common import normal, terms, uniform
+from .common import neighbours, terms
 
 
 @dataclass
@@ -27,12 +28,11 @@ class Shortcut:
     def __call__(self, net, x, cond=None, teacher=None, generator=None, **_):
         teacher = net if teacher is None else teacher
         z, k = normal(x, generator), max(1, round(self.share * len(x)))
-        t, r = uniform(x, generator), torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        t = uniform(x, generator)
         doublings = self.finest.bit_length() - 1
         intervals = 2.0 ** (uniform(x, generator)[:k] * doublings).floor()  # 1 ... finest / 2 jumps of length 2d
-        t[:k] = ((t[:k] * intervals).floor() + 1) / intervals
         r = t.clone()
-        r[:k] = (t[:k] - 1 / intervals).clamp(min=0)
+        t[:k], r[:k] = neighbours(t[:k], intervals)
         x_t = interpolate(x, z, t)
         with torch.no_grad():
             target, some = velocity(x, z), take(cond, slice(0, k))

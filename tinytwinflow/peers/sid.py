@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..parts import normal, uniform
 from ..path import denoise, expand
 from ..twin import generate
-from .common import fake_score, fixed, normal, renoise, terms, uniform
+from .common import fake_score, fixed, renoise, terms
 
 
 @dataclass

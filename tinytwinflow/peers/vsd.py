@@ -9,9 +9,10 @@ from typing import ClassVar
 
 import torch
 
+from ..parts import normal, uniform
 from ..path import expand
 from ..twin import generate
-from .common import fake_score, moved, normal, renoise, terms, uniform
+from .common import fake_score, moved, renoise, terms
 
 
 @dataclass
