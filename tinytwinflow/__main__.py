@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import bench, compare, images, memory, pictures
+from . import bench, compare, images, memory, pictures, scale
 from .data import NAMES, restore
 from .evaluate import evaluate, table
 from .files import write_json
 from .latents import autoencoder, decode, encode
 from .recipes import RECIPES, loss_of, method_of, settings
-from .runs import continue_run, read_config, read_log, sampled, start, trained
+from .runs import continue_run, has_checkpoint, read_config, read_log, sampled, start, trained
 from .samplers import MODES
 from .train import COMPILE
 
@@ -156,12 +156,25 @@ def run_toy(args):
 def run_train(args):
     folder = Path(args.out or f"runs/{args.recipe}")
     config = config_of(args, args.recipe)
-    device = device_of(args.device)
+    with scale.joined(args.device, config["seed"]) as world:
+        device = device_of(world.device if world else args.device)
+        if world:
+            world.first(lambda: ready(folder, config, args))
+        else:
+            ready(folder, config, args)
+        continue_run(folder, device, world=world)
+    if world is None or world.rank == 0:
+        result, kept = evaluate(folder, nfes=(1, 2, 4), with_baseline=False, device=device)
+        show(folder, result, kept)
+
+
+def ready(folder, config, args):
+    """Make the run folder, or see that the one to resume is there and has the same settings."""
     if not args.resume:
         start(folder, config)
     elif not folder.is_dir():
         raise ValueError(f"{folder}: no such run to resume")
-    elif not (folder / "config.json").exists() and not (folder / "checkpoint.pt").exists():
+    elif not (folder / "config.json").exists() and not has_checkpoint(folder):
         start(folder, config)
     else:
         own, given = read_config(folder), {change.partition("=")[0] for change in args.changes}
@@ -171,9 +184,6 @@ def run_train(args):
                 raise ValueError(f"a resumed run keeps its settings: {key} is {own[key]!r} there, not {config[key]!r}")
         if args.data_dir and "data_dir" in own:
             write_json(folder / "config.json", {**own, "data_dir": config["data_dir"]})
-    continue_run(folder, device=device)
-    result, kept = evaluate(folder, nfes=(1, 2, 4), with_baseline=False, device=device)
-    show(folder, result, kept)
 
 
 def run_sample(args):

@@ -195,6 +195,17 @@ def rows_of_step(n, batch_size, step, seed):
     return torch.cat([_shuffled(n, seed, epoch)[index[epochs == epoch] % n] for epoch in epochs.unique().tolist()])
 
 
+def mine(rows, part):
+    """The rows that fall to one process, part = (rank, size): an equal run of them.
+
+    Raises ValueError if they do not divide.
+    """
+    rank, size = part
+    if len(rows) % size:
+        raise ValueError(f"batch_size {len(rows)} must be a multiple of the {size} processes")
+    return rows[rank * len(rows) // size : (rank + 1) * len(rows) // size]
+
+
 def restore(x, mean, std):
     """Undo a standardisation; points of a named set (mean None) were not standardised."""
     return x if mean is None else x * std.to(x) + mean.to(x)
@@ -205,13 +216,13 @@ class Points:
 
     A named set is drawn afresh at each step; a file's points are standardised, shuffled once an
     epoch and cut into batches that run on over the end of an epoch. Nothing has to be stored to
-    resume: the position in the data is the step.
+    resume: the position in the data is the step. part = (rank, size): of each batch, one process's rows.
     """
 
     on_disk = False
 
-    def __init__(self, name, batch_size, seed=0):
-        self.name, self.batch_size, self.seed = name, batch_size, seed
+    def __init__(self, name, batch_size, seed=0, part=(0, 1)):
+        self.name, self.batch_size, self.seed, self.part = name, batch_size, seed, part
         self.table, self.mean, self.std = None, None, None
         if name in NAMES:
             self.shape, self.classes = (2,), classes(name)
@@ -225,8 +236,8 @@ class Points:
     def batch(self, step):
         """Points (batch_size, D) and labels (batch_size,) or None of one step."""
         if self.table is None:
-            return points(self.name, self.batch_size, seeded(self.seed, 0, step))
-        rows = rows_of_step(len(self.table), self.batch_size, step, self.seed)
+            return tuple(mine(x, self.part) for x in points(self.name, self.batch_size, seeded(self.seed, 0, step)))
+        rows = mine(rows_of_step(len(self.table), self.batch_size, step, self.seed), self.part)
         return self.standardise(self.table[rows]), None
 
     def fresh(self, n, draw=0):

@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as tv
 
 from . import latents
-from .data import rows_of_step, seeded
+from .data import mine, rows_of_step, seeded
 
 DEBIAN = {"fashion": "/usr/share/datasets/fashion-mnist"}
 GET = {
@@ -168,11 +168,12 @@ class Images:
     Of a set without a test part, folders and latents, every twentieth image is kept from training.
 
     Rows are shuffled once an epoch and cut into batches that run on over its end, so the position in the
-    data is the step. Raises ValueError, in one line, for data that is missing or does not fit.
+    data is the step. part = (rank, size): of each batch, one process's rows. Raises ValueError, in one line, for
+    data that is missing or does not fit.
     """
 
-    def __init__(self, data, batch_size, seed=0, folder="data", size=32, flip=False, subset=0):
-        self.name, self.batch_size, self.seed, self.flip = data, batch_size, seed, flip
+    def __init__(self, data, batch_size, seed=0, folder="data", size=32, flip=False, subset=0, part=(0, 1)):
+        self.name, self.batch_size, self.seed, self.flip, self.part = data, batch_size, seed, flip, part
         self.latents = latents.is_latents(data)
         if self.latents:
             self.train = self.test = latents.Latents(data, mirrored=flip)
@@ -208,8 +209,8 @@ class Images:
 
     def batch(self, step):
         """Images (batch_size, C, H, W) and labels (batch_size,) of one step."""
-        rows = self.rows[rows_of_step(len(self.rows), self.batch_size, step, self.seed)]
-        generator = seeded(self.seed, 2, step)
+        rows = self.rows[mine(rows_of_step(len(self.rows), self.batch_size, step, self.seed), self.part)]
+        generator = seeded(self.seed, 2, step, *(self.part if self.part != (0, 1) else ()))
         x, label = self.train.read(rows, generator)
         if self.flip and not self.latents:
             mirrored = torch.rand(len(x), generator=generator) < 0.5

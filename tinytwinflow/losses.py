@@ -128,14 +128,16 @@ class TwinFlowLoss:
         flow = 1.0 if self.order == 0 else self.flow_share
         return ((1 - self.share) * (1 - flow), (1 - self.share) * flow, self.share / 2, self.share / 2)
 
-    def __call__(self, net, x, cond=None, teacher=None, null=None, original=None, generator=None):
+    def __call__(self, net, x, cond=None, teacher=None, null=None, original=None, generator=None, together=None):
         """Draw the random numbers and compute the loss of a batch.
 
         net, teacher, original: velocity fields net(x, t, r, cond). teacher is F^-, used without
         gradient (default: net itself; in practice its EMA). original gives the velocities of guidance
         and of data-free training (default: teacher). x (B, *D). cond: None, tensor or dict, leading
         dimension B; null: the same for "no condition", leading dimension 1 or B, needed for
-        guidance. generator: on the device of x. Returns Losses. Raises ValueError if x is not a
+        guidance. generator: on the device of x. together: a generator that is in the same state on all
+        processes of a sharded network, for they must make the same calls: it draws how many rows each
+        part has. Returns Losses. Raises ValueError if x is not a
         floating-point batch, cond has another length, null is missing, or net's output has another shape.
         """
         if not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
@@ -147,16 +149,16 @@ class TwinFlowLoss:
             raise ValueError("guidance > 0 needs cond and null, the condition that stands for none")
         if self.data_free and original is None and teacher is None:
             raise ValueError("data_free needs original, the frozen network whose velocity is learnt from")
-        return self.evaluate(self.draw(x, generator), net, x, cond, teacher, null, original)
+        return self.evaluate(self.draw(x, generator, together), net, x, cond, teacher, null, original)
 
-    def draw(self, x, generator=None):
+    def draw(self, x, generator=None, together=None):
         """Draw everything random for a batch like x.  (B, *D) -> Draws."""
 
         def rand(rows):
             return uniform(x[rows], generator)
 
         B = len(x)
-        counts = split(B, self.shares(), generator, x.device)
+        counts = split(B, self.shares(), generator if together is None else together, x.device)
         any_step, base = slice(0, counts[0]), slice(counts[0] + counts[1], B)
         a, b = self.times
         t = (1 - rand(slice(B)) ** (1 / b)) ** (1 / a)
@@ -171,7 +173,7 @@ class TwinFlowLoss:
             t_i = t_i - step * (t_i - r[any_step])
             inner.append(t_i)
         rows = torch.randperm(B, generator=generator, device=x.device)
-        return Draws(counts, rows, normal(x, generator), normal(x, generator), t, r, inner)
+        return Draws(counts, rows, normal(x, generator), normal(x, generator), t, r, inner, together is not None)
 
     def evaluate(self, draws, net, x, cond=None, teacher=None, null=None, original=None):
         """The loss for given draws.  See `__call__`."""
@@ -226,12 +228,15 @@ class TwinFlowLoss:
             x_t, u = interpolate(x[base], z, t), velocity(x[base], z)
         if self.guidance:
             low, high = self.guidance_range
-            on = ((t >= low) & (t <= high)).nonzero()[:, 0]
+            acts = (t >= low) & (t <= high)
+            on = acts.nonzero()[:, 0]
+            if draws.together and not len(on):
+                on = torch.arange(min(1, len(t)), device=t.device)  # a call of no effect, for others make one
             if len(on):
                 both = join(take(cond, on), take(repeat(null, len(x)), draws.rows[base][on]))
                 x_on, t_on = torch.cat([x_t[on], x_t[on]]), t[on].repeat(2)
                 v, v_null = original(x_on, t_on, t_on, both).chunk(2)
-                u[on] += self.guidance * (v - v_null)
+                u[on] += self.guidance * expand(acts[on], v) * (v - v_null)
         return x_t, u
 
     def _fakes(self, draws, rows, net, cond):

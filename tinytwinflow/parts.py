@@ -47,6 +47,7 @@ class Draws:
     t: torch.Tensor  # (B,) t, or t' in the twin parts
     r: torch.Tensor  # (B,) target time; t in the flow part
     inner: list  # N - 1 tensors, the times t_1 > ... > t_{N-1} of the any-step rows
+    together: bool = False  # whether other processes draw the same counts and wait for the same calls
 
     def slices(self):
         ends = [sum(self.counts[:i]) for i in range(5)]

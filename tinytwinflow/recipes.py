@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from . import peers
 from .losses import TwinFlowLoss
-from .train import COMPILE, PRECISIONS
+from .train import COMPILE, PARALLEL, PRECISIONS
 
 LOSS = {  # see peers.METHODS, where a method's own settings are fields to change by peer={"name": value}; TwinFlowLoss
     "method": "twinflow",
@@ -28,16 +28,19 @@ LOSS = {  # see peers.METHODS, where a method's own settings are fields to chang
     "guidance_range": [0.0, 1.0],
 }
 
-ENGINE = {  # see train.train, and runs.first_weights
+ENGINE = {  # see train.train, and for the last four build.first_weights and scale.prepare
     "ema": 0.999,
     "teacher_ema": 0.99,
     "label_dropout": 0.1,
     "accumulate": 1,
     "clip_norm": None,
     "precision": "float32",
-    "compile": "none",
     "init_from": "",
+    "parallel": "ddp",
+    "recompute": False,
+    "compile": "none",
 }
+PLACING = ("init_from", "parallel", "recompute", "compile")  # how a run's networks are made, see scale.start
 
 TOY = {
     "data": "8gaussians",
@@ -192,7 +195,7 @@ def check(config):
         raise ValueError(f"clip_norm must be > 0 or None, got {config['clip_norm']}")
     if config["batch_size"] % config["accumulate"]:
         raise ValueError(f"batch_size {config['batch_size']} must be a multiple of accumulate {config['accumulate']}")
-    for key, known in (("precision", PRECISIONS), ("compile", COMPILE)):
+    for key, known in (("precision", PRECISIONS), ("compile", COMPILE), ("parallel", PARALLEL)):
         if config[key] not in known:
             raise ValueError(f"{key} must be one of {', '.join(known)}, got {config[key]!r}")
     for key in ("ema", "teacher_ema", "label_dropout"):

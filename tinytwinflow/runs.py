@@ -4,22 +4,23 @@ Written in an order, and each file in a way, that a crash at any moment leaves a
 """
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .data import Points, seeded
+from . import sharded
+from .build import data_of, first_weights, net_of, state_of
+from .data import seeded
 from .features import Inception
 from .files import aside, load, load_weights, write_json
-from .images import Images
 from .latents import autoencoder
-from .nets import MLP, DiT, UNet, dit, load_published
 from .pictures import draw_one
-from .recipes import ENGINE, RECIPES, check, loss_of
+from .recipes import ENGINE, PLACING, RECIPES, check, loss_of
 from .samplers import sample
-from .train import new_state, save, train
+from .train import autocast, save, train
 
 
 def read_config(folder):
@@ -38,51 +39,27 @@ def read_config(folder):
     return config
 
 
-def net_of(config, shape, classes):
-    """The network that a run's settings describe, for samples of a shape: (D,) or (C, H, H)."""
-    kind, classes = config["net"], classes if config["conditional"] else 0
-    if (kind == "mlp") != (len(shape) == 1):
-        raise ValueError(
-            f"net {kind!r} does not fit samples of shape {tuple(shape)}: mlp is for points, others for images"
-        )
-    needed = {"mlp": ("width", "depth"), "unet": ("width", "depth"), "dit": ("width", "depth", "heads", "patch")}
-    missing = [key for key in needed.get(kind, ()) if key not in config]
-    if missing:
-        raise ValueError(f"net {kind!r} needs {', '.join(missing)}, which recipe {config['recipe']} does not set")
-    if kind == "mlp":
-        return MLP(shape[0], config["width"], config["depth"], classes)
-    channels, size = shape[0], shape[-1]
-    if kind == "unet":
-        return UNet(size, channels, classes, [config["width"] * times for times in (1, 2, 2)], config["depth"])
-    if kind == "dit":
-        return DiT(size, channels, classes, *(config[key] for key in ("width", "depth", "heads", "patch")))
-    if kind.startswith("dit-"):
-        return dit(kind.removeprefix("dit-"), size, channels, classes, config.get("epsilon", False))
-    raise ValueError(f"unknown net {kind!r}: choose from mlp, unet, dit, dit-s-2 ... dit-xl-8")
+def has_checkpoint(folder):
+    return (Path(folder) / "checkpoint.pt").exists() or sharded.newest(folder) is not None
 
 
 def trained(folder, device="cpu"):
-    """A run's averaged network and settings, ready to sample.  -> net, config, checkpoint.
+    """A run's averaged network and settings, ready to sample.  -> net, config, checkpoint with its step and data.
 
     Raises ValueError if the folder holds no run, or its checkpoint does not fit it.
     """
-    config, path = read_config(folder), Path(folder) / "checkpoint.pt"
-    saved = load(path, device, keys=("average", "step", "data"))
-    net = net_of(config, saved["data"]["shape"], saved["data"]["classes"]).to(device)
-    load_weights(net, saved["average"], path)
-    return net.requires_grad_(False), config, saved
-
-
-def data_of(config):
-    """The training data that a run's settings describe."""
-    if "size" not in config:
-        data = Points(config["data"], config["batch_size"], config["seed"])
+    config, path = read_config(folder), sharded.newest(folder)
+    if path is not None:
+        saved = sharded.about(path)
+        net = net_of(config, saved["data"]["shape"], saved["data"]["classes"])
+        sharded.read(path, {"average": net.state_dict()})
+        net.to(device)
     else:
-        keys = ("data", "batch_size", "seed", "data_dir", "size", "flip", "subset")
-        data = Images(*(config[key] for key in keys))
-    if config["conditional"] and not data.classes:
-        raise ValueError(f"{config['data']} has no labels: --set conditional=false")
-    return data
+        path = Path(folder) / "checkpoint.pt"
+        saved = load(path, device, keys=("average", "step", "data"))
+        net = net_of(config, saved["data"]["shape"], saved["data"]["classes"]).to(device)
+        load_weights(net, saved["average"], path)
+    return net.requires_grad_(False), config, saved
 
 
 def set_aside(folder):
@@ -120,7 +97,7 @@ def start(folder, config, move=False):
         autoencoder(config["vae"])
     if move:
         set_aside(folder)
-    if (folder / "config.json").exists() or (folder / "checkpoint.pt").exists():
+    if (folder / "config.json").exists() or has_checkpoint(folder):
         raise ValueError(f"{folder} already holds a run: --resume continues it, --out DIR starts another")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
@@ -139,56 +116,51 @@ def _cut_log(path, step):
         file.write("".join(line + "\n" for line in lines))
 
 
-def first_weights(net, source):
-    """Fill a network from a run folder, one of its checkpoints, or "sit:FILE" or "dit:FILE", published weights."""
-    kind, colon, path = str(source).partition(":")
-    if colon and kind in ("sit", "dit"):
-        if not isinstance(net, DiT):
-            raise ValueError(f"{source}: published weights are for a net that is a dit")
-        load_published(net, path, kind)
-    else:
-        path = Path(source) / "checkpoint.pt" if Path(source).is_dir() else Path(source)
-        load_weights(net, load(path)["average"], path)
-
-
 def finished(folder):
     """Whether a run has taken its last step."""
-    path = Path(folder) / "checkpoint.pt"
-    return path.exists() and load(path)["step"] >= read_config(folder)["steps"]
+    if not has_checkpoint(folder):
+        return False
+    path = sharded.newest(folder)
+    step = sharded.about(path)["step"] if path else load(Path(folder) / "checkpoint.pt")["step"]
+    return step >= read_config(folder)["steps"]
 
 
-def continue_run(folder, device="cpu", bar=True):
+def continue_run(folder, device="cpu", bar=True, world=None):
     """Train a run to its last step from wherever it stands, with a log line a step and checkpoints.
 
-    A folder without checkpoint is at step 0; the setting init_from may give the first weights. Returns the
+    A folder without checkpoint is at step 0; the setting init_from may give the first weights. world: the processes
+    that train it together, the first of which writes all but the pieces of a sharded checkpoint. Returns the
     final State. Raises ValueError if the folder, its data or its checkpoint does not fit, FloatingPointError
     if training goes astray.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), world.device if world else device
     config, checkpoint, log = read_config(folder), folder / "checkpoint.pt", folder / "log.jsonl"
-    if log.exists() and not checkpoint.exists():
+    writes, fresh, in_pieces = (
+        world is None or world.rank == 0,
+        not has_checkpoint(folder),
+        config["parallel"] == "fsdp",
+    )
+    if log.exists() and fresh:
         raise ValueError(f"{checkpoint}: no such checkpoint, though {log} shows that there was one")
-    data = data_of(config)
-    torch.manual_seed(config["seed"])
-    net = net_of(config, data.shape, data.classes).to(device)
-    loss = loss_of(config)
-    state = new_state(net, config["lr"], seed=config["seed"], helpers=getattr(loss, "helpers", None))
+    data = data_of(config, world)
+    state = state_of(config, data.shape, data.classes, device, world, fresh)
     about_data = {"shape": list(data.shape), "classes": data.classes, **data.scaling}
 
     def write_checkpoint():
-        save(checkpoint, {**state.state_dict(), "data": about_data})
+        if in_pieces:
+            sharded.save(folder, state, about_data)
+        elif writes:
+            save(checkpoint, {**state.state_dict(), "data": about_data})
 
-    if checkpoint.exists():
+    if fresh:
+        write_checkpoint()
+    elif in_pieces:
+        sharded.load(sharded.newest(folder), state)
+    else:
         saved = load(checkpoint, keys=(*state.state_dict(), "data"))
-        load_weights(net, saved["net"], checkpoint)
+        load_weights(state.net, saved["net"], checkpoint)
         state.load_state_dict(saved)
         del saved
-    else:
-        if config["init_from"]:
-            first_weights(net, config["init_from"])
-            for average in (state.average, state.teacher):
-                average.load_state_dict(net.state_dict())
-        write_checkpoint()
 
     pool, next_batch = ThreadPoolExecutor(1), {}
 
@@ -199,25 +171,25 @@ def continue_run(folder, device="cpu", bar=True):
             next_batch[step + 1] = pool.submit(data.batch, step + 1)
         return x.to(device), label.to(device) if config["conditional"] else None
 
-    if config["compile"] != "none":
-        for network in (state.net, state.teacher, *state.helpers.values()):
-            network.compile()
-    keys = ("warmup_steps", "base_steps", *(key for key in ENGINE if key not in ("compile", "init_from")))
+    keys = ("warmup_steps", "base_steps", *(key for key in ENGINE if key not in PLACING))
     null = data.classes if config["conditional"] else None
     options = {key: config[key] for key in keys}
-    records = train(state, loss, batch, config["steps"], null=null, **options)
-    _cut_log(log, state.step)
-    shown = None if bar else True
-    bar = tqdm(records, total=config["steps"], initial=state.step, desc=folder.name, disable=shown)
-    with open(log, "a") as file:
+    records = train(state, loss_of(config), batch, config["steps"], null=null, world=world, **options)
+    if writes:
+        _cut_log(log, state.step)
+    hidden = None if bar and writes else True
+    bar = tqdm(records, total=config["steps"], initial=state.step, desc=folder.name, disable=hidden)
+    with open(log if writes else os.devnull, "a") as file:
         for record in bar:
             if record["step"] % config["log_every"] == 0 or record["step"] == config["steps"]:
                 file.write(json.dumps(record) + "\n")
                 bar.set_postfix(loss=f"{record['total']:.3f}", refresh=False)
             if record["step"] % config.get("sample_every", config["steps"] + 1) == 0:
                 label = torch.arange(64) % data.classes if config["conditional"] else None
-                x = sampled(state.average, 64, data.shape, 1, "any", config["seed"], label)
-                draw_one(folder / f"samples-{state.step:06d}.png", x.numpy(), f"step {state.step}, 1 NFE")
+                with autocast(device, config["precision"] if in_pieces else "float32"):
+                    x = sampled(state.average, 64, data.shape, 1, "any", config["seed"], label)
+                if writes:
+                    draw_one(folder / f"samples-{state.step:06d}.png", x.numpy(), f"step {state.step}, 1 NFE")
             if record["step"] % config["checkpoint_every"] == 0 or record["step"] == config["steps"]:
                 file.flush()
                 write_checkpoint()

@@ -11,6 +11,7 @@ bit for bit as if it had never stopped.
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,11 @@ import torch
 from .ema import average_of, update, warmed_up
 from .files import aside
 from .losses import TwinFlowLoss
-from .twin import take
+from .twin import replace, take
 
 PRECISIONS = ("float32", "bf16")
 COMPILE = ("none", "default")
+PARALLEL = ("ddp", "fsdp")
 FLOW_MATCHING = TwinFlowLoss(order=0, share=0.0)
 
 
@@ -30,7 +32,8 @@ class State:
     """A network in training: net, two moving averages of it, the optimiser, the noise generator, steps done.
 
     `average`, the slow one, is the model to sample from; `teacher`, the fast one, is F^-. `helpers`: the networks
-    that a peer's loss needs beside these, by name.
+    that a peer's loss needs beside these, by name. `call` is net as the loss calls it, where something stands around
+    it, and `original` the frozen network of guidance and data-free training, where there is one.
     """
 
     net: torch.nn.Module
@@ -40,23 +43,37 @@ class State:
     generator: torch.Generator
     helpers: torch.nn.ModuleDict
     step: int = 0
+    call: Callable | None = None
+    original: Callable | None = None
+
+    def restart(self):
+        """Set the averages to the network."""
+        for average in (self.average, self.teacher):
+            average.load_state_dict(self.net.state_dict())
+
+    def follow(self, ema, teacher_ema):
+        """Move the averages towards the network."""
+        update(self.average, self.net, warmed_up(ema, self.step))
+        update(self.teacher, self.net, warmed_up(teacher_ema, self.step))
+
+    def networks(self):
+        """All that is trained or follows, by name."""
+        return {"net": self.net, "average": self.average, "teacher": self.teacher, "helpers": self.helpers}
+
+    def weights(self):
+        return {name: network.state_dict() for name, network in self.networks().items()}
 
     def state_dict(self):
         return {
-            "net": self.net.state_dict(),
-            "average": self.average.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "helpers": self.helpers.state_dict(),
+            **self.weights(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "step": self.step,
         }
 
     def load_state_dict(self, saved):
-        self.net.load_state_dict(saved["net"])
-        self.average.load_state_dict(saved["average"])
-        self.teacher.load_state_dict(saved["teacher"])
-        self.helpers.load_state_dict(saved["helpers"])
+        for name, network in self.networks().items():
+            network.load_state_dict(saved[name])
         self.optimizer.load_state_dict(saved["optimizer"])
         try:
             self.generator.set_state(saved["generator"].cpu())
@@ -75,16 +92,20 @@ def adamw(net, lr, betas=(0.9, 0.99), helpers=()):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0, **how)
 
 
-def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None):
+def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None, place=lambda net: net):
     """Start of training: AdamW, the averages equal to the network.
 
-    helpers: of a peer's loss, name -> kind; see `peers`.
+    helpers: of a peer's loss, name -> kind; see `peers`. place: what is done to each network before the optimiser is
+    made, see `scale.prepare`.
     """
     kinds = {name: kind for name, kind in (helpers or {}).items() if kind != "average"}
     made = torch.nn.ModuleDict({name: copy.deepcopy(net).requires_grad_(kinds[name] != "frozen") for name in kinds})
+    average, teacher = average_of(net), average_of(net)
+    for network in (net, average, teacher, *made.values()):
+        place(network)
     optimizer = adamw(net, lr, betas, [made[name] for name, kind in kinds.items() if kind != "frozen"])
     generator = torch.Generator(next(net.parameters()).device).manual_seed(seed)
-    return State(net, average_of(net), average_of(net), optimizer, generator, made)
+    return State(net, average, teacher, optimizer, generator, made)
 
 
 def autocast(device, precision):
@@ -101,7 +122,7 @@ def learning_rate(step, steps, warm_up=100):
 
 def train(
     state, loss, batch, steps, ema=0.999, teacher_ema=0.99, warmup_steps=0, base_steps=0, null=None, label_dropout=0.0,
-    accumulate=1, clip_norm=None, precision="float32",
+    accumulate=1, clip_norm=None, precision="float32", world=None,
 ):  # fmt: skip
     """Take training steps up to `steps`, yielding after each a record: step, lr and the loss terms.
 
@@ -112,19 +133,23 @@ def train(
     condition; it replaces a share `label_dropout` of the labels. ema and teacher_ema are the decays
     of the two averages (Table 6: 0.99 for the teacher). accumulate: the batch is worked through in so
     many equal parts. clip_norm: longest gradient, or None. precision "bf16": the networks run under autocast.
+    world: the processes that train together, each on its part of the batch, see `scale`.
     Raises FloatingPointError, before the weights are touched, if a loss term is not finite.
     """
     peer = not isinstance(loss, TwinFlowLoss)
     flow_matching = FLOW_MATCHING if peer else dataclasses.replace(loss, order=0, share=0.0)
     base = loss if peer else dataclasses.replace(loss, share=0.0)
     device = next(state.net.parameters()).device
-    null = None if null is None else torch.tensor([null], device=device)
+    null = torch.tensor([null], device=device) if isinstance(null, int) else null
+    together = None
     while state.step < steps:
         i = state.step
+        if world is not None:
+            together = world.reseed(state.generator, i)
         x, cond = batch(i)
         if null is not None and label_dropout:
             drop = torch.rand(len(x), generator=state.generator, device=device) < label_dropout
-            cond = torch.where(drop, null, cond)
+            cond = replace(cond, null, drop)
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate(i, steps)
         current = flow_matching if i < warmup_steps else base if i < warmup_steps + base_steps else loss
@@ -135,11 +160,15 @@ def train(
             fill_helpers(state, loss, done, total)
         state.optimizer.zero_grad()
         terms = 0.0
-        for part in torch.arange(len(x), device=device).chunk(accumulate):
+        for k, part in enumerate(torch.arange(len(x), device=device).chunk(accumulate)):
+            if world is not None:
+                world.sync(state.call or state.net, last=k == accumulate - 1)
             with autocast(device, precision):
-                out = loss_of_batch(current, state, x[part], take(cond, part), null, done / max(total, 1))
+                out = loss_of_batch(current, state, x[part], take(cond, part), null, done / max(total, 1), together)
             (out.total / accumulate).backward()
             terms = terms + torch.stack(out).detach() / accumulate
+        if world is not None:
+            terms = world.mean(terms)
         record = dict(zip(out._fields, terms.tolist()))
         for name, value in record.items():
             if not math.isfinite(value):
@@ -148,16 +177,19 @@ def train(
             for network in (state.net, *state.helpers.values()):
                 torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm, foreach=True)
         state.optimizer.step()
-        update(state.average, state.net, warmed_up(ema, i))
-        update(state.teacher, state.net, warmed_up(teacher_ema, i))
+        state.follow(ema, teacher_ema)
         state.step += 1
         yield {"step": state.step, "lr": state.optimizer.param_groups[0]["lr"], **record}
 
 
-def loss_of_batch(loss, state, x, cond=None, null=None, progress=0.0):
+def loss_of_batch(loss, state, x, cond=None, null=None, progress=0.0, together=None):
     """Call a loss with the networks that it needs; progress counts from the end of flow matching."""
-    more = {} if isinstance(loss, TwinFlowLoss) else {"progress": progress, **state.helpers}
-    return loss(state.net, x, cond=cond, teacher=state.teacher, null=null, generator=state.generator, **more)
+    if isinstance(loss, TwinFlowLoss):
+        more = {"original": state.original, "together": together}
+    else:
+        more = {"progress": progress, **state.helpers}
+    net = state.call or state.net
+    return loss(net, x, cond=cond, teacher=state.teacher, null=null, generator=state.generator, **more)
 
 
 def fill_helpers(state, loss, done, total):

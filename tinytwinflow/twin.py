@@ -43,6 +43,13 @@ def repeat(cond, n):
     return cond.expand(n, *cond.shape[1:])
 
 
+def replace(cond, null, rows):
+    """A condition with some rows, (B,) bool, made null, a condition of leading dimension 1 or B."""
+    if isinstance(cond, dict):
+        return {name: replace(value, null[name], rows) for name, value in cond.items()}
+    return torch.where(rows.view(-1, *[1] * (cond.ndim - 1)), null, cond)
+
+
 def generate(net, z, cond=None):
     """One-step sample x = z - F(z, 1, 0), the jump from noise to data.  (B, *D) -> (B, *D)."""
     one, zero = times(1, z), times(0, z)
