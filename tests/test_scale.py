@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def together(processes, function, folder):
     return [torch.load(folder / f"{function}-{rank}.pt") for rank in range(processes)]
 
 
-def small_net():
+def small_net(weights=True):
     """A DiT with no zero weights, so that every part of the loss has a gradient."""
     torch.manual_seed(0)
     net = ttf.nets.DiT(size=4, channels=1, classes=3, width=16, depth=2, heads=2, patch=2)
@@ -117,6 +118,7 @@ def all_gradients(world):
         "fsdp recomputed": gradients(world, "fsdp", recompute=True),
         "ddp recomputed": gradients(world, "ddp", recompute=True),
         "fsdp, a row each": gradients(world, "fsdp", n=1),
+        "hsdp": gradients(replace(world, local=1), "hsdp"),
         "fsdp bf16": gradients(world, "fsdp", precision="bf16"),
     }
 
@@ -129,7 +131,7 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     one_row, halves = mean_gradients(2, n=1), mean_gradients(2, precision="bf16")
     assert max((expected[name] - in_parts[name]).abs().max() for name in expected) > 1e-3
     for mine in found:
-        for kind in ("ddp", "fsdp", "fsdp recomputed", "ddp recomputed"):
+        for kind in ("ddp", "fsdp", "hsdp", "fsdp recomputed", "ddp recomputed"):
             close(mine[kind], expected)
         for kind in ("fsdp in parts", "ddp in parts"):
             close(mine[kind], in_parts)

@@ -118,11 +118,12 @@ def config_of(args, recipe):
         config["data"] = args.data
     if "data_dir" in config:
         config["data_dir"] = str(Path(args.data_dir or config["data_dir"]).resolve())
-    for key in ("init_from", "features", "vae"):
+    for key in ("init_from", "features", "vae", "model"):
         kind, colon, path = str(config.get(key, "")).rpartition(":")
         if path and path != "classifier":
             config[key] = kind + colon + str(Path(path).resolve())
-    if config["data"].endswith((".npy", ".csv")) or "size" in config and config["data"] not in images.NAMES:
+    from_disk = "model" in config or "size" in config and config["data"] not in images.NAMES
+    if from_disk or config["data"].endswith((".npy", ".csv")):
         config["data"] = str((Path(args.data_dir or ".") / config["data"]).resolve())
     return config
 
@@ -163,7 +164,9 @@ def run_train(args):
         else:
             ready(folder, config, args)
         continue_run(folder, device, world=world)
-    if world is None or world.rank == 0:
+    if "model" in config:
+        print(f"{folder}/samples.png: latents as colours; python -m tinytwinflow paint makes images of prompts")
+    elif world is None or world.rank == 0:
         result, kept = evaluate(folder, nfes=(1, 2, 4), with_baseline=False, device=device)
         show(folder, result, kept)
 

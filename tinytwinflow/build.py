@@ -4,18 +4,21 @@ from pathlib import Path
 
 import torch
 
-from . import scale
+from . import large, scale
 from .data import Points
 from .files import load, load_weights
 from .images import Images
 from .nets import MLP, DiT, UNet, dit, load_published
 from .recipes import loss_of
+from .texts import Texts
 from .train import new_state
 
 
 def data_of(config, world=None):
     """The training data that a run's settings describe; of each batch, the rows of this process."""
     part = (world.rank, world.size) if world else (0, 1)
+    if "model" in config:
+        return Texts(config["data"], config["batch_size"], config["seed"], part, config["latents"] or None)
     if "size" not in config:
         data = Points(config["data"], config["batch_size"], config["seed"], part)
     else:
@@ -66,15 +69,21 @@ def state_of(config, shape, classes, device, world=None, fresh=True):
     loss = loss_of(config)
     if world is not None and config["method"] != "twinflow":
         raise ValueError(f"method {config['method']} trains on one process: start it without torchrun")
+    if world is not None and config["parallel"] == "ddp" and config.get("optimizer") == "adafactor":
+        raise ValueError("optimizer adafactor steps before ddp has averaged gradients: --set parallel=fsdp")
 
-    def build():
+    def build(weights):
         torch.manual_seed(config["seed"])
+        if "model" in config:
+            return large.backbone(config, weights)
         net = net_of(config, shape, classes)
-        if fresh and config["init_from"]:
+        if weights and fresh and config["init_from"]:
             first_weights(net, config["init_from"])
         return net
 
     def make(net, place):
+        if "model" in config:
+            return large.state_of(net, config, place)
         return new_state(net, config["lr"], seed=config["seed"], helpers=getattr(loss, "helpers", None), place=place)
 
     how = {key: config[key] for key in ("parallel", "precision", "recompute", "compile")}

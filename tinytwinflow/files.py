@@ -54,6 +54,14 @@ def check_weights(own, weights, path):
             raise ValueError(f"{path}: holds another network ({name} is {there} there, {here} here)")
 
 
+@torch.no_grad()
+def fill(own, weights, path):
+    """Copy tensors by name into others. Raises ValueError that names the first that does not fit."""
+    check_weights(own, weights, path)
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+
+
 def load_weights(net, weights, path):
     """Put weights into a network. Raises ValueError that names the first tensor that does not fit."""
     check_weights(net.state_dict(), weights if isinstance(weights, dict) else {}, path)

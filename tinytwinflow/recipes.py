@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from . import peers
 from .losses import TwinFlowLoss
-from .train import COMPILE, PARALLEL, PRECISIONS
+from .train import COMPILE, OPTIMIZERS, PARALLEL, PRECISIONS, WEIGHTS
 
 LOSS = {  # see peers.METHODS, where a method's own settings are fields to change by peer={"name": value}; TwinFlowLoss
     "method": "twinflow",
@@ -133,7 +133,33 @@ IMAGENET = {
     "eval_samples": 10000,
 }
 
-RECIPES = {"toy": TOY, "fashion": FASHION, "cifar": CIFAR, "imagenet": IMAGENET}
+TEXT = {
+    "data": "texts",
+    "model": "model",
+    "weights": "bf16",
+    "lora_rank": 64,
+    "lora_layers": [],
+    "optimizer": "adamw",
+    "latents": [],
+    "conditional": True,
+    "steps": 2000,
+    "batch_size": 8,
+    "lr": 1e-4,
+    "warmup_steps": 0,
+    "base_steps": 0,
+    **ENGINE,
+    **LOSS,
+    **{f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(TwinFlowLoss)},
+    "guidance": 0.5,
+    "ema": 0.99,
+    "label_dropout": 0.0,
+    "recompute": True,
+    "log_every": 1,
+    "checkpoint_every": 500,
+    "sample_every": 500,
+}
+
+RECIPES = {"toy": TOY, "fashion": FASHION, "cifar": CIFAR, "imagenet": IMAGENET, "text": TEXT}
 
 
 def settings(recipe, changes=()):
@@ -187,7 +213,7 @@ def check(config):
         if config[key] < 1:
             raise ValueError(f"{key} must be at least 1, got {config[key]}")
     least = 6 if "size" in config else 2  # of images, more than the neighbours that are looked for
-    if config["eval_samples"] < least:
+    if config.get("eval_samples", least) < least:
         raise ValueError(f"eval_samples must be at least {least}, got {config['eval_samples']}")
     if not 0 < config["lr"] < math.inf:
         raise ValueError(f"lr must be a number > 0, got {config['lr']}")
@@ -211,7 +237,29 @@ def check(config):
         raise ValueError("guidance and base_steps are for method twinflow: --set guidance=0 base_steps=0")
     if config["guidance"] and not config["conditional"]:
         raise ValueError("guidance needs labels: --set conditional=true")
+    if "model" in config:
+        check_backbone(config)
     loss_of(config)
+
+
+def check_backbone(config):
+    """Raise ValueError for settings of a pretrained backbone that do not go together."""
+    for key, known in (("weights", WEIGHTS), ("optimizer", OPTIMIZERS)):
+        if config[key] not in known:
+            raise ValueError(f"{key} must be one of {', '.join(known)}, got {config[key]!r}")
+    if config["lora_rank"] < 0:
+        raise ValueError(f"lora_rank must be at least 0 (all parameters learn), got {config['lora_rank']}")
+    in_backward = config["optimizer"] == "adafactor"
+    if config["lora_rank"] and in_backward:
+        raise ValueError("optimizer adafactor is for all parameters: --set lora_rank=0, or optimizer=adamw")
+    if not config["lora_rank"] and not in_backward and config["weights"] == "bf16":
+        raise ValueError("adamw would lose small steps in bf16: --set weights=float32, or optimizer=adafactor")
+    if in_backward and (config["accumulate"] > 1 or config["clip_norm"] is not None):
+        raise ValueError("optimizer adafactor steps inside the backward pass: --set accumulate=1 clip_norm=None")
+    if config["data_free"] and not config["lora_rank"]:
+        raise ValueError("data_free learns from the frozen original, which adapters keep: --set lora_rank=64")
+    if config["method"] != "twinflow" or config["init_from"]:
+        raise ValueError("a backbone begins as its model and has method twinflow: --set method=twinflow init_from=")
 
 
 def loss_of(config):

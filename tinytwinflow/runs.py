@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import sharded
+from . import large, sharded
 from .build import data_of, first_weights, net_of, state_of
 from .data import seeded
 from .features import Inception
-from .files import aside, load, load_weights, write_json
+from .files import aside, check_weights, fill, load, load_weights, write_json
 from .latents import autoencoder
 from .pictures import draw_one
 from .recipes import ENGINE, PLACING, RECIPES, check, loss_of
 from .samplers import sample
+from .scale import without_weights
 from .train import autocast, save, train
+from .twin import move, take
 
 
 def read_config(folder):
@@ -49,6 +51,8 @@ def trained(folder, device="cpu"):
     Raises ValueError if the folder holds no run, or its checkpoint does not fit it.
     """
     config, path = read_config(folder), sharded.newest(folder)
+    if "model" in config:
+        raise ValueError(f"{folder} is a run of a backbone: it makes images of prompts, python -m tinytwinflow paint")
     if path is not None:
         saved = sharded.about(path)
         net = net_of(config, saved["data"]["shape"], saved["data"]["classes"])
@@ -60,6 +64,24 @@ def trained(folder, device="cpu"):
         net = net_of(config, saved["data"]["shape"], saved["data"]["classes"]).to(device)
         load_weights(net, saved["average"], path)
     return net.requires_grad_(False), config, saved
+
+
+def painter(folder, device="cpu"):
+    """The velocity field of a backbone's run, ready to sample, and its settings.  -> net(x, t, r, cond), config
+
+    Raises ValueError if the folder holds no such run, or its checkpoint does not fit it.
+    """
+    config, path = read_config(folder), sharded.newest(folder)
+    if "model" not in config:
+        raise ValueError(f"{folder} is no run of a backbone: python -m tinytwinflow sample draws from it")
+    net = large.backbone(config)
+    own = large.weights_of(net, config)
+    if path is not None:
+        sharded.read(path, {"net": own})
+    else:
+        path = Path(folder) / "checkpoint.pt"
+        fill(own, load(path, keys=("net", "step"))["net"], path)
+    return large.view(net.to(device).requires_grad_(False), config), config
 
 
 def set_aside(folder):
@@ -81,8 +103,8 @@ def start(folder, config, move=False):
     """
     folder = Path(folder)
     data = data_of(config)
-    with torch.device("meta"):
-        net_of(config, data.shape, data.classes)
+    with torch.device("meta") if "model" not in config else without_weights():
+        large.backbone(config, weights=False) if "model" in config else net_of(config, data.shape, data.classes)
     if "size" in config and len(data.test_rows) < 12:
         kept = f"{len(data.test_rows)} images are kept to measure against, of a folder every twentieth"
         raise ValueError(f"{config['data']}: {kept}; at least 12 are needed")
@@ -158,7 +180,8 @@ def continue_run(folder, device="cpu", bar=True, world=None):
         sharded.load(sharded.newest(folder), state)
     else:
         saved = load(checkpoint, keys=(*state.state_dict(), "data"))
-        load_weights(state.net, saved["net"], checkpoint)
+        for name, weights in state.weights().items():
+            check_weights(weights, saved[name], checkpoint)
         state.load_state_dict(saved)
         del saved
 
@@ -169,10 +192,10 @@ def continue_run(folder, device="cpu", bar=True, world=None):
         x, label = next_batch.pop(step).result() if step in next_batch else data.batch(step)
         if data.on_disk:
             next_batch[step + 1] = pool.submit(data.batch, step + 1)
-        return x.to(device), label.to(device) if config["conditional"] else None
+        return x.to(device), move(label, device) if config["conditional"] else None
 
     keys = ("warmup_steps", "base_steps", *(key for key in ENGINE if key not in PLACING))
-    null = data.classes if config["conditional"] else None
+    null = getattr(data, "null", data.classes) if config["conditional"] else None
     options = {key: config[key] for key in keys}
     records = train(state, loss_of(config), batch, config["steps"], null=null, world=world, **options)
     if writes:
@@ -184,12 +207,14 @@ def continue_run(folder, device="cpu", bar=True, world=None):
             if record["step"] % config["log_every"] == 0 or record["step"] == config["steps"]:
                 file.write(json.dumps(record) + "\n")
                 bar.set_postfix(loss=f"{record['total']:.3f}", refresh=False)
-            if record["step"] % config.get("sample_every", config["steps"] + 1) == 0:
-                label = torch.arange(64) % data.classes if config["conditional"] else None
+            last = "model" in config and record["step"] == config["steps"]  # of others, `evaluate` draws the last
+            if last or record["step"] % config.get("sample_every", config["steps"] + 1) == 0:
+                n, cond = pictured(config, data)
                 with autocast(device, config["precision"] if in_pieces else "float32"):
-                    x = sampled(state.average, 64, data.shape, 1, "any", config["seed"], label)
+                    x = sampled(state.average, n, data.shape, 1, "any", config["seed"], cond, device)
                 if writes:
-                    draw_one(folder / f"samples-{state.step:06d}.png", x.numpy(), f"step {state.step}, 1 NFE")
+                    name = "samples.png" if last else f"samples-{state.step:06d}.png"
+                    draw_one(folder / name, x.numpy(), f"step {state.step}, 1 NFE")
             if record["step"] % config["checkpoint_every"] == 0 or record["step"] == config["steps"]:
                 file.flush()
                 write_checkpoint()
@@ -197,13 +222,24 @@ def continue_run(folder, device="cpu", bar=True, world=None):
     return state
 
 
-def sampled(net, n, shape, steps, mode, seed, label=None, batch_size=4000):
-    """n samples for labels (n,) or None, the same noise for the same seed.  -> (n, *shape)."""
+def pictured(config, data):
+    """How many samples the pictures of a run in training show, and their condition: a few prompts or each label."""
+    if "model" in config:
+        cond = take(data.batch(0)[1], slice(0, 4))
+        return len(next(iter(cond.values()))), cond
+    return 64, torch.arange(64) % data.classes if config["conditional"] else None
+
+
+def sampled(net, n, shape, steps, mode, seed, cond=None, device=None, batch_size=4000):
+    """n samples for a condition of n rows or None, the same noise for the same seed.  -> (n, *shape), on the CPU.
+
+    device: of the network, where it has no parameters to tell.
+    """
     z = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
-    device = next(net.parameters()).device
+    device = next(net.parameters()).device if device is None else device
     fresh, parts = torch.Generator(device).manual_seed(seeded(seed, 3).initial_seed()), []  # not the stream of z
     for rows in torch.arange(n).split(batch_size if len(shape) == 1 else batch_size // 16):
-        some = None if label is None else label[rows].to(device)
+        some = move(take(cond, rows), device)
         parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, generator=fresh).cpu())
     return torch.cat(parts)
 

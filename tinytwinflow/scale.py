@@ -4,7 +4,8 @@
 
 Each process works on its own rows of the batch with its own noise. DDP keeps the whole network on every process and
 averages the gradients. FSDP2 keeps a piece of every block on each, gathers a block while it is used, and hands
-each process the mean gradient of its own piece, in float32.
+each process the mean gradient of its own piece, in float32. parallel=hsdp does so among the processes of one machine
+and averages the gradients of pieces between machines, where the network is slow.
 """
 
 import os
@@ -35,6 +36,7 @@ class World:
     size: int
     device: str
     seed: int = 0
+    local: int = 1  # processes on one machine
 
     def mean(self, values):
         """The mean over processes of a tensor, the same on all; what is not finite on one is not finite on any."""
@@ -77,7 +79,7 @@ def join(device="cpu", seed=0):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(dist.get_rank(), dist.get_world_size(), str(device), seed)
+    return World(dist.get_rank(), dist.get_world_size(), str(device), seed, int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 @contextmanager
@@ -136,13 +138,16 @@ def prepare(net, world=None, parallel="ddp", precision="float32", recompute=Fals
     if recompute and any(parameter.requires_grad for parameter in net.parameters()):
         for block in blocks:
             forget(block)
-    sharded = world is not None and parallel == "fsdp"
+    sharded = world is not None and parallel != "ddp"
     if compile != "none":
         for module in blocks if sharded and blocks else [net]:
             module.compile()
     if sharded:
         kind = torch.device(world.device).type
-        mesh = dist.device_mesh.init_device_mesh(kind, (world.size,))
+        sizes = {"pieces": world.size}
+        if parallel == "hsdp":
+            sizes = {"copies": world.size // world.local, "pieces": world.local}
+        mesh = dist.device_mesh.init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         reduced = torch.bfloat16 if precision == "bf16" else None
         policy = MixedPrecisionPolicy(reduced, reduced and torch.float32, cast_forward_inputs=False)
         for module in (*blocks, net):
@@ -159,13 +164,13 @@ def fill(net, weights):
 def start(build, world=None, device="cpu", parallel="ddp", weights=True, make=new_state, **how):
     """The State of a new run on one process or many.
 
-    build() makes the network; under FSDP2 every process makes it without weights and the first one once more with
-    them, which it deals out; weights=False leaves them for a checkpoint to fill. make(net, place) gives the State,
+    build(weights) makes the network; under FSDP2 every process makes it without weights and the first one once more
+    with them, which it deals out; weights=False leaves them for a checkpoint to fill. make(net, place) gives the State,
     `place` to be called on each of its networks; how: see `prepare`.
     """
     place = partial(prepare, world=world, parallel=parallel, **how)
     if world is None or parallel == "ddp":
-        state = make(build().to(device), place=place)
+        state = make(build(True).to(device), place=place)
         if world is not None:
             on = [torch.device(device)] if torch.device(device).type == "cuda" else None
             with warnings.catch_warnings():
@@ -173,9 +178,9 @@ def start(build, world=None, device="cpu", parallel="ddp", weights=True, make=ne
                 state.call = DistributedDataParallel(state.net, on, broadcast_buffers=False)
         return state
     with without_weights():
-        net = build()
+        net = build(False)
     state = make(net, place=place)
     if weights:
-        fill(state.net, build().state_dict() if world.rank == 0 else {})
+        fill(state.net, build(True).state_dict() if world.rank == 0 else {})
         state.restart()
     return state

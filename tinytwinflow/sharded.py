@@ -18,6 +18,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from .files import check_weights, write_json
+from .files import load as load_file
+from .lean import InBackward
 
 ABOUT, PREFIX, ASIDE = "about.json", "checkpoint-", "writing-"
 
@@ -49,16 +51,18 @@ def save(folder, state, data):
     if old is not None and old.name == name:
         return
     content = dict(weights)
-    if state.step:
-        content["optimizer"] = _of_optimizer(state)["state"]
     if _first():
         shutil.rmtree(folder / (ASIDE + name), ignore_errors=True)
+        (folder / (ASIDE + name)).mkdir(parents=True)
     _wait()
+    if isinstance(state.optimizer, InBackward):
+        torch.save(state.optimizer.state_dict(), folder / (ASIDE + name) / _own())
+    elif state.step:
+        content["optimizer"] = get_optimizer_state_dict(state.net, state.optimizer)["state"]
     with _alone_or_not() as alone:
         dcp.save(content, checkpoint_id=folder / (ASIDE + name), no_dist=alone)
     if _first():
-        size = dist.get_world_size() if dist.is_initialized() else 1
-        write_json(folder / (ASIDE + name) / ABOUT, {"step": state.step, "size": size, "data": data})
+        write_json(folder / (ASIDE + name) / ABOUT, {"step": state.step, "size": _size(), "data": data})
         os.replace(folder / (ASIDE + name), folder / name)
         if old is not None:
             shutil.rmtree(old)
@@ -68,16 +72,20 @@ def save(folder, state, data):
 def load(path, state):
     """Fill a State from a checkpoint, written by any number of processes.  -> data, as given to `save`.
 
-    Raises ValueError if the checkpoint is damaged or holds another network.
+    Raises ValueError if the checkpoint is damaged or holds another network, or if it is of another number of
+    processes and has optimisers that ran inside the backward pass, each on the piece of one process.
     """
-    note = about(path)
+    note, optimizer = about(path), None
     content = dict(state.weights())
-    optimizer = _of_optimizer(state) if note["step"] else None
-    if optimizer:
+    if isinstance(state.optimizer, InBackward):
+        if note["size"] != _size():
+            raise ValueError(f"{path} is of {note['size']} processes, whose optimisers cannot be dealt to {_size()}")
+        saved = load_file(Path(path) / _own(), next(state.net.parameters()).device, keys=("states", "steps"))
+        state.optimizer.load_state_dict(saved)
+    elif note["step"]:
+        optimizer = get_optimizer_state_dict(state.net, state.optimizer)
         content["optimizer"] = optimizer["state"]
     read(path, content)
-    for name, network in state.networks().items():
-        network.load_state_dict(content[name])
     if optimizer:
         set_optimizer_state_dict(state.net, state.optimizer, {**optimizer, "state": content["optimizer"]})
     state.step = note["step"]
@@ -103,8 +111,12 @@ def read(path, content):
         raise ValueError(f"{path}: damaged checkpoint ({' '.join(str(why).split()) or type(why).__name__})") from None
 
 
-def _of_optimizer(state):
-    return get_optimizer_state_dict(state.net, state.optimizer)
+def _own():
+    return f"optimizer-{dist.get_rank() if dist.is_initialized() else 0}.pt"
+
+
+def _size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _refuse_not_finite(weights, step):

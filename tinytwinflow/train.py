@@ -23,7 +23,9 @@ from .twin import replace, take
 
 PRECISIONS = ("float32", "bf16")
 COMPILE = ("none", "default")
-PARALLEL = ("ddp", "fsdp")
+PARALLEL = ("ddp", "fsdp", "hsdp")
+WEIGHTS = {"bf16": torch.bfloat16, "float32": torch.float32}
+OPTIMIZERS = ("adamw", "adafactor")
 FLOW_MATCHING = TwinFlowLoss(order=0, share=0.0)
 
 
@@ -48,20 +50,21 @@ class State:
 
     def restart(self):
         """Set the averages to the network."""
-        for average in (self.average, self.teacher):
+        for average in dict.fromkeys((self.average, self.teacher)):
             average.load_state_dict(self.net.state_dict())
 
     def follow(self, ema, teacher_ema):
         """Move the averages towards the network."""
         update(self.average, self.net, warmed_up(ema, self.step))
-        update(self.teacher, self.net, warmed_up(teacher_ema, self.step))
-
-    def networks(self):
-        """All that is trained or follows, by name."""
-        return {"net": self.net, "average": self.average, "teacher": self.teacher, "helpers": self.helpers}
+        if self.teacher is not self.average:
+            update(self.teacher, self.net, warmed_up(teacher_ema, self.step))
 
     def weights(self):
-        return {name: network.state_dict() for name, network in self.networks().items()}
+        """All that is trained or follows: tensors by name, by network."""
+        networks = {"net": self.net, "average": self.average, "teacher": self.teacher, "helpers": self.helpers}
+        if self.teacher is self.average:
+            del networks["teacher"]
+        return {name: network.state_dict() for name, network in networks.items()}
 
     def state_dict(self):
         return {
@@ -71,9 +74,11 @@ class State:
             "step": self.step,
         }
 
+    @torch.no_grad()
     def load_state_dict(self, saved):
-        for name, network in self.networks().items():
-            network.load_state_dict(saved[name])
+        for name, tensors in self.weights().items():
+            for key, tensor in tensors.items():
+                tensor.copy_(saved[name][key])
         self.optimizer.load_state_dict(saved["optimizer"])
         try:
             self.generator.set_state(saved["generator"].cpu())
@@ -83,25 +88,26 @@ class State:
 
 
 def adamw(net, lr, betas=(0.9, 0.99), helpers=()):
-    """AdamW without weight decay (Table 6), for all weights in a few kernels."""
+    """AdamW without weight decay (Table 6), for all weights that learn in a few kernels."""
     how = {"fused": True} if next(net.parameters()).device.type == "cuda" else {"foreach": True}
-    groups = [{"params": list(net.parameters())}]
+    groups = [{"params": [p for p in net.parameters() if p.requires_grad]}]
     groups += [{"params": list(helper.parameters())} for helper in helpers]
     for group in groups:
         group["initial_lr"] = lr
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0, **how)
 
 
-def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None, place=lambda net: net):
+def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None, place=lambda net: net, one_average=False):
     """Start of training: AdamW, the averages equal to the network.
 
-    helpers: of a peer's loss, name -> kind; see `peers`. place: what is done to each network before the optimiser is
-    made, see `scale.prepare`.
+    helpers: of a peer's loss, name -> kind; see `peers`. one_average: to sample from and to teach. place: what is
+    done to each network before the optimiser is made, see `scale.prepare`.
     """
     kinds = {name: kind for name, kind in (helpers or {}).items() if kind != "average"}
     made = torch.nn.ModuleDict({name: copy.deepcopy(net).requires_grad_(kinds[name] != "frozen") for name in kinds})
-    average, teacher = average_of(net), average_of(net)
-    for network in (net, average, teacher, *made.values()):
+    average = average_of(net)
+    teacher = average if one_average else average_of(net)
+    for network in dict.fromkeys((net, average, teacher, *made.values())):
         place(network)
     optimizer = adamw(net, lr, betas, [made[name] for name, kind in kinds.items() if kind != "frozen"])
     generator = torch.Generator(next(net.parameters()).device).manual_seed(seed)
@@ -207,7 +213,7 @@ def save(path, content):
 
     Raises FloatingPointError, writing nothing, if a weight is not finite.
     """
-    for name, value in (*content["net"].items(), *content["average"].items()):
+    for name, value in (*content["net"].items(), *content.get("average", {}).items()):
         if not value.isfinite().all():
             raise FloatingPointError(f"step {content['step']}: weight {name} is not finite; the last checkpoint stays")
     with aside(path) as file:

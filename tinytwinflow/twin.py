@@ -43,6 +43,13 @@ def repeat(cond, n):
     return cond.expand(n, *cond.shape[1:])
 
 
+def move(cond, device):
+    """A condition on a device."""
+    if isinstance(cond, dict):
+        return {name: value.to(device) for name, value in cond.items()}
+    return None if cond is None else cond.to(device)
+
+
 def replace(cond, null, rows):
     """A condition with some rows, (B,) bool, made null, a condition of leading dimension 1 or B."""
     if isinstance(cond, dict):

@@ -1,0 +1,249 @@
+"""What a training step of a large backbone needs, counted from its real configuration, without weights or a GPU.
+
+The loss runs on tiny tensors and its calls are written down: on which network, how many rows, with or without
+gradient. Then the calls are made again, in order, on the backbone on the meta device, where tensors have a shape
+and no memory, while all bytes are counted.
+"""
+
+import math
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+from torch.nn import functional as f
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import lora
+from .large import linear_layers
+from .lean import in_backward
+from .losses import TwinFlowLoss
+from .memory import LiveBytes
+from .pretrained import Velocity
+from .scale import forget, without_weights
+
+BACKBONES = {  # diffusers class, its settings where they differ from diffusers' own, latents (C, H, W), tokens of text
+    "qwen-image": ("QwenImageTransformer2DModel", {}, (16, 128, 128), 512),
+    "flux": ("FluxTransformer2DModel", {}, (16, 128, 128), 512),
+    "sd3.5-large": (
+        "SD3Transformer2DModel",
+        {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+         "qk_norm": "rms_norm"},
+        (16, 128, 128), 333,
+    ),
+    "sana-1.6b": ("SanaTransformer2DModel", {}, (32, 32, 32), 300),
+}  # fmt: skip
+
+
+TRAININGS = {  # what learns, in which precision it is kept, its optimiser
+    "adapters": "rank 64 on attention and MLPs, float32, with their average; AdamW; the backbone bf16, frozen",
+    "in backward": "all parameters, bf16, no average; Adafactor inside the backward pass, random rounding",
+    "float32": "all parameters and one average, float32; AdamW; computed in bf16",
+}
+
+
+def backbone(name, dtype=torch.bfloat16):
+    """A backbone on the meta device and the shape of its latents. Raises ValueError for an unknown name."""
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}: choose from {', '.join(BACKBONES)}")
+    try:
+        import diffusers
+    except ImportError:
+        raise ValueError("backbones need diffusers: pip install 'tinytwinflow[large]'") from None
+    kind, changes, shape, _ = BACKBONES[name]
+    with without_weights():
+        net = Velocity(getattr(diffusers, kind)(**changes))
+    return net.to("meta", dtype), shape
+
+
+def condition(net, rows, tokens):
+    """A condition that fits a network on the meta device."""
+    widths = {"prompt_embeds": (tokens,), "prompt_mask": (tokens,), "pooled": (), "guidance": ()}
+    found = {}
+    for name, key in net.cond.items():
+        shape = (rows, *widths[name], *([net.model.config[key]] if key else []))
+        kind = torch.bool if name == "prompt_mask" else torch.float32 if name == "guidance" else torch.bfloat16
+        found[name] = torch.empty(shape, dtype=kind, device="meta")
+    return found
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that a loss makes: which network, how many rows, whether a gradient will go back through it."""
+
+    network: str
+    rows: int
+    gradient: bool
+
+
+def calls_of(loss, rows, seed=0, with_text=True):
+    """The calls of one step of a loss on so many rows, in order."""
+    made, weight = [], torch.nn.Parameter(torch.ones(()))
+
+    def network(name):
+        def field(x, t, r, cond=None):
+            y = x * weight * math.exp(-0.1 * len(name))
+            made.append(Call(name, len(x), y.requires_grad))
+            return y
+
+        return field
+
+    names = getattr(loss, "helpers", {})
+    x, cond, null = torch.ones(rows, 2), torch.zeros(rows, 1), torch.zeros(1, 1)
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(loss, TwinFlowLoss):
+        more = {"teacher": network("teacher"), "original": network("teacher"), "null": null}
+    else:
+        more = {"progress": 0.5, **{name: network(name) for name in names}}
+        more["teacher" if "teacher" in names else "null"] = more.get("teacher", null)
+    loss(network("net"), x, cond=cond, generator=generator, **more)
+    return made
+
+
+class _Fused(torch.autograd.Function):
+    """Attention as fused kernels hold it: inputs, output and a number a row are kept, no matrix of all pairs."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device))
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def _fused(query, key, value, *_, **__):
+    return _Fused.apply(query, key, value)
+
+
+def _free(parameter):
+    parameter.grad = None
+
+
+def activations(net, shape, tokens, calls, free_gradients=False):
+    """Most bytes that the calls and their backward pass hold beyond the weights, gradients included.
+
+    net: the backbone, its blocks recomputed, which stands for every network that is called. free_gradients: those of
+    weights are let go as soon as they are there.
+    """
+    counter = LiveBytes()
+    counter.hold([*net.parameters(), *net.buffers()])
+    start, graphs = counter.now, []
+    hooks = []
+    if free_gradients:
+        hooks = [p.register_post_accumulate_grad_hook(_free) for p in net.parameters() if p.requires_grad]
+    with counter, patch.object(f, "scaled_dot_product_attention", _fused):
+        for call in calls:
+            x = torch.empty(call.rows, *shape, device="meta")
+            t = torch.empty(call.rows, device="meta")
+            with torch.set_grad_enabled(call.gradient):
+                y = net(x, t, t, condition(net, call.rows, tokens))
+            if call.gradient:
+                graphs.append(y)
+            del y
+        while graphs:
+            y = graphs.pop()
+            y.backward(torch.empty_like(y))
+            del y
+    for hook in hooks:
+        hook.remove()
+    for parameter in net.parameters():
+        parameter.grad = None
+    return counter.peak - start
+
+
+def flops(net, shape, tokens):
+    """Floating-point operations of one forward call on one row."""
+    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        net(x, t, t, condition(net, 1, tokens))
+    return counted.get_total_flops()
+
+
+def work(calls, low_rank):
+    """A step in forward calls of one row. A call with gradient is one, one again for its recomputed blocks, one for
+    the gradient of activations and, unless the weights are frozen, one for that of the weights.
+    """
+    return sum(call.rows * ((3 if low_rank else 4) if call.gradient else 1) for call in calls)
+
+
+def of_one_step(shape):
+    """Most bytes that a step of one bfloat16 parameter inside the backward pass holds beyond it, for a moment."""
+    parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+    in_backward([("parameter", parameter)], lr=1e-5)
+    counter = LiveBytes()
+    counter.hold([parameter])
+    start = counter.now
+    with counter:
+        parameter.sum().backward()
+    return counter.peak - start
+
+
+def nbytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def step_of(name, loss, batch_size, training, rank=64, steps=24):
+    """Bytes and floating-point operations of a training step of a backbone; see TRAININGS.
+
+    weights: all networks that the loss needs, and averages; optimiser: its state; passing: the most that any of so
+    many steps makes and lets go, gradients included; peak: their sum; flops: the mean of the steps.
+    """
+    net, shape = backbone(name)
+    tokens, low_rank, layerwise = BACKBONES[name][3], training == "adapters", training == "in backward"
+    operations = flops(net, shape, tokens)
+    for block in net.blocks():
+        forget(block)
+    whole = nbytes(net.parameters())
+    networks = [kind for kind in getattr(loss, "helpers", {}).values() if kind not in ("average", "original")]
+    learning = 1 + sum(kind in ("trained", "critic") for kind in networks)
+    if low_rank:
+        lora.add(net, linear_layers(net), rank, dtype=torch.float32, also=("r_embedder", "twin_embedder"))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    if low_rank:
+        weights = nbytes(net.parameters()) + (learning - 1) * nbytes(trained)
+        optimiser = learning * 2 * nbytes(trained)
+    elif layerwise:
+        weights = whole * (1 + len(networks))
+        rows_and_columns = [p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in trained if p.ndim > 1]
+        optimiser = learning * 4 * (sum(rows_and_columns) + sum(p.numel() for p in trained if p.ndim == 1))
+    else:
+        weights = 4 * count * (2 + len(networks))
+        optimiser = learning * 8 * count
+    steps = [calls_of(loss, batch_size, seed) for seed in range(steps)]
+    heaviest = max(steps, key=lambda calls: max(call.rows for call in calls))
+    passing = activations(net, shape, tokens, heaviest, free_gradients=not low_rank)
+    if layerwise:
+        passing += of_one_step(max(trained, key=torch.numel).shape)
+    elif not low_rank:
+        passing += learning * 4 * count
+    mean = sum(work(calls, low_rank) for calls in steps) / len(steps)
+    return {
+        "trained": learning * count,
+        "weights": weights,
+        "optimiser": optimiser,
+        "passing": passing,
+        "peak": weights + optimiser + passing,
+        "flops": mean * operations,
+    }
+
+
+def largest_batch(name, loss, training, memory=79.0):
+    """The largest batch whose step fits into so many GiB; bytes are linear in the batch. 0 if none does."""
+    one, two = (step_of(name, loss, rows, training)["peak"] / 2**30 for rows in (4, 8))
+    a_row = (two - one) / 4
+    return max(0, int((memory - one) / a_row) + 4)
+
+
+def table(name, losses, batch_size):
+    """A Markdown table, a row a loss and a training.  losses: name -> loss."""
+    lines = ["| method | what learns | parameters | weights | optimiser | passing | a step | PFLOP |", "|---" * 8 + "|"]
+    for method, loss in losses.items():
+        for training in TRAININGS:
+            figures = step_of(name, loss, batch_size, training)
+            sizes = (f"{figures[key] / 2**30:.1f}" for key in ("weights", "optimiser", "passing", "peak"))
+            learnt, work = f"{figures['trained'] / 1e6:,.0f} M", f"{figures['flops'] / 1e15:.2f}"
+            lines.append(f"| {method} | {training} | {learnt} | {' | '.join(sizes)} | {work} |")
+    return "\n".join(lines)
