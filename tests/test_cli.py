@@ -166,7 +166,7 @@ def fails(capsys, arguments, *words):
 
 
 def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
-    fails(capsys, ["paint"], "paint", "sample", "evaluate")
+    fails(capsys, ["draw"], "draw", "sample", "evaluate")
     fails(capsys, ["train", "cifar100", "--out", tmp_path / "a"], "unknown recipe 'cifar100'", "toy")
     fails(capsys, ["train", "toy", "--data", "blobs", "--out", tmp_path / "a"], "unknown data set 'blobs'", "moons")
     fails(capsys, ["--set", "learning_rate=1", "--out", tmp_path / "b"], "unknown key 'learning_rate'", "lr")

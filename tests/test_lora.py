@@ -108,11 +108,12 @@ def test_views_are_the_networks_they_stand_for(seed):
     """Student and average: the plain network with other weights; original: an untouched copy, bit for bit."""
     plain, here = dit(seed), inputs(seed=seed)
     net = stir(adapted(copy.deepcopy(plain), alpha=5.0), seed)
-    close(net(*here), by_hand(net, copy.deepcopy(plain), "student")(*here))
-    close(lora.average(net)(*here), by_hand(net, copy.deepcopy(plain), "average")(*here))
+    for which, field in (("student", net), ("average", lora.average(net))):
+        wanted = by_hand(net, copy.deepcopy(plain), which)(*here)
+        close(field(*here), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
     assert torch.equal(lora.original(net)(*here), plain(*here))
     student, average = net(*here), lora.average(net)(*here)
-    assert min((student - average).abs().max(), (average - plain(*here)).abs().max()) > 1e-3
+    assert min((student - average).abs().max(), (average - plain(*here)).abs().max()) > 1e-2 * average.abs().max()
     assert student.requires_grad and not average.requires_grad
 
 
@@ -239,7 +240,7 @@ def test_sharded_blocks():
         assert all(torch.equal(a.full_tensor(), b) for a, b in zip(*(state.values() for state in states)))
         student = net(*here)
         lora.merge(net)
-        close(net(*here), student)
+        close(net(*here), student, rtol=1e-4, atol=1e-4)
     finally:
         dist.destroy_process_group()
 
@@ -311,13 +312,13 @@ def test_merged_is_the_same_function(which):
     with pytest.raises(ValueError, match="not merged"):
         lora.unmerge(net)
     lora.merge(net, which)
-    close(net(*here), wanted)
+    close(net(*here), wanted, rtol=1e-4, atol=1e-4)
     for wrong in (lambda: lora.merge(net), lambda: average(*here), lambda: lora.load(net, "none")):
         with pytest.raises(ValueError, match="are merged: unmerge"):
             wrong()
     merged = {name: net.get_submodule(name).weight.detach().double() for name in net.lora.layers}
     lora.unmerge(net)
-    close(net(*here), student)
+    close(net(*here), student, rtol=1e-4, atol=1e-4)
     for name, value in net.state_dict().items():
         layer = name.removesuffix(".weight")
         if layer not in merged:
@@ -350,7 +351,7 @@ def test_removed_is_a_plain_network(which):
         lora.remove(net)
     lora.merge(net, which)
     lora.remove(net)
-    close(net(*here), wanted)
+    close(net(*here), wanted, rtol=1e-4, atol=1e-4)
     assert net.state_dict().keys() == dit().state_dict().keys()
     plain = dit()
     plain.load_state_dict(net.state_dict())

@@ -4,6 +4,7 @@ The oracles call the models by hand, as their pipelines do, and the pipelines' o
 """
 
 import copy
+import inspect
 import json
 import math
 from functools import cache
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinytwinflow import TwinFlowLoss, generate, sample
-from tinytwinflow.pretrained import EXTRA, FAMILIES, Velocity, load, load_extra, pack, save, unpack
+from tinytwinflow.families import FAMILIES, pack, unpack
+from tinytwinflow.pretrained import EXTRA, Velocity, load, load_extra, save, structure
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -121,6 +123,8 @@ def by_hand(model, x, t, c):
         )[0]  # fmt: skip
         return pipeline._unpack_latents(y, *sizes)
     if kind == "QwenImageTransformer2DModel":
+        if "max_txt_seq_len" not in inspect.signature(model.pos_embed.forward).parameters:
+            pytest.skip("pipelines of this diffusers have a bug: they leave the mask out")
         y = model(
             hidden_states=tokens, timestep=t, encoder_hidden_states_mask=c["prompt_mask"],
             encoder_hidden_states=c["prompt_embeds"], img_shapes=[[(1, height // 2, width // 2)]] * n,
@@ -374,6 +378,18 @@ def test_what_is_saved_is_loaded_bit_for_bit(kind, tmp_path):
         save(net, tmp_path / "transformer")
     roots = {PUBLISHED[kind].split(".")[0], PUBLISHED[kind].split(".")[0].replace("_2", "_twin")}
     assert {name.split(".")[0] for name in safetensors.load_file(tmp_path / "transformer" / EXTRA)} == roots
+
+
+@kinds
+def test_the_structure_is_what_is_loaded_but_for_its_values(kind, tmp_path):
+    save(net_of(kind), tmp_path / "transformer")
+    empty, whole = structure(tmp_path, torch.bfloat16), load(tmp_path, torch.bfloat16)
+    about = [{n: (v.shape, v.dtype) for n, v in net.state_dict().items()} for net in (empty, whole)]
+    assert about[0] == about[1]
+    empty.load_state_dict(whole.state_dict())
+    x, t, cond = latents(2), torch.tensor([0.9, -0.5]), given_cond(whole, 2)
+    with torch.no_grad():
+        assert torch.equal(empty(x, t, 0 * t, cond), whole(x, t, 0 * t, cond))
 
 
 @kinds

@@ -136,9 +136,9 @@ def test_phases_come_in_order_and_the_teacher_is_the_moving_average():
 
     @dataclasses.dataclass
     class Spy(TwinFlowLoss):
-        def __call__(self, net, x, cond, teacher, null, generator):
+        def __call__(self, net, x, cond, teacher, null, generator, **alone):
             seen.append((self.order, self.share))
-            assert net is state.net and teacher is state.teacher
+            assert net is state.net and teacher is state.teacher and set(alone.values()) == {None}
             return super().__call__(net, x, cond, teacher, null, generator=generator)
 
     batch = Points("moons", 16).batch
@@ -193,7 +193,7 @@ class Plain(TwinFlowLoss):
 
     seen = []
 
-    def __call__(self, net, x, cond, teacher, null, generator):
+    def __call__(self, net, x, cond, teacher, null, generator, **alone):
         self.seen.append((cond, torch.is_autocast_enabled("cpu")))
         one = torch.ones(len(x))
         total = (net(x, one, one) - x**2).square().mean()

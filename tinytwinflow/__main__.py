@@ -1,6 +1,5 @@
-"""The command line: python -m tinytwinflow [toy | train | sample | evaluate | compare | memory | bench | encode]."""
+"""The command line: python -m tinytwinflow [toy | train | sample | evaluate | compare | bench | ...]."""
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -8,96 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import bench, compare, images, memory, pictures, scale
-from .data import NAMES, restore
+from . import bench, compare, images, memory, pictures, plan, prompts, scale, texts
+from .arguments import parser
+from .data import restore
 from .evaluate import evaluate, table
 from .files import write_json
 from .latents import autoencoder, decode, encode
-from .recipes import RECIPES, loss_of, method_of, settings
-from .runs import continue_run, has_checkpoint, read_config, read_log, sampled, start, trained
-from .samplers import MODES
+from .recipes import loss_of, method_of, settings
+from .runs import continue_run, has_checkpoint, painter, read_config, read_log, sampled, start, trained
 from .train import COMPILE
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with one line for a wrong argument."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def parser():
-    about = "TwinFlow: one-step generation with one network."
-    whole = Parser(prog="tinytwinflow", description=about, fromfile_prefix_chars="@")
-    commands = whole.add_subparsers(dest="command", required=True)
-
-    def add(name, does, run):
-        command = commands.add_parser(name, help=does, description=does)
-        command.set_defaults(run=run)
-        return command
-
-    def add_training(command):
-        command.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
-        command.add_argument("--data", help=f"{', '.join((*NAMES, *images.NAMES))}, FILE.npy, FILE.csv or a folder")
-        command.add_argument("--data-dir", help="folder in which data is looked for")
-        command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
-        command.add_argument("--seed", type=int, help="default 0")
-        command.add_argument("--out", metavar="DIR")
-
-    toy = add("toy", "train TwinFlow and flow matching on 2D data, compare them, draw them (the default)", run_toy)
-    add_training(toy)
-
-    train = add("train", "train a recipe", run_train)
-    train.add_argument("recipe", help=", ".join(RECIPES))
-    add_training(train)
-    train.add_argument("--resume", action="store_true", help="go on with the run in DIR from its last checkpoint")
-    train.add_argument(
-        "--init-from", metavar="RUN", help="run folder, checkpoint, sit:FILE or dit:FILE, for the first weights"
-    )
-
-    draw = add("sample", "sample from a run", run_sample)
-    draw.add_argument("folder", metavar="RUN")
-    draw.add_argument("--steps", type=int, default=1, help="network calls (default 1)")
-    draw.add_argument("--mode", default="any", help=", ".join(MODES))
-    draw.add_argument("--n", type=int, help="how many (default 5000 points, 64 images)")
-    draw.add_argument("--vae", metavar="DIR", help="diffusers AutoencoderKL, for a run on latents")
-    draw.add_argument("--cond", type=int, help="label, for a conditional run")
-    draw.add_argument("--seed", type=int, default=0)
-    draw.add_argument("--out", metavar="FILE", help="FILE.png, a picture (default), or FILE.npy, the points")
-    draw.add_argument("--device", default="cpu")
-
-    code = add("encode", "encode a folder of images into latents to train on", run_encode)
-    code.add_argument("images", metavar="FOLDER", help="images in a folder a class")
-    code.add_argument("--vae", metavar="DIR", required=True, help="diffusers AutoencoderKL")
-    code.add_argument("--size", type=int, default=256, help="side of the square that is encoded (default 256)")
-    code.add_argument("--out", metavar="DIR", default="latents")
-    code.add_argument("--device", default="cpu")
-
-    measure = add("evaluate", "measure a run at 1, 2, 4, 8 and 100 NFE next to flow matching", run_evaluate)
-    measure.add_argument("folder", metavar="RUN")
-    measure.add_argument("--device", default="cpu")
-
-    peers = add("compare", "TwinFlow and its peers on equal terms: one table", run_compare)
-    peers.add_argument("--data", nargs="+", default=list(compare.DATA), metavar="D")
-    known = f"from {', '.join(compare.METHODS)}; with settings of its own: 'dmd2 lr=1e-3'; @FILE reads them, one a line"
-    peers.add_argument("--methods", nargs="+", default=list(compare.METHODS), metavar="M", help=known)
-    peers.add_argument("--seeds", type=int, default=3, metavar="K", help="how many (default 3)")
-    peers.add_argument("--first-seed", type=int, default=0, metavar="S", help="the first of them (default 0)")
-    peers.add_argument("--jobs", type=int, metavar="J", help="processes of one thread (default: one a core)")
-    peers.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
-    peers.add_argument("--out", default="runs/compare", metavar="DIR")
-
-    count = add("memory", "bytes of a training step of every method on a published DiT, counted", run_memory)
-    count.add_argument("--net", default="dit-xl-2", help="dit-s-2 ... dit-xl-8 (default dit-xl-2)")
-    count.add_argument("--batch-size", type=int, default=64, metavar="B")
-    count.add_argument("--methods", nargs="+", default=list(compare.METHODS), metavar="M")
-
-    speed = add("bench", "step time, sampling time, memory, and share of the machine's matrix peak", run_bench)
-    speed.add_argument("--net", default="mlp", help="mlp (default), or dit-s-2 ... dit-xl-8")
-    speed.add_argument("--compile", default="none", help=f"{', '.join(COMPILE)}: how torch.compile is called")
-    speed.add_argument("--device", default="cpu")
-    speed.add_argument("--threads", type=int, help="CPU threads")
-    return whole
 
 
 def device_of(name):
@@ -243,11 +161,40 @@ def run_compare(args):
 
 
 def run_memory(args):
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
-    losses = {method: loss_of(compare.entry(method)) for method in dict.fromkeys(["flow matching", *args.methods])}
-    print(f"{args.net}, 32 x 32 x 4 latents, batch {args.batch_size}, bf16 autocast, float32 weights, GiB\n")
-    print(memory.table(memory.at_scale(losses, args.net, args.batch_size)))
+    on_backbone = args.net in plan.BACKBONES
+    rows = (1 if on_backbone else 64) if args.batch_size is None else args.batch_size
+    if rows < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {rows}")
+    methods = args.methods or (["twinflow", "dmd2"] if on_backbone else compare.METHODS)
+    losses = {method: loss_of(compare.entry(method)) for method in dict.fromkeys(["flow matching", *methods])}
+    if on_backbone:
+        plan.report(args.net, losses, rows)
+    else:
+        print(f"{args.net}, 32 x 32 x 4 latents, batch {rows}, bf16 autocast, float32 weights, GiB\n")
+        print(memory.table(memory.at_scale(losses, args.net, rows)))
+
+
+def run_embed(args):
+    records = texts.read_prompts(args.prompts)
+    pairs = texts.Pairs(args.prompts, args.size) if args.size is not None else None
+    words = pairs.prompts if pairs else [record["prompt"] for record in records]
+    texts.embed(words, prompts.load_pipeline(args.pipeline, device_of(args.device)), args.out, pairs, args.tokens)
+    print(f"{len(words)} prompts{' and images' if pairs else ''}: {args.out}")
+
+
+def run_paint(args):
+    device = device_of(args.device)
+    records = texts.read_prompts(args.prompts)
+    pipeline = prompts.load_pipeline(args.pipeline, device)
+    net, shape, source = painter(args.folder, device)
+    if args.size or not shape:
+        side = (args.size or 1024) // pipeline.vae_scale_factor
+        shape = (shape[0] if shape else net.channels, side, side)
+    prompts.write_pictures(
+        net, pipeline, records, args.out, shape, source, args.layout, args.n, args.steps, args.mode, args.seed,
+        args.tokens, args.batch_size,
+    )  # fmt: skip
+    print(args.out)
 
 
 def run_bench(args):
@@ -266,7 +213,7 @@ def main(argv=None):
         argv = ["toy", *argv]
     args = parser().parse_args(argv)
     try:
-        args.run(args)
+        globals()[f"run_{args.command}"](args)
     except (ValueError, OSError) as error:
         print(f"tinytwinflow: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ from .files import load, load_weights
 from .images import Images
 from .nets import MLP, DiT, UNet, dit, load_published
 from .recipes import loss_of
-from .texts import Texts
+from .texts import LATENTS, Texts
 from .train import new_state
 
 
@@ -18,7 +18,10 @@ def data_of(config, world=None):
     """The training data that a run's settings describe; of each batch, the rows of this process."""
     part = (world.rank, world.size) if world else (0, 1)
     if "model" in config:
-        return Texts(config["data"], config["batch_size"], config["seed"], part, config["latents"] or None)
+        data = Texts(config["data"], config["batch_size"], config["seed"], part, config["latents"] or None)
+        if LATENTS not in data.tensors and not config["data_free"]:
+            raise ValueError(f"{config['data']} holds no latents: --set data_free=true, or embed with --size")
+        return data
     if "size" not in config:
         data = Points(config["data"], config["batch_size"], config["seed"], part)
     else:

@@ -13,7 +13,7 @@ from .features import Inception, classifier_of, features_of
 from .files import write_json
 from .latents import autoencoder, decode
 from .recipes import FLOW_MATCHING, method_of, mode_of
-from .runs import continue_run, data_of, finished, read_config, sampled, start, trained
+from .runs import continue_run, data_of, finished, read_config, refuse_backbone, sampled, start, trained
 
 BASELINE = "flow-matching"
 
@@ -131,6 +131,7 @@ def evaluate(folder, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=T
     """
     began = time.perf_counter()
     config = read_config(folder)
+    refuse_backbone(folder, config)
     yard = yardstick(folder, config, device)
     rows, kept = rows_of(folder, nfes, yard, device)
     if with_baseline and method_of(config) != "flow matching":

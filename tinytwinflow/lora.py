@@ -218,6 +218,7 @@ def _replace(module, args, kwargs, output):
 
 
 # without gradient: where activations are computed again in backward, the switch would be back at the student
+@torch.no_grad()
 def _view(net, which, x, t, r, cond=None):
     adapters = _adapters(net, merged=False)
     before, adapters.active = adapters.active, which

@@ -230,20 +230,20 @@ def step_of(name, loss, batch_size, training, rank=64, steps=24):
     }
 
 
-def largest_batch(name, loss, training, memory=79.0):
-    """The largest batch whose step fits into so many GiB; bytes are linear in the batch. 0 if none does."""
-    one, two = (step_of(name, loss, rows, training)["peak"] / 2**30 for rows in (4, 8))
-    a_row = (two - one) / 4
-    return max(0, int((memory - one) / a_row) + 4)
-
-
-def table(name, losses, batch_size):
-    """A Markdown table, a row a loss and a training.  losses: name -> loss."""
-    lines = ["| method | what learns | parameters | weights | optimiser | passing | a step | PFLOP |", "|---" * 8 + "|"]
+def report(name, losses, batch_size):
+    """Print what a step of each loss needs with each training, a row each, as a Markdown table in GiB."""
+    net, shape = backbone(name)
+    size = " x ".join(map(str, shape))
+    count, operations = sum(p.numel() for p in net.model.parameters()), flops(net, shape, BACKBONES[name][3])
+    print(f"{name}: {count / 1e9:.2f} B parameters; latents {size}, {BACKBONES[name][3]} tokens of text, ", end="")
+    print(f"batch {batch_size}; one forward call on one row is {operations / 1e12:.1f} TFLOP")
+    for training, what in TRAININGS.items():
+        print(f"- {training}: {what}")
+    print("\n| method | what learns | parameters | weights | optimiser | passing | a step, GiB | PFLOP |")
+    print("|---" * 8 + "|")
     for method, loss in losses.items():
         for training in TRAININGS:
             figures = step_of(name, loss, batch_size, training)
             sizes = (f"{figures[key] / 2**30:.1f}" for key in ("weights", "optimiser", "passing", "peak"))
             learnt, work = f"{figures['trained'] / 1e6:,.0f} M", f"{figures['flops'] / 1e15:.2f}"
-            lines.append(f"| {method} | {training} | {learnt} | {' | '.join(sizes)} | {work} |")
-    return "\n".join(lines)
+            print(f"| {method} | {training} | {learnt} | {' | '.join(sizes)} | {work} |", flush=True)

@@ -1,9 +1,8 @@
 """Prompts: from words to what a backbone is conditioned on, and from its latents to pictures.
 
 What a family does with a prompt is the business of its diffusers pipeline, whose text encoders and autoencoder are
-loaded here without the backbone; an `Encoder` tells how to ask it and what comes back. Pictures are written one
-by one or in the folders that the scripts of two benchmarks read, GenEval (djghosh13/geneval) and DPG-Bench
-(TencentQQGYLab/ELLA).
+loaded here without the backbone; an `Encoder` tells how to ask it. Pictures are written plainly or as the scripts of
+two benchmarks read them, GenEval (djghosh13/geneval) and DPG-Bench (TencentQQGYLab/ELLA).
 """
 
 import hashlib
@@ -188,9 +187,8 @@ def write_pictures(net, pipeline, records, out, shape, source, layout="plain", n
     claim(out, out.with_name(out.name + ".json"), {**settings, "seed": seed, "tokens": tokens, "shape": list(shape)})
     places = [out / (f"{r['name']}.png" if layout == "dpg" else f"{i:05d}") for i, r in enumerate(records)]
     missing = [i for i, place in enumerate(places) if not place.exists()]
-    at_once = max(1, batch_size // n)
-    for begin in tqdm(range(0, len(missing), at_once), disable=None):
-        some = missing[begin : begin + at_once]
+    for begin in tqdm(range(0, len(missing), max(1, batch_size // n)), disable=None):
+        some = missing[begin : begin + max(1, batch_size // n)]
         text = encode_text(pipeline, [records[i]["prompt"] for i in some], tokens)
         keys, images = [(i, k) for i in some for k in range(n)], []
         for rows in torch.arange(len(keys)).split(batch_size):

@@ -18,6 +18,7 @@ from .features import Inception
 from .files import aside, check_weights, fill, load, load_weights, write_json
 from .latents import autoencoder
 from .pictures import draw_one
+from .pretrained import load as load_backbone
 from .recipes import ENGINE, PLACING, RECIPES, check, loss_of
 from .samplers import sample
 from .scale import without_weights
@@ -45,14 +46,19 @@ def has_checkpoint(folder):
     return (Path(folder) / "checkpoint.pt").exists() or sharded.newest(folder) is not None
 
 
+def refuse_backbone(folder, config):
+    """Raise ValueError if a run is of a backbone, whose samples need prompts and whose worth is judged elsewhere."""
+    if "model" in config:
+        raise ValueError(f"{folder} is a run of a backbone: it makes images of prompts, python -m tinytwinflow paint")
+
+
 def trained(folder, device="cpu"):
     """A run's averaged network and settings, ready to sample.  -> net, config, checkpoint with its step and data.
 
     Raises ValueError if the folder holds no run, or its checkpoint does not fit it.
     """
     config, path = read_config(folder), sharded.newest(folder)
-    if "model" in config:
-        raise ValueError(f"{folder} is a run of a backbone: it makes images of prompts, python -m tinytwinflow paint")
+    refuse_backbone(folder, config)
     if path is not None:
         saved = sharded.about(path)
         net = net_of(config, saved["data"]["shape"], saved["data"]["classes"])
@@ -67,21 +73,29 @@ def trained(folder, device="cpu"):
 
 
 def painter(folder, device="cpu"):
-    """The velocity field of a backbone's run, ready to sample, and its settings.  -> net(x, t, r, cond), config
+    """A backbone ready to sample from: of a run, or a diffusers flow transformer.  -> net(x, t, r, cond), shape, source
 
-    Raises ValueError if the folder holds no such run, or its checkpoint does not fit it.
+    shape of its latents, None if it is no run; source: what it is, in words. Raises ValueError if it is neither, or if
+    the checkpoint does not fit.
     """
+    folder = Path(folder)
+    if not (folder / "log.jsonl").exists():
+        net = load_backbone(folder, torch.bfloat16)
+        return net.to(device).requires_grad_(False), None, str(folder.resolve())
     config, path = read_config(folder), sharded.newest(folder)
     if "model" not in config:
         raise ValueError(f"{folder} is no run of a backbone: python -m tinytwinflow sample draws from it")
     net = large.backbone(config)
     own = large.weights_of(net, config)
     if path is not None:
+        saved = sharded.about(path)
         sharded.read(path, {"net": own})
     else:
-        path = Path(folder) / "checkpoint.pt"
-        fill(own, load(path, keys=("net", "step"))["net"], path)
-    return large.view(net.to(device).requires_grad_(False), config), config
+        path = folder / "checkpoint.pt"
+        saved = load(path, keys=("net", "step", "data"))
+        fill(own, saved["net"], path)
+    source = f"{folder.resolve()}, step {saved['step']}"
+    return large.view(net.to(device).requires_grad_(False), config), saved["data"]["shape"], source
 
 
 def set_aside(folder):

@@ -1,0 +1,206 @@
+"""Backbones in training: recipe text from end to end on a tiny model of a real class, on one process and on two."""
+
+import json
+
+import pytest
+import torch
+
+from tinytwinflow import large, sharded
+from tinytwinflow.__main__ import main
+from tinytwinflow.pretrained import load
+from tinytwinflow.recipes import loss_of, settings
+from tinytwinflow.runs import painter
+from tinytwinflow.texts import Texts
+from tinytwinflow.train import train
+
+diffusers = pytest.importorskip("diffusers")
+safetensors = pytest.importorskip("safetensors.torch")
+from test_pretrained import model_of  # noqa: E402
+from test_scale import torchrun  # noqa: E402
+
+KIND = "SD3Transformer2DModel"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny model as diffusers saves it, and a data set of eight prompts with latents near a constant a prompt."""
+    root = tmp_path_factory.mktemp("large")
+    model_of(KIND, std=0.1).save_pretrained(root / "model")
+    draw = torch.Generator().manual_seed(0)
+    words = {"prompt_embeds": torch.randn(8, 5, 12, generator=draw), "pooled": torch.randn(8, 10, generator=draw)}
+    pixels = torch.linspace(-1, 1, 8)[:, None, None, None] + 0.1 * torch.randn(8, 4, 4, 4, generator=draw)
+    (root / "texts").mkdir()
+    safetensors.save_file({**words, "latents": pixels}, root / "texts" / "texts-00000.safetensors")
+    null = {name: torch.zeros(1, *value.shape[1:]) for name, value in words.items()}
+    safetensors.save_file(null, root / "texts" / "null.safetensors")
+    tensors = {name: ["F32", list(value.shape[1:])] for name, value in {**words, "latents": pixels}.items()}
+    index = {"shards": ["texts-00000.safetensors"], "sizes": [8], "tensors": tensors, "null": "null.safetensors"}
+    (root / "texts" / "texts.json").write_text(json.dumps(index))
+    return root
+
+
+def command(folders, out, *changes):
+    some = ["steps=4", "checkpoint_every=2", "sample_every=4", "batch_size=4", "lora_rank=3", *changes]
+    return ["train", "text", "--data", folders / "texts", "--out", out, "--set", f"model={folders / 'model'}", *some]
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+ADAPTERS, ALL, IN_BACKWARD = (
+    ("weights=bf16",),
+    ("weights=float32", "lora_rank=0", "precision=bf16"),
+    ("weights=bf16", "lora_rank=0", "optimizer=adafactor"),
+)
+trainings = pytest.mark.parametrize("how", [ADAPTERS, ALL, IN_BACKWARD], ids=["adapters", "all", "in backward"])
+
+
+def numbers(folder):
+    """The weights of a run's last checkpoint, by name."""
+    path = sharded.newest(folder)
+    if path is None:
+        return torch.load(folder / "checkpoint.pt", weights_only=True)["net"]
+    keys = torch.distributed.checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+    content = {"net": {}}
+    for key, value in keys.items():
+        if key.startswith("net."):
+            content["net"][key.removeprefix("net.")] = torch.empty(value.size, dtype=value.properties.dtype)
+    sharded.read(path, content)
+    return content["net"]
+
+
+def stopped(patch, at):
+    """Make reading the batch of a step a Ctrl-C."""
+    batch = Texts.batch
+
+    def read(self, step):
+        if step == at:
+            raise KeyboardInterrupt
+        return batch(self, step)
+
+    patch.setattr(Texts, "batch", read)
+
+
+@trainings
+def test_a_run_trains_resumes_bit_for_bit_and_paints(folders, tmp_path, monkeypatch, how):
+    """A run of four steps = one stopped in its fourth, resumed from its second: records and weights. There is a
+    picture, and a field to paint with that is not the model it began as."""
+    quiet, hurt = tmp_path / "quiet", tmp_path / "hurt"
+    assert run(*command(folders, quiet, *how)) == 0
+    with monkeypatch.context() as patch:
+        stopped(patch, 3)
+        assert run(*command(folders, hurt, *how)) == 130
+    assert run("train", "text", "--out", hurt, "--resume", "--data", folders / "texts") == 0
+    logs = [(folder / "log.jsonl").read_text() for folder in (quiet, hurt)]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 4 and (quiet / "samples.png").exists()
+    a, b = numbers(quiet), numbers(hurt)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    net, shape, source = painter(quiet)
+    assert tuple(shape) == (4, 4, 4) and source.endswith("quiet, step 4")
+    x, cond = Texts(folders / "texts", 4).batch(0)
+    t = torch.full((4,), 0.5)
+    before = load(folders / "model")(x, t, t, cond)
+    assert (net(x, t, t, cond) - before).abs().max() > 1e-5
+    original, _, where = painter(folders / "model")
+    assert where.endswith("model") and (original(x, t, t, cond) - before).abs().max() < 0.05 * before.abs().max()
+
+
+@pytest.mark.parametrize("lora_rank", [3, 0])
+def test_pieces_train_as_copies_do(folders, tmp_path, lora_rank):
+    """On two processes FSDP2, its blocks recomputed, ends with the weights of DDP, and a run of adapters saved in
+    pieces by two goes on with one."""
+    how = ["weights=float32", f"lora_rank={lora_rank}", "lr=0.1", "warmup_steps=1"]
+    for parallel in ("ddp", "fsdp"):
+        words = command(folders, tmp_path / parallel, *how, f"parallel={parallel}", "sample_every=100")
+        launched = torchrun(2, "-m", "tinytwinflow", *words)
+        out = launched.communicate(timeout=100)[0]
+        assert launched.returncode == 0, out
+    a, b = numbers(tmp_path / "ddp"), numbers(tmp_path / "fsdp")
+    began = load(folders / "model").state_dict()
+    moved = [name for name in a if name not in began or (a[name] - began[name]).abs().max() > 1e-4]
+    assert a.keys() == b.keys() and len(moved) > 20
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)
+    config = tmp_path / "fsdp" / "config.json"
+    config.write_text(config.read_text().replace('"steps": 4', '"steps": 6'))
+    assert run("train", "text", "--out", tmp_path / "fsdp", "--resume", "--data", folders / "texts") == 0
+    assert sharded.about(sharded.newest(tmp_path / "fsdp")) == {
+        "step": 6, "size": 1, "data": {"shape": [4, 4, 4], "classes": 0},
+    }  # fmt: skip
+
+
+def test_layerwise_training_in_pieces_goes_on_with_as_many(folders, tmp_path, capsys):
+    """Adafactor inside the backward pass on two processes: resumed on two bit for bit, refused on one."""
+    quiet, hurt = tmp_path / "quiet", tmp_path / "hurt"
+    words = [*command(folders, quiet, *IN_BACKWARD, "parallel=fsdp", "sample_every=100")]
+    for more in (words, [*words[:5], hurt, *words[6:], "steps=2"]):
+        launched = torchrun(2, "-m", "tinytwinflow", *more)
+        assert launched.wait(timeout=100) == 0, launched.stdout.read()
+    config = hurt / "config.json"
+    config.write_text(config.read_text().replace('"steps": 2', '"steps": 4'))
+    assert run("train", "text", "--out", hurt, "--resume", "--data", folders / "texts") == 2
+    assert "is of 2 processes, whose optimisers cannot be dealt to 1" in capsys.readouterr().err
+    launched = torchrun(2, "-m", "tinytwinflow", "train", "text", "--out", hurt, "--resume", "--data", words[3])
+    assert launched.wait(timeout=100) == 0, launched.stdout.read()
+    a, b = numbers(quiet), numbers(hurt)
+    assert all(value.isfinite().all() for value in b.values()) and a.keys() == b.keys()
+    began = load(folders / "model", torch.bfloat16).state_dict()
+    assert sum(not torch.equal(value, b[name]) for name, value in began.items() if name in b) > 20
+
+
+def test_adapters_learn_and_the_original_stays(folders):
+    """Data-free training moves the adapters and the embedders alone; the original's velocity is that of the file."""
+    config = settings("text", [f"model={folders / 'model'}", "weights=float32", "lora_rank=2", "data_free=true"])
+    net = large.backbone({"seed": 0, **config})
+    state = large.state_of(net, {"seed": 0, **config}, place=lambda net: net)
+    x, cond = Texts(folders / "texts", 4).batch(0)
+    t = torch.full((4,), 0.5)
+    before = net(x, t, t, cond).detach()
+    data = Texts(folders / "texts", 4)
+    options = {"ema": 0.9, "null": data.null}
+    records = list(train(state, loss_of(config), data.batch, 3, **options))
+    assert records[-1]["step"] == 3
+    assert (net(x, t, t, cond) - before).abs().max() > 1e-6
+    assert torch.equal(state.original(x, t, t, cond), before)
+    frozen = load(folders / "model").model.state_dict()
+    assert all(torch.equal(value, net.model.state_dict()[name]) for name, value in frozen.items())
+
+
+WRONG = {
+    "model=nowhere": "nowhere/config.json: not there",
+    "weights=float16": "weights must be one of bf16, float32",
+    "lora_rank=-1": "lora_rank must be at least 0",
+    "lora_rank=0": "adamw would lose small steps in bf16",
+    "optimizer=adafactor": "is for all parameters: --set lora_rank=0",
+    "optimizer=adafactor lora_rank=0 accumulate=2": "--set accumulate=1",
+    "data_free=true lora_rank=0 weights=float32": "which adapters keep",
+    "method=dmd guidance=0": "has method twinflow",
+    'lora_layers=["to_z"]': "to_z",
+    "latents=[4,8,8]": "holds latents of shape (4, 4, 4)",
+}
+
+
+@pytest.mark.parametrize("changes", WRONG)
+def test_wrong_settings_end_in_one_line(folders, tmp_path, capsys, changes):
+    assert run(*command(folders, tmp_path / "run", *changes.split(" "))) == 2
+    error = capsys.readouterr().err
+    assert WRONG[changes] in error and len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_wrong_folders_end_in_one_line(folders, tmp_path, capsys):
+    assert run(*command(folders, tmp_path / "run")) == 0
+    for words, what in (
+        (["sample", tmp_path / "run"], "python -m tinytwinflow paint"),
+        (["evaluate", tmp_path / "run"], "python -m tinytwinflow paint"),
+        (
+            ["train", "text", "--data", tmp_path, "--out", tmp_path / "b", "--set", f"model={folders / 'model'}"],
+            "embed",
+        ),
+    ):
+        assert run(*words) == 2
+        assert what in capsys.readouterr().err
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"lora_rank": 3', '"lora_rank": 2'))
+    assert run("train", "text", "--out", tmp_path / "run", "--resume", "--data", folders / "texts") == 2
+    assert "holds another network" in capsys.readouterr().err
