@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tinytwinflow import data
+from tinytwinflow.families import FAMILIES
 from tinytwinflow.images import to_unit
 from tinytwinflow.prompts import (
     ENCODERS,
@@ -144,8 +145,6 @@ def loaded(pipelines):
 @kinds
 def test_conditions_have_the_names_and_rows_that_the_backbones_take(kind, loaded):
     """One length for all prompts; the same rows whoever is beside them; another prompt, another row."""
-    from tinytwinflow.pretrained import FAMILIES
-
     pipeline, tokens = loaded(kind), TOKENS[kind]
     cond = encode_text(pipeline, PROMPTS[:3], tokens)
     names = set(FAMILIES[f"{BACKBONES[kind]}Transformer2DModel"].cond) | ({"guidance"} if kind == FLUX else set())
@@ -216,6 +215,15 @@ def test_sana_is_given_its_instruction_but_not_with_the_empty_prompt(loaded):
         expected = torch.cat([out[:1], out[-len(prompt) - 1 :]])
         close(cond["prompt_embeds"][0][cond["prompt_mask"][0]], expected, atol=1e-5, rtol=1e-4)
     assert not encode_text(pipeline, [""], TOKENS[SANA])["prompt_mask"].any(), "these tokens have no beginning"
+
+
+@kinds
+def test_no_second_prompt_is_encoded_for_guidance(kind, loaded):
+    pipeline, calls = loaded(kind), []
+    hook = pipeline.text_encoder.register_forward_hook(lambda *arguments: calls.append(1))
+    encode_text(pipeline, PROMPTS[:2], TOKENS[kind])
+    hook.remove()
+    assert len(calls) == 1
 
 
 def test_a_prompt_that_may_be_cut_is_warned_of(loaded):
@@ -521,19 +529,19 @@ def shade(x, t, r, cond):
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=6), st.integers(0, 5))
 def test_the_noise_of_a_picture_depends_on_its_key_alone(keys, seed):
-    cond = {"pooled": torch.arange(len(keys)).float()[:, None]}
-    x = paint(shade, cond, keys, (2, 3, 3), seed=seed)
+    """The same in any batch and any place of it; standard, and unrelated to that of another picture, prompt or seed."""
+
+    def painted(keys, seed, shape=(2, 3, 3)):
+        return paint(shade, {"pooled": torch.zeros(len(keys), 1)}, keys, shape, seed=seed)
+
+    x = paint(shade, {"pooled": torch.arange(len(keys)).float()[:, None]}, keys, (2, 3, 3), seed=seed)
     for i, key in enumerate(keys):
-        alone = paint(shade, {"pooled": torch.zeros(1, 1)}, [key], (2, 3, 3), seed=seed)
-        close(x[i], alone[0] + 10 * i)
-        same = [k == key for k in keys]
-        assert [torch.equal(x[j] - 10 * j, x[i] - 10 * i) or not s for j, s in enumerate(same) if i == j or not s]
-    noise = [2 * paint(shade, {"pooled": torch.zeros(1, 1)}, [key], (50, 10, 10), seed=seed) for key in {*keys, (9, 9)}]
+        close(x[i], painted([key], seed)[0] + 10 * i)
+    apart = [(key, seed) for key in {*keys, (6, 1), (1, 6)}] + [((6, 1), seed + 1)]
+    noise = [2 * painted([key], number, (30, 10, 10)) for key, number in apart]
     for i, z in enumerate(noise):
         assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.1
         assert all((z - other).std() > 1 for other in noise[:i])
-    other = 2 * paint(shade, {"pooled": torch.zeros(1, 1)}, [(9, 9)], (50, 10, 10), seed=seed + 1)
-    assert all((z - other).std() > 1 for z in noise)
 
 
 def expected_pictures(pipeline, prompt, index, n, seed=0):
@@ -544,9 +552,10 @@ def expected_pictures(pipeline, prompt, index, n, seed=0):
 
 
 def same_picture(image, expected):
-    """Equal but for the rounding of another batch."""
+    """Equal but for the few bytes that the rounding of another batch moves by one."""
     assert image.mode == "RGB" and expected.std() > 1
-    return np.abs(np.asarray(image).astype(float) - expected).max() <= 1
+    apart = np.abs(np.asarray(image).astype(float) - expected)
+    return apart.max() <= 1 and apart.mean() < 0.05
 
 
 @pytest.fixture

@@ -32,12 +32,20 @@ def torchrun(processes, *command, **options):
     )
 
 
-def together(processes, function, folder):
-    """Run a function of this file, given its World and a folder, in so many processes.  -> what each returned."""
-    run = torchrun(processes, __file__, function, folder)
+def together(processes, function, folder, file=__file__):
+    """Run a function of a test file, given its World, in so many processes.  -> what each returned."""
+    run = torchrun(processes, file, function, folder)
     out = run.communicate(timeout=100)[0]
     assert run.returncode == 0, out
     return [torch.load(folder / f"{function}-{rank}.pt") for rank in range(processes)]
+
+
+def work(functions):
+    """What a process that `together` started does."""
+    name, folder = sys.argv[1:]
+    with scale.joined("cpu", seed=7) as world:
+        world.folder = Path(folder)
+        torch.save(functions[name](world), world.folder / f"{name}-{world.rank}.pt")
 
 
 def small_net(weights=True):
@@ -314,6 +322,4 @@ def test_wrong_uses_end_in_one_line(tmp_path):
 
 
 if __name__ == "__main__":
-    with scale.joined("cpu", seed=7) as world:
-        world.folder = Path(sys.argv[2])
-        torch.save(globals()[sys.argv[1]](world), world.folder / f"{sys.argv[1]}-{world.rank}.pt")
+    work(globals())

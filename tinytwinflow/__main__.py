@@ -165,13 +165,17 @@ def run_memory(args):
     rows = (1 if on_backbone else 64) if args.batch_size is None else args.batch_size
     if rows < 1:
         raise ValueError(f"--batch-size must be at least 1, got {rows}")
-    methods = args.methods or (["twinflow", "dmd2"] if on_backbone else compare.METHODS)
-    losses = {method: loss_of(compare.entry(method)) for method in dict.fromkeys(["flow matching", *methods])}
-    if on_backbone:
-        plan.report(args.net, losses, rows)
-    else:
+    methods = dict.fromkeys(["flow matching", *(args.methods or (plan.METHODS if on_backbone else compare.METHODS))])
+    losses = {method: loss_of(compare.entry(method)) for method in methods}
+    if not on_backbone:
         print(f"{args.net}, 32 x 32 x 4 latents, batch {rows}, bf16 autocast, float32 weights, GiB\n")
         print(memory.table(memory.at_scale(losses, args.net, rows)))
+        return
+    if "twinflow" in losses:
+        losses["twinflow"] = loss_of(settings("text"))
+    plan.report(args.net, losses, rows)
+    if "twinflow" in losses:
+        plan.spread(args.net, losses["twinflow"], rows)
 
 
 def run_embed(args):

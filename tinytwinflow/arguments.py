@@ -107,7 +107,7 @@ def parser():
         "--net", default="dit-xl-2", help=f"dit-s-2 ... dit-xl-8 (default dit-xl-2), {', '.join(plan.BACKBONES)}"
     )
     count.add_argument("--batch-size", type=int, metavar="B", help="default 64, of a backbone 1")
-    count.add_argument("--methods", nargs="+", metavar="M", help="default all, of a backbone twinflow and dmd2")
+    count.add_argument("--methods", nargs="+", metavar="M", help=f"default all; {', '.join(plan.METHODS)}")
 
     speed = add("bench", "step time, sampling time, memory, and share of the machine's matrix peak")
     speed.add_argument("--net", default="mlp", help="mlp (default), or dit-s-2 ... dit-xl-8")

@@ -34,6 +34,7 @@ BACKBONES = {  # diffusers class, its settings where they differ from diffusers'
 }  # fmt: skip
 
 
+METHODS = ("twinflow", "dmd2", "sana-sprint")
 TRAININGS = {  # what learns, in which precision it is kept, its optimiser
     "adapters": "rank 64 on attention and MLPs, float32, with their average; AdamW; the backbone bf16, frozen",
     "in backward": "all parameters, bf16, no average; Adafactor inside the backward pass, random rounding",
@@ -228,6 +229,45 @@ def step_of(name, loss, batch_size, training, rank=64, steps=24):
         "peak": weights + optimiser + passing,
         "flops": mean * operations,
     }
+
+
+RATE = 250e12  # operations a second of one H100 in such a step: 548 TFLOP in 2.1 s, see tutorials/scaling.md
+WITHIN, BETWEEN, GPUS = 450e9, 400e9, 8  # bytes a second into a GPU by NVLink, into a machine by its network; of GPUs
+
+
+def traffic(net, calls, machines=1, parallel="fsdp"):
+    """Bytes that a step brings to each GPU from its own machine, and to each machine from the others.
+
+    A forward pass gathers the weights in bfloat16, each call anew, and the backward pass once more; then it hands out
+    gradients in float32. Among so many machines of 8; hsdp: weights within one, gradients of pieces between them.
+    """
+    gathered = 2 * sum(p.numel() for p in net.parameters()) * (len(calls) + 1)
+    handed = 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+    within = (gathered + handed) * (GPUS - 1) / GPUS
+    between = gathered + handed if parallel == "fsdp" else 2 * handed
+    return within, between * (machines - 1) / machines
+
+
+def spread(name, loss, batch_size):
+    """Print how training all parameters in float32 spreads over 8, 64 and 1,000 GPUs, so many rows on each."""
+    net, _ = backbone(name)
+    figures = step_of(name, loss, batch_size, "float32")
+    steps = [calls_of(loss, batch_size, seed) for seed in range(24)]
+    calls, block = max(steps, key=len), 2 * max(nbytes(block.parameters()) for block in net.blocks())
+    gradients = 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+    held, own = figures["weights"] + figures["optimiser"] + gradients, figures["passing"] - gradients + block
+    print("\nall parameters in float32, with an average, on machines of 8 GPUs; a step:\n")
+    print("| GPUs | parallel | held, GiB | from its machine, GB | to its machine, GB | receiving, s | computing, s |")
+    print("|---" * 7 + "|")
+    for machines in (1, 8, 125):
+        for parallel in ("fsdp", "hsdp") if machines > 1 else ("fsdp",):
+            pieces = GPUS * (machines if parallel == "fsdp" else 1)
+            within, between = traffic(net, calls, machines, parallel)
+            numbers = [(held / pieces + own) / 2**30, within / 1e9, between / 1e9]
+            numbers += [max(within / WITHIN, between / BETWEEN), figures["flops"] / RATE]
+            print(
+                f"| {GPUS * machines} | {parallel} | {' | '.join(f'{number:.1f}' for number in numbers)} |", flush=True
+            )
 
 
 def report(name, losses, batch_size):

@@ -148,7 +148,7 @@ def _open(path):
         with safe_open(path, "pt") as file:
             yield file
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise ValueError(f"{path}: damaged, or no safetensors file ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: damaged, or no safetensors file ({error!r})") from None
 
 
 def _header(path):

@@ -1,0 +1,175 @@
+"""Plans: what is counted without weights is what a real step holds, computes and sends."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tinytwinflow import TwinFlowLoss, lora, peers, plan
+from tinytwinflow.__main__ import main
+from tinytwinflow.memory import LiveBytes
+from tinytwinflow.plan import Call
+from tinytwinflow.pretrained import Velocity
+from tinytwinflow.scale import forget
+
+diffusers = pytest.importorskip("diffusers")
+from test_pretrained import TINY  # noqa: E402
+from test_scale import LOSS, small_net, together  # noqa: E402
+
+TINIEST = ("QwenImageTransformer2DModel", TINY["QwenImageTransformer2DModel"], (4, 8, 8), 6)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A tiny Qwen-Image among the backbones, and the same with weights."""
+    monkeypatch.setitem(plan.BACKBONES, "tiny", TINIEST)
+    torch.manual_seed(0)
+    return Velocity(getattr(diffusers, TINIEST[0])(**TINIEST[1])).bfloat16()
+
+
+def test_calls_are_those_that_the_loss_makes():
+    """TwinFlow on twelve rows: fakes, guidance on both conditions, one call with gradient, two of the teacher for
+    order 2, and the gap's two velocities. Flow matching makes one call, DMD2 three networks' with gradient."""
+    calls = plan.calls_of(TwinFlowLoss(guidance=0.5, share=0.5), 12)
+    assert calls == [
+        Call("teacher", 12, False), Call("net", 3, False), Call("net", 12, True),
+        Call("teacher", 3, False), Call("teacher", 3, False), Call("net", 6, False),
+    ]  # fmt: skip
+    assert plan.calls_of(TwinFlowLoss(order=0, share=0.0), 5) == [Call("net", 5, True)]
+    dmd2 = plan.calls_of(peers.METHODS["dmd2"](every=1), 2)
+    assert [call.network for call in dmd2 if call.gradient] == ["net", "critic", "critic", "fake", "critic"]
+    assert [call.network for call in dmd2 if not call.gradient] == ["original", "fake"]
+
+
+def real_step(net, rows, free):
+    """The most that a real step of one call holds beyond the weights, counted while it runs."""
+    counter = LiveBytes()
+    counter.hold([*net.parameters(), *net.buffers()])
+    start = counter.now
+    hooks = [p.register_post_accumulate_grad_hook(plan._free) for p in net.parameters() if free and p.requires_grad]
+    with counter:
+        t = torch.rand(rows)
+        cond = {"prompt_embeds": torch.randn(rows, 6, 12).bfloat16(), "prompt_mask": torch.ones(rows, 6).bool()}
+        y = net(torch.randn(rows, 4, 8, 8), t, t, cond)
+        y.backward(torch.randn_like(y))
+    for hook in hooks:
+        hook.remove()
+    return counter.peak - start
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_what_is_counted_without_weights_is_what_a_real_step_holds(tiny, free):
+    """Bytes of a step of a tiny backbone on the meta device, and of the same one with weights, to within 5 %: its
+    attention keeps other tensors, and on the CPU some kernels make a copy."""
+    net, shape = plan.backbone("tiny")
+    for network in (net, tiny):
+        for block in network.blocks():
+            forget(block)
+    for rows in (2, 16):
+        counted = plan.activations(net, shape, 6, [Call("net", rows, True)], free)
+        assert counted == pytest.approx(real_step(tiny, rows, free), rel=0.05)
+        for parameter in tiny.parameters():
+            parameter.grad = None
+    gradients = plan.nbytes(tiny.parameters())
+    kept = plan.activations(net, shape, 6, [Call("net", 2, True)], False)
+    freed = plan.activations(net, shape, 6, [Call("net", 2, True)], True)
+    assert freed < kept and kept >= gradients
+
+
+def test_a_call_without_gradient_comes_on_top_of_the_graph(tiny):
+    """A graph that waits for its backward pass is held while another call is made."""
+    net, shape = plan.backbone("tiny")
+    alone = plan.activations(net, shape, 6, [Call("net", 64, False)])
+    both = plan.activations(net, shape, 6, [Call("net", 64, True), Call("net", 64, False)])
+    other = plan.activations(net, shape, 6, [Call("net", 64, False), Call("net", 64, True)])
+    assert both > other > alone
+
+
+def test_operations_are_those_of_the_network(tiny):
+    """One forward call, counted with weights and without; work: a gradient costs two or three calls more."""
+    net, shape = plan.backbone("tiny")
+    cond = {"prompt_embeds": torch.randn(1, 6, 12).bfloat16(), "prompt_mask": torch.ones(1, 6).bool()}
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        tiny(torch.randn(1, 4, 8, 8), torch.ones(1), torch.ones(1), cond)
+    assert plan.flops(net, shape, 6) == counted.get_total_flops() > 1e5
+    calls = [Call("teacher", 2, False), Call("net", 3, True)]
+    assert plan.work(calls, low_rank=True) == 2 + 3 * 3 and plan.work(calls, low_rank=False) == 2 + 3 * 4
+
+
+def test_parts_of_a_step(tiny):
+    """Weights, optimisers and gradients of each training, by hand from the number of parameters."""
+    count, loss = sum(p.numel() for p in tiny.parameters()), TwinFlowLoss()
+    found = {training: plan.step_of("tiny", loss, 4, training) for training in plan.TRAININGS}
+    whole = found["float32"]
+    assert whole["trained"] == count and whole["weights"] == 8 * count == whole["optimiser"]
+    assert found["in backward"]["weights"] == 2 * count and found["in backward"]["optimiser"] < 2 * count
+    adapted = found["adapters"]
+    assert adapted["optimiser"] == 8 * adapted["trained"]
+    assert adapted["weights"] > 2 * count + 2 * 4 * adapted["trained"] - 4 * adapted["trained"]
+    for figures in found.values():
+        assert figures["peak"] == figures["weights"] + figures["optimiser"] + figures["passing"]
+    three = plan.step_of("tiny", peers.METHODS["dmd2"](every=1), 4, "float32")
+    assert three["trained"] == 3 * count and three["weights"] == 4 * 5 * count and three["optimiser"] == 3 * 8 * count
+
+
+def traffic_counted(world):
+    """Collective operations of one step of a sharded loss, each kind's number, and the calls that were made."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    from tinytwinflow import scale
+    from tinytwinflow.train import loss_of_batch, new_state
+
+    state, made = scale.start(small_net, world, parallel="fsdp", recompute=True, make=new_state), []
+    for network in (state.net, state.teacher):
+        network.register_forward_hook(lambda *_: made.append(1))
+    same = world.reseed(state.generator, 0)
+    with CommDebugMode() as counted:
+        x, label = torch.randn(6, 1, 4, 4), torch.arange(6) % 3
+        loss_of_batch(LOSS, state, x, label, torch.tensor([3]), 0.0, same).total.backward()
+    numbers = {str(kind): number for kind, number in counted.get_comm_counts().items()}
+    return {"counted": numbers, "calls": len(made), "pieces": 3}
+
+
+def test_each_call_gathers_the_weights_once_and_the_backward_pass_once_more(tmp_path):
+    """The law behind `traffic`, from the collectives of a real sharded step with recomputed blocks."""
+    world = together(2, "traffic_counted", tmp_path, __file__)[0]
+    gathered = sum(number for kind, number in world["counted"].items() if "allgather" in kind)
+    handed = sum(number for kind, number in world["counted"].items() if "reduce_scatter" in kind)
+    assert world["calls"] == 6
+    assert gathered == world["pieces"] * (world["calls"] + 1) and handed == world["pieces"]
+
+
+def test_traffic_of_a_step(tiny):
+    """On one machine nothing comes from others; hsdp brings gradients alone, there and back."""
+    count, calls = sum(p.numel() for p in tiny.parameters()), [Call("net", 1, True), Call("net", 2, False)]
+    within, between = plan.traffic(tiny, calls)
+    assert within == (2 * count * 3 + 4 * count) * 7 / 8 and between == 0
+    assert plan.traffic(tiny, calls, 4, "hsdp")[1] == 2 * 4 * count * 3 / 4
+    assert plan.traffic(tiny, calls, 4, "fsdp")[1] == (2 * count * 3 + 4 * count) * 3 / 4
+
+
+def test_the_command_prints_the_tables(tiny, capsys):
+    assert main(["memory", "--net", "tiny", "--methods", "twinflow", "dmd2"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny: 0.00 B parameters" in out and out.count("| dmd2 |") == 3 and "| 1000 | hsdp |" in out
+    assert main(["memory", "--net", "tinier"]) == 2
+    assert "unknown net 'tinier'" in capsys.readouterr().err
+
+
+def test_qwen_image_is_what_is_published():
+    """The real configuration: 60 blocks, 20.43 billion parameters; adapters of rank 64 on attention and MLPs 425
+    million; a forward call at 1024 x 1024 costs what a count by hand gives."""
+    net, shape = plan.backbone("qwen-image")
+    assert sum(p.numel() for p in net.model.parameters()) == 20_430_401_088 and len(net.blocks()) == 60
+    layers = 60 * 2 * (4 * 3072**2 + 2 * 3072 * 12288)
+    by_hand = 2 * layers / 2 * (4096 + 512) + 60 * 4 * 4608**2 * 3072
+    assert plan.flops(net, shape, 512) == pytest.approx(by_hand, rel=0.01)
+    lora.add(net, plan.linear_layers(net), 64)
+    assert sum(
+        p.numel() for name, p in net.named_parameters() if name.endswith(("lora_A.weight", "lora_B.weight"))
+    ) == (60 * 2 * 64 * (4 * 2 * 3072 + 2 * (3072 + 12288)))
+
+
+if __name__ == "__main__":
+    from test_scale import work
+
+    work(globals())
