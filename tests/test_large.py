@@ -5,17 +5,17 @@ import json
 import pytest
 import torch
 
-from tinytwinflow import large, sharded
+from tinytwinflow import TwinFlowLoss, large, lora, sharded
 from tinytwinflow.__main__ import main
-from tinytwinflow.pretrained import load
+from tinytwinflow.pretrained import Velocity, load
 from tinytwinflow.recipes import loss_of, settings
-from tinytwinflow.runs import painter
+from tinytwinflow.runs import backbone_of, painter
 from tinytwinflow.texts import Texts
-from tinytwinflow.train import train
+from tinytwinflow.train import adamw, train
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
-from test_pretrained import model_of  # noqa: E402
+from test_pretrained import TINY, given_cond, latents, model_of  # noqa: E402
 from test_scale import torchrun  # noqa: E402
 
 KIND = "SD3Transformer2DModel"
@@ -165,6 +165,51 @@ def test_adapters_learn_and_the_original_stays(folders):
     assert torch.equal(state.original(x, t, t, cond), before)
     frozen = load(folders / "model").model.state_dict()
     assert all(torch.equal(value, net.model.state_dict()[name]) for name, value in frozen.items())
+
+
+def test_what_is_exported_is_read_by_diffusers(folders, tmp_path):
+    """The adapters' file on the plain model, the whole model from its folder: diffusers computes what the run does."""
+    x, cond = Texts(folders / "texts", 4).batch(0)
+    t = torch.full((4,), 0.5)
+    for how, out in ((("weights=float32",), "adapters.safetensors"), (ALL, "model")):
+        name, out = tmp_path / f"run-{out}", tmp_path / out
+        assert run(*command(folders, name, *how, "lr=0.1")) == 0
+        assert run("export", name, "--out", out) == 0
+        if out.is_dir():
+            plain = diffusers.SD3Transformer2DModel.from_pretrained(out)
+        else:
+            plain = diffusers.SD3Transformer2DModel.from_pretrained(folders / "model")
+            plain.load_lora_adapter(out)
+        net, _, _ = painter(name)
+        if how == ALL:
+            net = backbone_of(name)[0]
+        y = plain(x, cond["prompt_embeds"], cond["pooled"], 1000 * t, return_dict=False)[0]
+        torch.testing.assert_close(y, net(x, t, t, cond), atol=1e-5, rtol=1e-4)
+        assert (y - load(folders / "model")(x, t, t, cond)).abs().max() > 1e-4
+        assert run("export", name, "--out", out) == 2
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TINY if hasattr(diffusers, kind)])
+def test_the_loss_of_adapters_falls(kind):
+    """For each class of model, adapters on attention and MLPs, average as teacher: the loss on the same draws. The
+    last layer learns too, for a random one hides from the adapters what they are to say."""
+    net = Velocity(model_of(kind, std=0.05))
+    last = "model.all_final_layer.2-1" if kind == "ZImageTransformer2DModel" else "model.proj_out"
+    lora.add(net, large.linear_layers(net), 4, also=("r_embedder", "twin_embedder", last))
+    x, cond = latents(16, 4, 4) * 0.1 + 1, given_cond(net, 16)
+    loss, optimizer = TwinFlowLoss(order=1, share=0.5, one_step_share=0.5), adamw(net, 1e-2)
+
+    def now():
+        with torch.no_grad():
+            return loss(net, x, cond, generator=torch.Generator().manual_seed(7))
+
+    before, draws = now(), torch.Generator().manual_seed(0)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss(net, x, cond, lora.average(net), generator=draws).total.backward()
+        optimizer.step()
+        lora.update(net, 0.5)
+    assert now().total < 0.9 * before.total
 
 
 WRONG = {

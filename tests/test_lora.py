@@ -222,8 +222,8 @@ def test_activation_checkpointing_gives_the_same_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-def test_sharded_blocks():
-    """Under FSDP2, here of one process: views, gradient, average and merging are those of the plain network."""
+def test_sharded_blocks(tmp_path):
+    """Under FSDP2, here of one process: views, gradient, average, file and merging are those of the plain network."""
     from torch import distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -243,6 +243,9 @@ def test_sharded_blocks():
         states = lora.adapter_state(net), lora.adapter_state(plain)
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(a.full_tensor(), b) for a, b in zip(*(state.values() for state in states)))
+        for each, name in ((net, "pieces"), (plain, "whole")):
+            lora.save(each, tmp_path / name)
+        assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
         student = net(*here)
         lora.merge(net)
         close(net(*here), student, rtol=1e-4, atol=1e-4)

@@ -376,7 +376,10 @@ def test_a_folder_of_texts_holds_what_the_pipeline_makes(texts, no_latents, load
     alone = Texts(no_latents, 3, shape=(4, 6, 10))
     x, cond = alone.batch(0)
     assert torch.equal(x, torch.zeros(3, 4, 6, 10)) and cond["prompt_mask"].dtype == torch.bool
-    assert cond["prompt_embeds"].shape == (3, 300, 16) and alone.null["prompt_mask"].shape == (1, 300)
+    assert cond["prompt_embeds"].shape == (3, 300, 16)
+    for name, value in encode_text(loaded(QWEN), [""], 300).items():
+        close(alone.null[name], value)
+    assert json.loads((texts / "texts.json").read_text())["tensors"]["latents"] == ["F16", [4, 8, 8]]
 
 
 @settings(max_examples=25)
@@ -458,6 +461,16 @@ def test_embedding_goes_on_where_it_was_stopped_and_ends_the_same(texts, loaded,
         embed(pairs.prompts, pipeline, out, pairs, **how)
     with pytest.raises(ValueError, match="no prompts to encode"):
         embed([], pipeline, tmp_path / "none")
+
+
+def test_a_shard_that_is_not_whole_on_the_disk_is_not_there(loaded, tmp_path, monkeypatch):
+    def full(number):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr("os.fsync", full)
+        embed(PROMPTS, loaded(SD3), tmp_path / "out", tokens=5)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_what_is_not_finite_is_not_written(loaded, pipelines, tmp_path):

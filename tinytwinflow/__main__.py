@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import bench, compare, images, memory, pictures, plan, prompts, scale, texts
+from . import bench, compare, images, lora, memory, pictures, plan, pretrained, prompts, scale, texts
 from .arguments import parser
 from .data import restore
 from .evaluate import evaluate, table
 from .files import write_json
 from .latents import autoencoder, decode, encode
 from .recipes import loss_of, method_of, settings
-from .runs import continue_run, has_checkpoint, painter, read_config, read_log, sampled, start, trained
+from .runs import backbone_of, continue_run, has_checkpoint, painter, read_config, read_log, sampled, start, trained
 from .train import COMPILE
 
 
@@ -199,6 +199,18 @@ def run_paint(args):
         args.tokens, args.batch_size,
     )  # fmt: skip
     print(args.out)
+
+
+def run_export(args):
+    out = Path(args.out)
+    if out.exists():
+        raise ValueError(f"{out} already exists: choose another --out")
+    net, config, _, _ = backbone_of(args.folder)
+    if config["lora_rank"]:
+        lora.save(net, out)
+    else:
+        pretrained.save(net, out)
+    print(out)
 
 
 def run_bench(args):

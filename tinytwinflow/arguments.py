@@ -81,6 +81,10 @@ def parser():
     paint.add_argument("--out", metavar="DIR", default="images")
     paint.add_argument("--device", default="cpu")
 
+    give = add("export", "write a trained backbone for diffusers: its adapters' average, or the whole model")
+    give.add_argument("folder", metavar="RUN")
+    give.add_argument("--out", required=True, help="FILE.safetensors of adapters, or a folder for a whole model")
+
     code = add("encode", "encode a folder of images into latents to train on")
     code.add_argument("images", metavar="FOLDER", help="images in a folder a class")
     code.add_argument("--vae", metavar="DIR", required=True, help="diffusers AutoencoderKL")
@@ -107,7 +111,7 @@ def parser():
         "--net", default="dit-xl-2", help=f"dit-s-2 ... dit-xl-8 (default dit-xl-2), {', '.join(plan.BACKBONES)}"
     )
     count.add_argument("--batch-size", type=int, metavar="B", help="default 64, of a backbone 1")
-    count.add_argument("--methods", nargs="+", metavar="M", help=f"default all; {', '.join(plan.METHODS)}")
+    count.add_argument("--methods", nargs="+", metavar="M", help="default all; three of them on a backbone")
 
     speed = add("bench", "step time, sampling time, memory, and share of the machine's matrix peak")
     speed.add_argument("--net", default="mlp", help="mlp (default), or dit-s-2 ... dit-xl-8")

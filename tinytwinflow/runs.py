@@ -72,16 +72,12 @@ def trained(folder, device="cpu"):
     return net.requires_grad_(False), config, saved
 
 
-def painter(folder, device="cpu"):
-    """A backbone ready to sample from: of a run, or a diffusers flow transformer.  -> net(x, t, r, cond), shape, source
+def backbone_of(folder):
+    """The backbone of a run, with its trained weights or adapters.  -> net, config, shape of its latents, step
 
-    shape of its latents, None if it is no run; source: what it is, in words. Raises ValueError if it is neither, or if
-    the checkpoint does not fit.
+    Raises ValueError if the folder holds no run of a backbone, or the checkpoint does not fit.
     """
     folder = Path(folder)
-    if not (folder / "log.jsonl").exists():
-        net = load_backbone(folder, torch.bfloat16)
-        return net.to(device).requires_grad_(False), None, str(folder.resolve())
     config, path = read_config(folder), sharded.newest(folder)
     if "model" not in config:
         raise ValueError(f"{folder} is no run of a backbone: python -m tinytwinflow sample draws from it")
@@ -94,8 +90,19 @@ def painter(folder, device="cpu"):
         path = folder / "checkpoint.pt"
         saved = load(path, keys=("net", "step", "data"))
         fill(own, saved["net"], path)
-    source = f"{folder.resolve()}, step {saved['step']}"
-    return large.view(net.to(device).requires_grad_(False), config), saved["data"]["shape"], source
+    return net.requires_grad_(False), config, tuple(saved["data"]["shape"]), saved["step"]
+
+
+def painter(folder, device="cpu"):
+    """A backbone ready to sample from: of a run, or a diffusers flow transformer.  -> net(x, t, r, cond), shape, source
+
+    shape of its latents, None if it is no run; source: what it is, in words. Raises ValueError if it is neither.
+    """
+    where = str(Path(folder).resolve())
+    if not (Path(folder) / "log.jsonl").exists():
+        return load_backbone(folder, torch.bfloat16).to(device).requires_grad_(False), None, where
+    net, config, shape, step = backbone_of(folder)
+    return large.view(net.to(device), config), shape, f"{where}, step {step}"
 
 
 def set_aside(folder):

@@ -25,6 +25,14 @@ INDEX, BEGUN, NULL, LATENTS = "texts.json", "begun.json", "null.safetensors", "l
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
+def _text(path):
+    """What a text file says. Raises ValueError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with a byte order mark or without
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: no UTF-8 text") from None
+
+
 def read_prompts(path):
     """Prompts from a .txt (one a line), a .jsonl (key "prompt") or a folder of NAME.txt (one each).
 
@@ -34,9 +42,10 @@ def read_prompts(path):
     path, records = Path(path), []
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
-        places, records = files, [{"prompt": file.read_text().strip(), "name": file.stem} for file in files]
+        places, records = files, [{"prompt": _text(file).strip(), "name": file.stem} for file in files]
     elif path.suffix in (".txt", ".jsonl") and path.is_file():
-        lines = path.read_text().splitlines()
+        text = _text(path)
+        lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() would cut a prompt at U+2028
         places = [f"{path}, line {i}" for i in range(1, len(lines) + 1)]
         for place, line in zip(places, lines):
             try:
@@ -70,7 +79,7 @@ class Pairs(Folder):
         odd = set(stems) ^ captions or {stem for stem in stems if stems.count(stem) > 1}
         if odd:
             raise ValueError(f"{folder}: needs one image and one caption, NAME.txt, of each name, {min(odd)} has not")
-        self.prompts = [path.with_suffix(".txt").read_text().strip() for path in paths]
+        self.prompts = [_text(path.with_suffix(".txt")).strip() for path in paths]
         if not all(self.prompts):
             raise ValueError(f"{paths[self.prompts.index('')].with_suffix('.txt')}: no prompt")
         if size < 1:
