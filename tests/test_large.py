@@ -1,6 +1,8 @@
 """Backbones in training: recipe text from end to end on a tiny model of a real class, on one process and on two."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from tinytwinflow.train import adamw, train
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
 from test_pretrained import TINY, given_cond, latents, model_of  # noqa: E402
-from test_scale import torchrun  # noqa: E402
+from test_scale import ENV, torchrun  # noqa: E402
 
 KIND = "SD3Transformer2DModel"
 
@@ -231,6 +233,17 @@ def test_wrong_settings_end_in_one_line(folders, tmp_path, capsys, changes):
     assert run(*command(folders, tmp_path / "run", *changes.split(" "))) == 2
     error = capsys.readouterr().err
     assert WRONG[changes] in error and len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_the_core_needs_none_of_the_libraries_for_backbones(folders):
+    """Without diffusers and its kin everything is imported and trains; what needs them says what to install."""
+    lacking = ["diffusers", "transformers", "safetensors", "accelerate", "peft"]
+    train = ["train", "text", "--data", str(folders / "texts"), "--set", f"model={folders / 'model'}"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({lacking})); from tinytwinflow.__main__ import main; "
+    code += f"sys.exit(main({train}))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    assert told.returncode == 2 and "pip install 'tinytwinflow[large]'" in told.stderr
+    assert len(told.stderr.splitlines()) == 1
 
 
 def test_wrong_folders_end_in_one_line(folders, tmp_path, capsys):

@@ -6,6 +6,7 @@ All five pipelines are real, tiny and random, made and saved by the test; their 
 
 import inspect
 import json
+import os
 import re
 import shutil
 import string
@@ -280,6 +281,11 @@ def test_pipelines_that_are_not_there_or_unknown_are_named(pipelines, tmp_path):
 def test_prompts_are_read_from_lines_records_and_folders(tmp_path):
     (tmp_path / "a.txt").write_text("a cat\n two dogs \n")
     assert read_prompts(tmp_path / "a.txt") == [{"prompt": "a cat"}, {"prompt": "two dogs"}]
+    (tmp_path / "b.txt").write_bytes("\ufeffun œuf\r\none\u2028line".encode())
+    assert read_prompts(tmp_path / "b.txt") == [{"prompt": "un œuf"}, {"prompt": "one\u2028line"}]
+    (tmp_path / "b.txt").write_bytes("un œuf".encode("utf-16"))
+    with pytest.raises(ValueError, match="b.txt: no UTF-8 text"):
+        read_prompts(tmp_path / "b.txt")
     lines = [{"prompt": "a cat", "tag": "counting"}, {"prompt": "two dogs"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_prompts(tmp_path / "a.jsonl") == lines
@@ -464,13 +470,18 @@ def test_embedding_goes_on_where_it_was_stopped_and_ends_the_same(texts, loaded,
 
 
 def test_a_shard_that_is_not_whole_on_the_disk_is_not_there(loaded, tmp_path, monkeypatch):
+    written, sync = [], os.fsync
+
     def full(number):
-        raise OSError("no space left on device")
+        written.append(number)
+        if len(written) == 3:  # after what was begun with, and the null condition
+            raise OSError("no space left on device")
+        sync(number)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
         patch.setattr("os.fsync", full)
         embed(PROMPTS, loaded(SD3), tmp_path / "out", tokens=5)
-    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["null.safetensors"]
 
 
 def test_what_is_not_finite_is_not_written(loaded, pipelines, tmp_path):

@@ -8,25 +8,32 @@
     x = ttf.sample(net, z, steps=1)
 
 The rooms, in reading order: path, exact, twin, parts, losses, samplers, reference, peers, nets, files, data, latents,
-images, metrics, ema, train, features.
+images, metrics, ema, train, features; and for large backbones scale, sharded, families, pretrained, lora, lean, large.
 """
 
 from . import (
     data,
     ema,
     exact,
+    families,
     features,
     files,
     images,
+    large,
     latents,
+    lean,
+    lora,
     losses,
     metrics,
     nets,
     parts,
     path,
     peers,
+    pretrained,
     reference,
     samplers,
+    scale,
+    sharded,
     train,
     twin,
 )
@@ -40,6 +47,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Draws", "GaussianMixture", "Losses", "TwinFlowLoss", "Twins",
     "gap", "generate", "sample", "time_grid", "twin_velocities",
-    "data", "ema", "exact", "features", "files", "images", "latents", "losses", "metrics", "nets", "parts", "path",
-    "peers", "reference", "samplers", "train", "twin",
+    "data", "ema", "exact", "families", "features", "files", "images", "large", "latents", "lean", "lora", "losses",
+    "metrics", "nets", "parts", "path", "peers", "pretrained", "reference", "samplers", "scale", "sharded", "train", "twin",
 ]  # fmt: skip

@@ -270,6 +270,15 @@ def spread(name, loss, batch_size):
             )
 
 
+def largest_batch(peak, batch_size, name, loss, training, memory=79 * 2**30):
+    """The most rows whose step fits into 79 GiB, what a card of 80 GB has to give; 0 if one row does not.
+
+    peak: bytes of a step of batch_size rows. Bytes are linear in the rows but for the few that make up a small batch.
+    """
+    more = step_of(name, loss, batch_size + 8, training)["peak"]
+    return max(0, batch_size + math.floor((memory - peak) / ((more - peak) / 8)))
+
+
 def report(name, losses, batch_size):
     """Print what a step of each loss needs with each training, a row each, as a Markdown table in GiB."""
     net, shape = backbone(name)
@@ -279,11 +288,14 @@ def report(name, losses, batch_size):
     print(f"batch {batch_size}; one forward call on one row is {operations / 1e12:.1f} TFLOP")
     for training, what in TRAININGS.items():
         print(f"- {training}: {what}")
-    print("\n| method | what learns | parameters | weights | optimiser | passing | a step, GiB | PFLOP |")
-    print("|---" * 8 + "|")
+    print(
+        "\n| method | what learns | parameters | weights | optimiser | passing | a step, GiB | rows on 80 GB | PFLOP |"
+    )
+    print("|---" * 9 + "|")
     for method, loss in losses.items():
         for training in TRAININGS:
             figures = step_of(name, loss, batch_size, training)
             sizes = (f"{figures[key] / 2**30:.1f}" for key in ("weights", "optimiser", "passing", "peak"))
             learnt, work = f"{figures['trained'] / 1e6:,.0f} M", f"{figures['flops'] / 1e15:.2f}"
-            print(f"| {method} | {training} | {learnt} | {' | '.join(sizes)} | {work} |", flush=True)
+            rows = largest_batch(figures["peak"], batch_size, name, loss, training)
+            print(f"| {method} | {training} | {learnt} | {' | '.join(sizes)} | {rows} | {work} |", flush=True)

@@ -245,5 +245,5 @@ def _write(place, layout, record, pictures):
         (writing / "metadata.jsonl").write_text(json.dumps(record))
         grid.save(writing / "grid.png")
     else:
-        (writing / "prompt.txt").write_text(record["prompt"] + "\n")
+        (writing / "prompt.txt").write_text(record["prompt"] + "\n", encoding="utf-8")
     os.replace(writing, place)
