@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tinytwinflow as ttf
-from tinytwinflow import lora
+from tinytwinflow import lora, lora_files
 
 close = torch.testing.assert_close
 LAYERS, ALSO = ["attn.qkv", "mlp.fc?"], ["times.r", "times.twin"]
@@ -245,7 +245,7 @@ def test_sharded_blocks(tmp_path):
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(a.full_tensor(), b) for a, b in zip(*(state.values() for state in states)))
         for each, name in ((net, "pieces"), (plain, "whole")):
-            lora.save(each, tmp_path / name)
+            lora_files.save(each, tmp_path / name)
         pieces, whole = (load_file(tmp_path / name) for name in ("pieces", "whole"))
         assert pieces.keys() == whole.keys() and all(torch.equal(pieces[name], whole[name]) for name in whole)
         student = net(*here)
@@ -323,7 +323,7 @@ def test_merged_is_the_same_function(which):
         lora.unmerge(net)
     lora.merge(net, which)
     close(net(*here), wanted, rtol=1e-4, atol=1e-4)
-    for wrong in (lambda: lora.merge(net), lambda: average(*here), lambda: lora.load(net, "none")):
+    for wrong in (lambda: lora.merge(net), lambda: average(*here), lambda: lora_files.load(net, "none")):
         with pytest.raises(ValueError, match="are merged: unmerge"):
             wrong()
     merged = {name: net.get_submodule(name).weight.detach().double() for name in net.lora.layers}
@@ -384,9 +384,9 @@ def test_a_small_state_resumes():
 def test_a_file_comes_back(which, tmp_path):
     """What was saved is student and average after loading; nothing else is left in the folder."""
     net, here = stir(adapted(alpha=2.0)), inputs()
-    lora.save(net, tmp_path / "a.safetensors", which)
+    lora_files.save(net, tmp_path / "a.safetensors", which)
     other = adapted(alpha=2.0, seed=9)
-    lora.load(other, tmp_path / "a.safetensors")
+    lora_files.load(other, tmp_path / "a.safetensors")
     wanted = (lora.average(net) if which == "average" else net)(*here)
     close(other(*here), wanted, rtol=0, atol=0)
     close(lora.average(other)(*here), wanted, rtol=0, atol=0)
@@ -395,7 +395,7 @@ def test_a_file_comes_back(which, tmp_path):
 
 def test_a_file_of_other_adapters_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
-    lora.save(adapted(), path)
+    lora_files.save(adapted(), path)
     others = {
         r"qkv.lora_A.weight is \(3, 16\) there, \(2, 16\) here": adapted(rank=2),
         r"fc1.lora_A.weight is \(3, 16\) there, None here": adapted(layers=["attn.qkv"]),
@@ -406,15 +406,15 @@ def test_a_file_of_other_adapters_is_refused(tmp_path):
     for message, net in others.items():
         before = {name: value.clone() for name, value in net.state_dict().items()}
         with pytest.raises(ValueError, match=message) as error:
-            lora.load(net, path)
+            lora_files.load(net, path)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     path.write_bytes(path.read_bytes()[:-5])
     for bad in (path, tmp_path / "none"):
         with pytest.raises(ValueError, match="no safetensors file, or a damaged one"):
-            lora.load(adapted(), bad)
+            lora_files.load(adapted(), bad)
     with pytest.raises(ValueError, match="which must be one of student, average, got 'original'"):
-        lora.save(adapted(), path, "original")
+        lora_files.save(adapted(), path, "original")
 
 
 class Wrapper(nn.Module):
@@ -462,7 +462,7 @@ def test_diffusers_reads_our_file(kind, tmp_path):
     net, here = backbone(kind)
     plain, bare = copy.deepcopy(net), copy.deepcopy(net.model)
     lora.add(net, layers, rank=2, alpha=5.0, also=["r_embedder"])
-    lora.save(stir(net), tmp_path / "pytorch_lora_weights.safetensors")
+    lora_files.save(stir(net), tmp_path / "pytorch_lora_weights.safetensors")
     assert torch.equal(lora.original(net)(*here), plain(*here))
     plain.model.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
     theirs = plain(*here)
@@ -471,7 +471,7 @@ def test_diffusers_reads_our_file(kind, tmp_path):
     names = {name for name in names_in(tmp_path) if name.startswith("transformer.")}
     assert {name.rsplit(".", 2)[1] for name in names} == {"lora_A", "lora_B"}
     lora.add(bare, layers, rank=2, alpha=5.0)
-    lora.save(bare, tmp_path / "pytorch_lora_weights.safetensors")
+    lora_files.save(bare, tmp_path / "pytorch_lora_weights.safetensors")
     assert names_in(tmp_path) == names, "a wrapper leaves no trace in the names"
 
 
@@ -491,7 +491,7 @@ def test_a_pipeline_takes_our_file(tmp_path):
     net, here = backbone("sd3")
     plain = copy.deepcopy(net)
     lora.add(net, ["attn.to_q", "attn.to_v"], rank=2, alpha=5.0, also=["r_embedder"])
-    lora.save(stir(net), tmp_path / "a.safetensors")
+    lora_files.save(stir(net), tmp_path / "a.safetensors")
     parts = dict.fromkeys(["vae", "text_encoder", "text_encoder_2", "text_encoder_3"])
     parts |= dict.fromkeys(["tokenizer", "tokenizer_2", "tokenizer_3"])
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()

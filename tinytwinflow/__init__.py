@@ -48,5 +48,6 @@ __all__ = [
     "Draws", "GaussianMixture", "Losses", "TwinFlowLoss", "Twins",
     "gap", "generate", "sample", "time_grid", "twin_velocities",
     "data", "ema", "exact", "families", "features", "files", "images", "large", "latents", "lean", "lora", "losses",
-    "metrics", "nets", "parts", "path", "peers", "pretrained", "reference", "samplers", "scale", "sharded", "train", "twin",
+    "metrics", "nets", "parts", "path", "peers", "pretrained", "reference", "samplers", "scale", "sharded", "train",
+    "twin",
 ]  # fmt: skip

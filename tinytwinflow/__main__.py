@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import bench, compare, images, lora, memory, pictures, plan, pretrained, prompts, scale, texts
+from . import bench, compare, images, lora_files, memory, pictures, plan, pretrained, prompts, scale, texts
 from .arguments import parser
 from .data import restore
 from .evaluate import evaluate, table
@@ -192,7 +192,10 @@ def run_paint(args):
     pipeline = prompts.load_pipeline(args.pipeline, device)
     net, shape, source = painter(args.folder, device)
     if args.size or not shape:
-        side = (args.size or 1024) // pipeline.vae_scale_factor
+        size, factor = args.size or 1024, pipeline.vae_scale_factor
+        if size < factor or size % factor:
+            raise ValueError(f"--size must be a multiple of {factor} for this pipeline, got {size}")
+        side = size // factor
         shape = (shape[0] if shape else net.channels, side, side)
     prompts.write_pictures(
         net, pipeline, records, args.out, shape, source, args.layout, args.n, args.steps, args.mode, args.seed,
@@ -207,7 +210,7 @@ def run_export(args):
         raise ValueError(f"{out} already exists: choose another --out")
     net, config, _, _ = backbone_of(args.folder)
     if config["lora_rank"]:
-        lora.save(net, out)
+        lora_files.save(net, out)
     else:
         pretrained.save(net, out)
     print(out)

@@ -12,21 +12,17 @@ A layer must be called: an adapter of a layer whose weight alone is read has no 
 
 import copy
 import fnmatch
-import json
 import math
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import distributed as dist
 from torch import nn
 
 from . import ema
-from .files import aside, check_weights
 
 STUDENT, AVERAGE, ORIGINAL = "student", "average", "original"
 PAIRS = {STUDENT: ("lora_A", "lora_B"), AVERAGE: ("average_A", "average_B")}
-METADATA = "lora_adapter_metadata"  # where diffusers looks for what PEFT has to know
 
 
 @dataclass
@@ -102,18 +98,18 @@ def original(net):
 
 def parameters(net):
     """What is trained: the student's matrices and the modules trained in full."""
-    return list(_weights(net, STUDENT).values())
+    return list(weights_of(net, STUDENT).values())
 
 
 def update(net, decay):
     """Move the average towards the student: average <- decay * average + (1 - decay) * student; decay in [0, 1)."""
-    students, averages = (nn.ParameterList(_weights(net, which).values()) for which in (STUDENT, AVERAGE))
+    students, averages = (nn.ParameterList(weights_of(net, which).values()) for which in (STUDENT, AVERAGE))
     ema.update(averages, students, decay)
 
 
 def adapter_state(net):
     """The student and the average, a small part of net.state_dict() and under the same names."""
-    own = {id(p) for which in PAIRS for p in _weights(net, which).values()}
+    own = {id(p) for which in PAIRS for p in weights_of(net, which).values()}
     names = {name for name, p in net.named_parameters() if id(p) in own}
     return {name: value for name, value in net.state_dict().items() if name in names}
 
@@ -124,7 +120,7 @@ def merge(net, which=STUDENT):
     From then on net is that student or average, and has no views, until `unmerge`; `remove` makes it a plain network.
     Raises ValueError if something is merged already.
     """
-    adapters = _adapters(net, merged=False)
+    adapters = adapters_of(net, merged=False)
     _shift_weights(net, which, 1.0)
     adapters.active, adapters.merged = which, True
 
@@ -134,14 +130,14 @@ def unmerge(net):
     are 1e-7 in float32 and half a percent in bfloat16, so keep a copy where that matters. The adapters must not have
     changed in between. Raises ValueError if nothing is merged.
     """
-    adapters = _adapters(net, merged=True)
+    adapters = adapters_of(net, merged=True)
     _shift_weights(net, adapters.active, -1.0)
     adapters.active, adapters.merged = STUDENT, False
 
 
 def remove(net):
     """Make a merged network a plain one again, frozen: weights as merged, no adapters, no switch."""
-    adapters = _adapters(net, merged=True)
+    adapters = adapters_of(net, merged=True)
     for hook in adapters.hooks:
         hook.remove()
     for name in adapters.layers:
@@ -155,50 +151,6 @@ def remove(net):
         del module.lora, module.lora_copies
     del net.lora, net.lora_also
     net.requires_grad_(False)
-
-
-def save(net, path, which=AVERAGE):
-    """Write the average's or the student's adapters as diffusers and PEFT read them: safetensors, alpha inside.
-
-    Names are transformer.LAYER.lora_A.weight and lora_B; those of modules trained in full begin with lora_also, and
-    diffusers passes them by. Under FSDP2 all processes call it and the first one writes.
-    """
-    from safetensors.torch import save as as_bytes
-
-    adapters, tensors = _adapters(net), {}
-    for name, value in _weights(net, which).items():
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value
-        tensors[name] = value.detach().cpu().contiguous()
-    layers = [name.removeprefix(_backbone(net)) for name in adapters.layers]
-    about = {"r": adapters.rank, "lora_alpha": adapters.alpha, "target_modules": layers}
-    about = json.dumps({f"transformer.{key}": value for key, value in about.items()})
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        with aside(path) as file:
-            file.write(as_bytes(tensors, {"format": "pt", METADATA: about}))
-
-
-@torch.no_grad()
-def load(net, path):
-    """Read a file of `save` into student and average of a network that has the same adapters, not sharded.
-
-    Raises ValueError if it is no such file, or of other layers, another rank or another alpha.
-    """
-    from safetensors import safe_open
-
-    adapters = _adapters(net, merged=False)
-    try:
-        with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}
-            about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-            alpha = about.get("transformer.lora_alpha", adapters.rank)  # diffusers' rule where none is said
-    except Exception as error:  # whatever a missing or damaged file makes the reader raise
-        raise ValueError(f"{path}: no safetensors file, or a damaged one ({error})") from None
-    check_weights(_weights(net, STUDENT), found, path)
-    if alpha != adapters.alpha:
-        raise ValueError(f"{path}: its alpha is {alpha}, here it is {adapters.alpha}")
-    for which in PAIRS:
-        for name, value in _weights(net, which).items():
-            value.copy_(found[name])
 
 
 def _adapt(layer, inputs, output):
@@ -220,7 +172,7 @@ def _replace(module, args, kwargs, output):
 # without gradient: where activations are computed again in backward, the switch would be back at the student
 @torch.no_grad()
 def _view(net, which, x, t, r, cond=None):
-    adapters = _adapters(net, merged=False)
+    adapters = adapters_of(net, merged=False)
     before, adapters.active = adapters.active, which
     try:
         return net(x, t, r, cond)
@@ -228,7 +180,7 @@ def _view(net, which, x, t, r, cond=None):
         adapters.active = before
 
 
-def _adapters(net, merged=None):
+def adapters_of(net, merged=None):
     """The Adapters of a network. Raises ValueError if it has none or, where asked, is merged or not."""
     adapters = getattr(net, "lora", None)
     if not isinstance(adapters, Adapters):
@@ -238,15 +190,15 @@ def _adapters(net, merged=None):
     return adapters
 
 
-def _weights(net, which):
+def weights_of(net, which):
     """The parameters of the student or of the average, by their names in a file."""
     if which not in PAIRS:
         raise ValueError(f"which must be one of {', '.join(PAIRS)}, got {which!r}")
-    found, adapters = {}, _adapters(net)
+    found, adapters = {}, adapters_of(net)
     for name in adapters.layers:
         for part, here in zip(PAIRS[STUDENT], PAIRS[which]):
             weight = net.get_submodule(f"{name}.{here}").weight
-            found[f"transformer.{name.removeprefix(_backbone(net))}.{part}.weight"] = weight
+            found[f"transformer.{name.removeprefix(prefix_of(net))}.{part}.weight"] = weight
     for name in adapters.also:
         module = net.get_submodule(name)
         module = module if which == STUDENT else module.lora_copies[which]
@@ -256,21 +208,21 @@ def _weights(net, which):
 
 @torch.no_grad()
 def _shift_weights(net, which, sign):
-    adapters, weights = _adapters(net), iter(_weights(net, which).values())
+    adapters, weights = adapters_of(net), iter(weights_of(net, which).values())
     for name in adapters.layers:
         A, B = next(weights), next(weights)
         weight = net.get_submodule(name).weight
         weight.copy_(weight.float() + sign * adapters.alpha / adapters.rank * (B.float() @ A.float()))
 
 
-def _backbone(net):
+def prefix_of(net):
     """How the names of a wrapped backbone's layers begin."""
     return "model." if isinstance(getattr(net, "model", None), nn.Module) else ""
 
 
 def _matching(net, patterns):
     """Names of the linear layers that some pattern fits, in the order of the network."""
-    there = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) and n.startswith(_backbone(net))]
+    there = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) and n.startswith(prefix_of(net))]
     found = set()
     for pattern in patterns:
         fits = fnmatch.filter([f".{name}" for name in there], f"*.{pattern}")

@@ -182,9 +182,12 @@ def write_pictures(net, pipeline, records, out, shape, source, layout="plain", n
     """
     out = Path(out)
     _check_layout(records, layout, n)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     prompts = hashlib.sha256(json.dumps(records).encode()).hexdigest()
     settings = {"source": source, "prompts": prompts, "layout": layout, "n": n, "steps": steps, "mode": mode}
-    claim(out, out.with_name(out.name + ".json"), {**settings, "seed": seed, "tokens": tokens, "shape": list(shape)})
+    claim(out, out.with_name(out.name + ".json"), {**settings, "seed": seed, "tokens": tokens,
+          "shape": list(shape), "pipeline": str(pipeline.name_or_path)})  # fmt: skip
     places = [out / (f"{r['name']}.png" if layout == "dpg" else f"{i:05d}") for i, r in enumerate(records)]
     missing = [i for i, place in enumerate(places) if not place.exists()]
     for begin in tqdm(range(0, len(missing), max(1, batch_size // n)), disable=None):

@@ -19,7 +19,7 @@ import torch
 from .ema import average_of, update, warmed_up
 from .files import aside
 from .losses import TwinFlowLoss
-from .twin import replace, take
+from .twin import move, replace, take
 
 PRECISIONS = ("float32", "bf16")
 COMPILE = ("none", "default")
@@ -135,8 +135,8 @@ def train(
     loss: a TwinFlowLoss, or a peer's. For `warmup_steps` only its flow part is trained, which is flow matching;
     for the next `base_steps` the whole base without the twin parts; then all of it. A peer's frozen and
     trained networks are filled from the average when flow matching ends.
-    batch(i) gives data and condition (None without) of step i. null: label that stands for no
-    condition; it replaces a share `label_dropout` of the labels. ema and teacher_ema are the decays
+    batch(i) gives data and condition (None without) of step i. null: label that stands for no condition, or such a
+    condition of one row; it replaces a share `label_dropout` of the conditions. ema and teacher_ema are the decays
     of the two averages (Table 6: 0.99 for the teacher). accumulate: the batch is worked through in so
     many equal parts. clip_norm: longest gradient, or None. precision "bf16": the networks run under autocast.
     world: the processes that train together, each on its part of the batch, see `scale`.
@@ -146,7 +146,7 @@ def train(
     flow_matching = FLOW_MATCHING if peer else dataclasses.replace(loss, order=0, share=0.0)
     base = loss if peer else dataclasses.replace(loss, share=0.0)
     device = next(state.net.parameters()).device
-    null = torch.tensor([null], device=device) if isinstance(null, int) else null
+    null = move(torch.tensor([null]) if isinstance(null, int) else null, device)
     together = None
     while state.step < steps:
         i = state.step
