@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinytwinflow import TwinFlowLoss, lora, peers, plan
+from tinytwinflow import TwinFlowLoss, calls, large, lora, peers, plan
 from tinytwinflow.__main__ import main
+from tinytwinflow.calls import Call
 from tinytwinflow.memory import LiveBytes
-from tinytwinflow.plan import Call
 from tinytwinflow.pretrained import Velocity
 from tinytwinflow.scale import forget
 
@@ -21,7 +21,7 @@ TINIEST = ("QwenImageTransformer2DModel", TINY["QwenImageTransformer2DModel"], (
 @pytest.fixture
 def tiny(monkeypatch):
     """A tiny Qwen-Image among the backbones, and the same with weights."""
-    monkeypatch.setitem(plan.BACKBONES, "tiny", TINIEST)
+    monkeypatch.setitem(calls.BACKBONES, "tiny", TINIEST)
     torch.manual_seed(0)
     return Velocity(getattr(diffusers, TINIEST[0])(**TINIEST[1])).bfloat16()
 
@@ -29,13 +29,12 @@ def tiny(monkeypatch):
 def test_calls_are_those_that_the_loss_makes():
     """TwinFlow on twelve rows: fakes, guidance on both conditions, one call with gradient, two of the teacher for
     order 2, and the gap's two velocities. Flow matching makes one call, DMD2 three networks' with gradient."""
-    calls = plan.calls_of(TwinFlowLoss(guidance=0.5, share=0.5), 12)
-    assert calls == [
+    assert calls.calls_of(TwinFlowLoss(guidance=0.5, share=0.5), 12) == [
         Call("teacher", 12, False), Call("net", 3, False), Call("net", 12, True),
         Call("teacher", 3, False), Call("teacher", 3, False), Call("net", 6, False),
     ]  # fmt: skip
-    assert plan.calls_of(TwinFlowLoss(order=0, share=0.0), 5) == [Call("net", 5, True)]
-    dmd2 = plan.calls_of(peers.METHODS["dmd2"](every=1), 2)
+    assert calls.calls_of(TwinFlowLoss(order=0, share=0.0), 5) == [Call("net", 5, True)]
+    dmd2 = calls.calls_of(peers.METHODS["dmd2"](every=1), 2)
     assert [call.network for call in dmd2 if call.gradient] == ["net", "critic", "critic", "fake", "critic"]
     assert [call.network for call in dmd2 if not call.gradient] == ["original", "fake"]
 
@@ -45,7 +44,7 @@ def real_step(net, rows, free):
     counter = LiveBytes()
     counter.hold([*net.parameters(), *net.buffers()])
     start = counter.now
-    hooks = [p.register_post_accumulate_grad_hook(plan._free) for p in net.parameters() if free and p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(calls._free) for p in net.parameters() if free and p.requires_grad]
     with counter:
         t = torch.rand(rows)
         cond = {"prompt_embeds": torch.randn(rows, 6, 12).bfloat16(), "prompt_mask": torch.ones(rows, 6).bool()}
@@ -60,39 +59,39 @@ def real_step(net, rows, free):
 def test_what_is_counted_without_weights_is_what_a_real_step_holds(tiny, free):
     """Bytes of a step of a tiny backbone on the meta device, and of the same one with weights, to within 5 %: its
     attention keeps other tensors, and on the CPU some kernels make a copy."""
-    net, shape = plan.backbone("tiny")
+    net, shape = calls.backbone("tiny")
     for network in (net, tiny):
         for block in network.blocks():
             forget(block)
     for rows in (2, 16):
-        counted = plan.activations(net, shape, 6, [Call("net", rows, True)], free)
+        counted = calls.activations(net, shape, 6, [Call("net", rows, True)], free)
         assert counted == pytest.approx(real_step(tiny, rows, free), rel=0.05)
         for parameter in tiny.parameters():
             parameter.grad = None
-    gradients = plan.nbytes(tiny.parameters())
-    kept = plan.activations(net, shape, 6, [Call("net", 2, True)], False)
-    freed = plan.activations(net, shape, 6, [Call("net", 2, True)], True)
+    gradients = calls.nbytes(tiny.parameters())
+    kept = calls.activations(net, shape, 6, [Call("net", 2, True)], False)
+    freed = calls.activations(net, shape, 6, [Call("net", 2, True)], True)
     assert freed < kept and kept >= gradients
 
 
 def test_a_call_without_gradient_comes_on_top_of_the_graph(tiny):
     """A graph that waits for its backward pass is held while another call is made."""
-    net, shape = plan.backbone("tiny")
-    alone = plan.activations(net, shape, 6, [Call("net", 64, False)])
-    both = plan.activations(net, shape, 6, [Call("net", 64, True), Call("net", 64, False)])
-    other = plan.activations(net, shape, 6, [Call("net", 64, False), Call("net", 64, True)])
+    net, shape = calls.backbone("tiny")
+    alone = calls.activations(net, shape, 6, [Call("net", 64, False)])
+    both = calls.activations(net, shape, 6, [Call("net", 64, True), Call("net", 64, False)])
+    other = calls.activations(net, shape, 6, [Call("net", 64, False), Call("net", 64, True)])
     assert both > other > alone
 
 
 def test_operations_are_those_of_the_network(tiny):
     """One forward call, counted with weights and without; work: a gradient costs two or three calls more."""
-    net, shape = plan.backbone("tiny")
+    net, shape = calls.backbone("tiny")
     cond = {"prompt_embeds": torch.randn(1, 6, 12).bfloat16(), "prompt_mask": torch.ones(1, 6).bool()}
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         tiny(torch.randn(1, 4, 8, 8), torch.ones(1), torch.ones(1), cond)
-    assert plan.flops(net, shape, 6) == counted.get_total_flops() > 1e5
-    calls = [Call("teacher", 2, False), Call("net", 3, True)]
-    assert plan.work(calls, low_rank=True) == 2 + 3 * 3 and plan.work(calls, low_rank=False) == 2 + 3 * 4
+    assert calls.flops(net, shape, 6) == counted.get_total_flops() > 1e5
+    some = [Call("teacher", 2, False), Call("net", 3, True)]
+    assert calls.work(some, low_rank=True) == 2 + 3 * 3 and calls.work(some, low_rank=False) == 2 + 3 * 4
 
 
 def test_parts_of_a_step(tiny):
@@ -108,6 +107,7 @@ def test_parts_of_a_step(tiny):
     for figures in found.values():
         assert figures["peak"] == figures["weights"] + figures["optimiser"] + figures["passing"]
     three = plan.step_of("tiny", peers.METHODS["dmd2"](every=1), 4, "float32")
+    assert plan.step_of("tiny", peers.METHODS["dmd2"](every=3), 4, "float32")["peak"] == three["peak"]
     assert three["trained"] == 3 * count and three["weights"] == 4 * 5 * count and three["optimiser"] == 3 * 8 * count
 
 
@@ -140,11 +140,11 @@ def test_each_call_gathers_the_weights_once_and_the_backward_pass_once_more(tmp_
 
 def test_traffic_of_a_step(tiny):
     """On one machine nothing comes from others; hsdp brings gradients alone, there and back."""
-    count, calls = sum(p.numel() for p in tiny.parameters()), [Call("net", 1, True), Call("net", 2, False)]
-    within, between = plan.traffic(tiny, calls)
+    count, some = sum(p.numel() for p in tiny.parameters()), [Call("net", 1, True), Call("net", 2, False)]
+    within, between = plan.traffic(tiny, some)
     assert within == (2 * count * 3 + 4 * count) * 7 / 8 and between == 0
-    assert plan.traffic(tiny, calls, 4, "hsdp")[1] == 2 * 4 * count * 3 / 4
-    assert plan.traffic(tiny, calls, 4, "fsdp")[1] == (2 * count * 3 + 4 * count) * 3 / 4
+    assert plan.traffic(tiny, some, 4, "hsdp")[1] == 2 * 4 * count * 3 / 4
+    assert plan.traffic(tiny, some, 4, "fsdp")[1] == (2 * count * 3 + 4 * count) * 3 / 4
 
 
 def test_the_command_prints_the_tables(tiny, capsys):
@@ -158,12 +158,12 @@ def test_the_command_prints_the_tables(tiny, capsys):
 def test_qwen_image_is_what_is_published():
     """The real configuration: 60 blocks, 20.43 billion parameters; adapters of rank 64 on attention and MLPs 425
     million; a forward call at 1024 x 1024 costs what a count by hand gives."""
-    net, shape = plan.backbone("qwen-image")
+    net, shape = calls.backbone("qwen-image")
     assert sum(p.numel() for p in net.model.parameters()) == 20_430_401_088 and len(net.blocks()) == 60
     layers = 60 * 2 * (4 * 3072**2 + 2 * 3072 * 12288)
     by_hand = 2 * layers / 2 * (4096 + 512) + 60 * 4 * 4608**2 * 3072
-    assert plan.flops(net, shape, 512) == pytest.approx(by_hand, rel=0.01)
-    lora.add(net, plan.linear_layers(net), 64)
+    assert calls.flops(net, shape, 512) == pytest.approx(by_hand, rel=0.01)
+    lora.add(net, large.linear_layers(net), 64)
     assert sum(
         p.numel() for name, p in net.named_parameters() if name.endswith(("lora_A.weight", "lora_B.weight"))
     ) == (60 * 2 * 64 * (4 * 2 * 3072 + 2 * (3072 + 12288)))

@@ -1,38 +1,15 @@
-"""What a training step of a large backbone needs, counted from its real configuration, without weights or a GPU.
-
-The loss runs on tiny tensors and its calls are written down: on which network, how many rows, with or without
-gradient. Then the calls are made again, in order, on the backbone on the meta device, where tensors have a shape
-and no memory, while all bytes are counted.
-"""
+"""What a training step of a large backbone needs: bytes, operations and traffic, on one GPU and on many."""
 
 import math
-from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
-from torch.nn import functional as f
-from torch.utils.flop_counter import FlopCounterMode
 
 from . import lora
+from .calls import BACKBONES, activations, backbone, calls_of, flops, nbytes, work
 from .large import linear_layers
 from .lean import in_backward
-from .losses import TwinFlowLoss
 from .memory import LiveBytes
-from .pretrained import Velocity
-from .scale import forget, without_weights
-
-BACKBONES = {  # diffusers class, its settings where they differ from diffusers' own, latents (C, H, W), tokens of text
-    "qwen-image": ("QwenImageTransformer2DModel", {}, (16, 128, 128), 512),
-    "flux": ("FluxTransformer2DModel", {}, (16, 128, 128), 512),
-    "sd3.5-large": (
-        "SD3Transformer2DModel",
-        {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
-         "qk_norm": "rms_norm"},
-        (16, 128, 128), 333,
-    ),
-    "sana-1.6b": ("SanaTransformer2DModel", {}, (32, 32, 32), 300),
-}  # fmt: skip
-
+from .scale import forget
 
 METHODS = ("twinflow", "dmd2", "sana-sprint")
 TRAININGS = {  # what learns, in which precision it is kept, its optimiser
@@ -40,133 +17,6 @@ TRAININGS = {  # what learns, in which precision it is kept, its optimiser
     "in backward": "all parameters, bf16, no average; Adafactor inside the backward pass, random rounding",
     "float32": "all parameters and one average, float32; AdamW; computed in bf16",
 }
-
-
-def backbone(name, dtype=torch.bfloat16):
-    """A backbone on the meta device and the shape of its latents. Raises ValueError for an unknown name."""
-    if name not in BACKBONES:
-        raise ValueError(f"unknown backbone {name!r}: choose from {', '.join(BACKBONES)}")
-    try:
-        import diffusers
-    except ImportError:
-        raise ValueError("backbones need diffusers: pip install 'tinytwinflow[large]'") from None
-    kind, changes, shape, _ = BACKBONES[name]
-    with without_weights():
-        net = Velocity(getattr(diffusers, kind)(**changes))
-    return net.to("meta", dtype), shape
-
-
-def condition(net, rows, tokens):
-    """A condition that fits a network on the meta device."""
-    widths = {"prompt_embeds": (tokens,), "prompt_mask": (tokens,), "pooled": (), "guidance": ()}
-    found = {}
-    for name, key in net.cond.items():
-        shape = (rows, *widths[name], *([net.model.config[key]] if key else []))
-        kind = torch.bool if name == "prompt_mask" else torch.float32 if name == "guidance" else torch.bfloat16
-        found[name] = torch.empty(shape, dtype=kind, device="meta")
-    return found
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call that a loss makes: which network, how many rows, whether a gradient will go back through it."""
-
-    network: str
-    rows: int
-    gradient: bool
-
-
-def calls_of(loss, rows, seed=0, with_text=True):
-    """The calls of one step of a loss on so many rows, in order."""
-    made, weight = [], torch.nn.Parameter(torch.ones(()))
-
-    def network(name):
-        def field(x, t, r, cond=None):
-            y = x * weight * math.exp(-0.1 * len(name))
-            made.append(Call(name, len(x), y.requires_grad))
-            return y
-
-        return field
-
-    names = getattr(loss, "helpers", {})
-    x, cond, null = torch.ones(rows, 2), torch.zeros(rows, 1), torch.zeros(1, 1)
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(loss, TwinFlowLoss):
-        more = {"teacher": network("teacher"), "original": network("teacher"), "null": null}
-    else:
-        more = {"progress": 0.5, **{name: network(name) for name in names}}
-        more["teacher" if "teacher" in names else "null"] = more.get("teacher", null)
-    loss(network("net"), x, cond=cond, generator=generator, **more)
-    return made
-
-
-class _Fused(torch.autograd.Function):
-    """Attention as fused kernels hold it: inputs, output and a number a row are kept, no matrix of all pairs."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device))
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-def _fused(query, key, value, *_, **__):
-    return _Fused.apply(query, key, value)
-
-
-def _free(parameter):
-    parameter.grad = None
-
-
-def activations(net, shape, tokens, calls, free_gradients=False):
-    """Most bytes that the calls and their backward pass hold beyond the weights, gradients included.
-
-    net: the backbone, its blocks recomputed, which stands for every network that is called. free_gradients: those of
-    weights are let go as soon as they are there.
-    """
-    counter = LiveBytes()
-    counter.hold([*net.parameters(), *net.buffers()])
-    start, graphs = counter.now, []
-    hooks = []
-    if free_gradients:
-        hooks = [p.register_post_accumulate_grad_hook(_free) for p in net.parameters() if p.requires_grad]
-    with counter, patch.object(f, "scaled_dot_product_attention", _fused):
-        for call in calls:
-            x = torch.empty(call.rows, *shape, device="meta")
-            t = torch.empty(call.rows, device="meta")
-            with torch.set_grad_enabled(call.gradient):
-                y = net(x, t, t, condition(net, call.rows, tokens))
-            if call.gradient:
-                graphs.append(y)
-            del y
-        while graphs:
-            y = graphs.pop()
-            y.backward(torch.empty_like(y))
-            del y
-    for hook in hooks:
-        hook.remove()
-    for parameter in net.parameters():
-        parameter.grad = None
-    return counter.peak - start
-
-
-def flops(net, shape, tokens):
-    """Floating-point operations of one forward call on one row."""
-    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counted:
-        net(x, t, t, condition(net, 1, tokens))
-    return counted.get_total_flops()
-
-
-def work(calls, low_rank):
-    """A step in forward calls of one row. A call with gradient is one, one again for its recomputed blocks, one for
-    the gradient of activations and, unless the weights are frozen, one for that of the weights.
-    """
-    return sum(call.rows * ((3 if low_rank else 4) if call.gradient else 1) for call in calls)
 
 
 def of_one_step(shape):
@@ -179,10 +29,6 @@ def of_one_step(shape):
     with counter:
         parameter.sum().backward()
     return counter.peak - start
-
-
-def nbytes(tensors):
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def step_of(name, loss, batch_size, training, rank=64, steps=24):
@@ -214,7 +60,7 @@ def step_of(name, loss, batch_size, training, rank=64, steps=24):
         weights = 4 * count * (2 + len(networks))
         optimiser = learning * 8 * count
     steps = [calls_of(loss, batch_size, seed) for seed in range(steps)]
-    heaviest = max(steps, key=lambda calls: max(call.rows for call in calls))
+    heaviest = max(steps, key=lambda calls: (sum(c.rows for c in calls if c.gradient), max(c.rows for c in calls)))
     passing = activations(net, shape, tokens, heaviest, free_gradients=not low_rank)
     if layerwise:
         passing += of_one_step(max(trained, key=torch.numel).shape)
@@ -265,9 +111,7 @@ def spread(name, loss, batch_size):
             within, between = traffic(net, calls, machines, parallel)
             numbers = [(held / pieces + own) / 2**30, within / 1e9, between / 1e9]
             numbers += [max(within / WITHIN, between / BETWEEN), figures["flops"] / RATE]
-            print(
-                f"| {GPUS * machines} | {parallel} | {' | '.join(f'{number:.1f}' for number in numbers)} |", flush=True
-            )
+            print(f"| {GPUS * machines} | {parallel} | {' | '.join(f'{number:.1f}' for number in numbers)} |")
 
 
 def largest_batch(peak, batch_size, name, loss, training, memory=79 * 2**30):
@@ -288,9 +132,7 @@ def report(name, losses, batch_size):
     print(f"batch {batch_size}; one forward call on one row is {operations / 1e12:.1f} TFLOP")
     for training, what in TRAININGS.items():
         print(f"- {training}: {what}")
-    print(
-        "\n| method | what learns | parameters | weights | optimiser | passing | a step, GiB | rows on 80 GB | PFLOP |"
-    )
+    print("\n| method | what learns | parameters | weights | optimiser | passing | a step | rows on 80 GB | PFLOP |")
     print("|---" * 9 + "|")
     for method, loss in losses.items():
         for training in TRAININGS:

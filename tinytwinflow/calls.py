@@ -1,0 +1,162 @@
+"""The calls of a loss, made again on a large backbone's real configuration, without weights or a GPU, and counted.
+
+The loss runs on tiny tensors and its calls are written down: on which network, how many rows, with or without
+gradient. Then the calls are made again, in order, on the backbone on the meta device, where tensors have a shape
+and no memory, while all bytes are counted.
+"""
+
+import math
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+from torch.nn import functional as f
+from torch.utils.flop_counter import FlopCounterMode
+
+from .losses import TwinFlowLoss
+from .memory import LiveBytes
+from .pretrained import Velocity
+from .scale import without_weights
+
+BACKBONES = {  # diffusers class, its settings where they differ from diffusers' own, latents (C, H, W), tokens of text
+    "qwen-image": ("QwenImageTransformer2DModel", {}, (16, 128, 128), 512),
+    "flux": ("FluxTransformer2DModel", {}, (16, 128, 128), 512),
+    "sd3.5-large": (
+        "SD3Transformer2DModel",
+        {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+         "qk_norm": "rms_norm"},
+        (16, 128, 128), 333,
+    ),
+    "sana-1.6b": ("SanaTransformer2DModel", {}, (32, 32, 32), 300),
+}  # fmt: skip
+
+
+def backbone(name, dtype=torch.bfloat16):
+    """A backbone on the meta device and the shape of its latents. Raises ValueError for an unknown name."""
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}: choose from {', '.join(BACKBONES)}")
+    try:
+        import diffusers
+    except ImportError:
+        raise ValueError("backbones need diffusers: pip install 'tinytwinflow[large]'") from None
+    kind, changes, shape, _ = BACKBONES[name]
+    with without_weights():
+        net = Velocity(getattr(diffusers, kind)(**changes))
+    return net.to("meta", dtype), shape
+
+
+def condition(net, rows, tokens):
+    """A condition that fits a network on the meta device."""
+    widths = {"prompt_embeds": (tokens,), "prompt_mask": (tokens,), "pooled": (), "guidance": ()}
+    found = {}
+    for name, key in net.cond.items():
+        shape = (rows, *widths[name], *([net.model.config[key]] if key else []))
+        kind = torch.bool if name == "prompt_mask" else torch.float32 if name == "guidance" else torch.bfloat16
+        found[name] = torch.empty(shape, dtype=kind, device="meta")
+    return found
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that a loss makes: which network, how many rows, whether a gradient will go back through it."""
+
+    network: str
+    rows: int
+    gradient: bool
+
+
+def calls_of(loss, rows, seed=0, with_text=True):
+    """The calls of one step of a loss on so many rows, in order."""
+    made, weight = [], torch.nn.Parameter(torch.ones(()))
+
+    def network(name):
+        def field(x, t, r, cond=None):
+            y = x * weight * math.exp(-0.1 * len(name))
+            made.append(Call(name, len(x), y.requires_grad))
+            return y
+
+        return field
+
+    names = getattr(loss, "helpers", {})
+    x, cond, null = torch.ones(rows, 2), torch.zeros(rows, 1), torch.zeros(1, 1)
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(loss, TwinFlowLoss):
+        more = {"teacher": network("teacher"), "original": network("teacher"), "null": null}
+    else:
+        more = {"progress": 0.5, **{name: network(name) for name in names}}
+        more["teacher" if "teacher" in names else "null"] = more.get("teacher", null)
+    loss(network("net"), x, cond=cond, generator=generator, **more)
+    return made
+
+
+class _Fused(torch.autograd.Function):
+    """Attention as fused kernels hold it: inputs, output and a number a row are kept, no matrix of all pairs."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device))
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def _fused(query, key, value, *_, **__):
+    return _Fused.apply(query, key, value)
+
+
+def _free(parameter):
+    parameter.grad = None
+
+
+def activations(net, shape, tokens, calls, free_gradients=False):
+    """Most bytes that the calls and their backward pass hold beyond the weights, gradients included.
+
+    net: the backbone, its blocks recomputed, which stands for every network that is called. free_gradients: those of
+    weights are let go as soon as they are there.
+    """
+    counter = LiveBytes()
+    counter.hold([*net.parameters(), *net.buffers()])
+    start, graphs = counter.now, []
+    hooks = []
+    if free_gradients:
+        hooks = [p.register_post_accumulate_grad_hook(_free) for p in net.parameters() if p.requires_grad]
+    with counter, patch.object(f, "scaled_dot_product_attention", _fused):
+        for call in calls:
+            x = torch.empty(call.rows, *shape, device="meta")
+            t = torch.empty(call.rows, device="meta")
+            with torch.set_grad_enabled(call.gradient):
+                y = net(x, t, t, condition(net, call.rows, tokens))
+            if call.gradient:
+                graphs.append(y)
+            del y
+        while graphs:
+            y = graphs.pop()
+            y.backward(torch.empty_like(y))
+            del y
+    for hook in hooks:
+        hook.remove()
+    for parameter in net.parameters():
+        parameter.grad = None
+    return counter.peak - start
+
+
+def flops(net, shape, tokens):
+    """Floating-point operations of one forward call on one row."""
+    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        net(x, t, t, condition(net, 1, tokens))
+    return counted.get_total_flops()
+
+
+def work(calls, low_rank):
+    """A step in forward calls of one row. A call with gradient is one, one again for its recomputed blocks, one for
+    the gradient of activations and, unless the weights are frozen, one for that of the weights.
+    """
+    return sum(call.rows * ((3 if low_rank else 4) if call.gradient else 1) for call in calls)
+
+
+def nbytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
