@@ -214,6 +214,17 @@ def test_the_loss_of_adapters_falls(kind):
     assert now().total < 0.9 * before.total
 
 
+@pytest.mark.parametrize("name", ["qwen-image", "sana-1.6b", "sd3.5-large", "flux"])
+def test_a_backbone_is_measured(name, capsys):
+    """On a CPU a small one of the same class: steps, memory, sampling, for each way to train."""
+    for training in ("adapters", "in backward", "float32") if name == "sana-1.6b" else ("in backward",):
+        assert run("bench", "--net", name, "--training", training, "--batch-size", 2) == 0
+        out = capsys.readouterr().out
+        assert f"in place of {name}), {training}" in out and "100 NFE" in out and "peak memory" in out
+    assert run("bench", "--net", name, "--training", "all") == 2
+    assert "training must be one of adapters, in backward, float32, got 'all'" in capsys.readouterr().err
+
+
 WRONG = {
     "model=nowhere": "nowhere/config.json: not there",
     "weights=float16": "weights must be one of bf16, float32",

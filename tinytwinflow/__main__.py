@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import bench, compare, images, lora_files, memory, pictures, plan, pretrained, prompts, scale, texts
+from . import bench, bench_large, compare, images, lora_files, memory, pictures, plan, pretrained, prompts, scale, texts
 from .arguments import parser
 from .data import restore
 from .evaluate import evaluate, table
@@ -221,9 +221,14 @@ def run_bench(args):
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.compile not in COMPILE:
         raise ValueError(f"--compile must be one of {', '.join(COMPILE)}, got {args.compile!r}")
-    bench.bench(device_of(args.device), args.net, compile=args.compile)
+    if args.net in plan.BACKBONES:
+        bench_large.bench(args.net, args.training, args.batch_size, device_of(args.device))
+    else:
+        bench.bench(device_of(args.device), args.net, compile=args.compile)
 
 
 def main(argv=None):

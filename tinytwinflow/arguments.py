@@ -114,7 +114,10 @@ def parser():
     count.add_argument("--methods", nargs="+", metavar="M", help="default all; three of them on a backbone")
 
     speed = add("bench", "step time, sampling time, memory, and share of the machine's matrix peak")
-    speed.add_argument("--net", default="mlp", help="mlp (default), or dit-s-2 ... dit-xl-8")
+    speed.add_argument("--net", default="mlp", help=f"mlp (default), dit-s-2 ... dit-xl-8, {', '.join(plan.BACKBONES)}")
+    known = f"of a backbone: {', '.join(plan.TRAININGS)} (default the first)"
+    speed.add_argument("--training", default="adapters", help=known)
+    speed.add_argument("--batch-size", type=int, default=1, metavar="B", help="of a backbone (default 1)")
     speed.add_argument("--compile", default="none", help=f"{', '.join(COMPILE)}: how torch.compile is called")
     speed.add_argument("--device", default="cpu")
     speed.add_argument("--threads", type=int, help="CPU threads")

@@ -31,28 +31,35 @@ BACKBONES = {  # diffusers class, its settings where they differ from diffusers'
 }  # fmt: skip
 
 
-def backbone(name, dtype=torch.bfloat16):
-    """A backbone on the meta device and the shape of its latents. Raises ValueError for an unknown name."""
+def structure(name, **changes):
+    """A backbone of its real configuration, or with some settings changed, without weights.
+
+    Raises ValueError for an unknown name.
+    """
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}: choose from {', '.join(BACKBONES)}")
     try:
         import diffusers
     except ImportError:
         raise ValueError("backbones need diffusers: pip install 'tinytwinflow[large]'") from None
-    kind, changes, shape, _ = BACKBONES[name]
+    kind, own, _, _ = BACKBONES[name]
     with without_weights():
-        net = Velocity(getattr(diffusers, kind)(**changes))
-    return net.to("meta", dtype), shape
+        return Velocity(getattr(diffusers, kind)(**{**own, **changes}))
 
 
-def condition(net, rows, tokens):
-    """A condition that fits a network on the meta device."""
+def backbone(name):
+    """A backbone on the meta device in bfloat16, and the shape of its latents."""
+    return structure(name).to("meta", torch.bfloat16), BACKBONES[name][2]
+
+
+def condition(net, rows, tokens, make=torch.empty, device="meta"):
+    """A condition that fits a network: dict of (rows, ...), by default without values."""
     widths = {"prompt_embeds": (tokens,), "prompt_mask": (tokens,), "pooled": (), "guidance": ()}
     found = {}
     for name, key in net.cond.items():
         shape = (rows, *widths[name], *([net.model.config[key]] if key else []))
         kind = torch.bool if name == "prompt_mask" else torch.float32 if name == "guidance" else torch.bfloat16
-        found[name] = torch.empty(shape, dtype=kind, device="meta")
+        found[name] = make(shape, device=device).to(kind)
     return found
 
 

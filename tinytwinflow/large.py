@@ -39,10 +39,14 @@ def backbone(config, weights=True):
     dtype = WEIGHTS[config["weights"]]
     net = load(config["model"], dtype) if weights else structure(config["model"], dtype)
     if config["lora_rank"]:
-        names = config["lora_layers"] or linear_layers(net)
-        extra = ["r_embedder", "twin_embedder"]
-        lora.add(net, names, config["lora_rank"], dtype=torch.float32, seed=config["seed"], also=extra)
+        adapt(net, config["lora_rank"], config["lora_layers"], config["seed"])
     return net
+
+
+def adapt(net, rank, layers=(), seed=0):
+    """Put adapters in float32 on attention and MLPs of a backbone, or on the layers named; its new embedders learn."""
+    extra = ("r_embedder", "twin_embedder")
+    lora.add(net, layers or linear_layers(net), rank, dtype=torch.float32, seed=seed, also=extra)
 
 
 MODULATION = ("mod", "norm", "adaLN")

@@ -4,9 +4,8 @@ import math
 
 import torch
 
-from . import lora
 from .calls import BACKBONES, activations, backbone, calls_of, flops, nbytes, work
-from .large import linear_layers
+from .large import adapt
 from .lean import in_backward
 from .memory import LiveBytes
 from .scale import forget
@@ -46,7 +45,7 @@ def step_of(name, loss, batch_size, training, rank=64, steps=24):
     networks = [kind for kind in getattr(loss, "helpers", {}).values() if kind not in ("average", "original")]
     learning = 1 + sum(kind in ("trained", "critic") for kind in networks)
     if low_rank:
-        lora.add(net, linear_layers(net), rank, dtype=torch.float32, also=("r_embedder", "twin_embedder"))
+        adapt(net, rank)
     trained = [p for p in net.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     if low_rank:
