@@ -73,7 +73,8 @@ class TwinFlowLoss:
                    Eq. 1; no bound in the paper. With one, long jumps need no clip and escape its bias
                    (a clip draws the mean of what is clipped, u's noise, towards its median)
     clip           clips the any-step correction elementwise
-    guidance       w: u becomes u + w (v(x_t, t, c) - v(x_t, t, null)) in the base rows
+    guidance       w: u becomes u + w (v(x_t, t, c) - v(x_t, t, null)) in the base rows; read from the network's
+                   own average, whose v is guided already, it comes to rest at the weight w / (1 - w)
     guidance_range times t where guidance acts
     data_free      never read x, only its shape: see `_base_pairs`
 
