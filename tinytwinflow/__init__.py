@@ -7,8 +7,9 @@
     out = loss(net, x)                          # out.total.backward()
     x = ttf.sample(net, z, steps=1)
 
-The rooms, in reading order: path, exact, twin, parts, losses, samplers, reference, peers, nets, files, data, latents,
-images, metrics, ema, train, features; and for large backbones scale, sharded, families, pretrained, lora, lean, large.
+The rooms, in reading order: path, exact, twin, parts, losses, samplers, reference, peers, nets, files, toys, data,
+latents, images, metrics, ema, train, features; and for large backbones scale, sharded, families, pretrained, lora,
+lean, large.
 """
 
 from . import (
@@ -34,6 +35,7 @@ from . import (
     samplers,
     scale,
     sharded,
+    toys,
     train,
     twin,
 )
@@ -48,6 +50,6 @@ __all__ = [
     "Draws", "GaussianMixture", "Losses", "TwinFlowLoss", "Twins",
     "gap", "generate", "sample", "time_grid", "twin_velocities",
     "data", "ema", "exact", "families", "features", "files", "images", "large", "latents", "lean", "lora", "losses",
-    "metrics", "nets", "parts", "path", "peers", "pretrained", "reference", "samplers", "scale", "sharded", "train",
-    "twin",
+    "metrics", "nets", "parts", "path", "peers", "pretrained", "reference", "samplers", "scale", "sharded", "toys",
+    "train", "twin",
 ]  # fmt: skip

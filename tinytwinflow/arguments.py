@@ -3,10 +3,10 @@
 import argparse
 
 from . import compare, images, plan
-from .data import NAMES
 from .prompts import LAYOUTS
 from .recipes import RECIPES
 from .samplers import MODES
+from .toys import NAMES
 from .train import COMPILE
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import data, metrics
+from . import metrics, toys
 from .features import Inception, classifier_of, features_of
 from .files import write_json
 from .latents import autoencoder, decode
@@ -71,7 +71,7 @@ def yardstick(folder, config, device="cpu"):
         return x if vae is None else decode(x, vae, **source.scaling)
 
     if "size" not in config:
-        mixture = data.mixture(config["data"])
+        mixture = toys.mixture(config["data"])
 
         def measure(x, label):
             return measure_points(x, real, mixture)
