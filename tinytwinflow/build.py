@@ -39,12 +39,16 @@ def net_of(config, shape, classes):
         raise ValueError(
             f"net {kind!r} does not fit samples of shape {tuple(shape)}: mlp is for points, others for images"
         )
-    needed = {"mlp": ("width", "depth"), "unet": ("width", "depth"), "dit": ("width", "depth", "heads", "patch")}
+    needed = {
+        "mlp": ("width", "depth", "sharp"),
+        "unet": ("width", "depth"),
+        "dit": ("width", "depth", "heads", "patch"),
+    }
     missing = [key for key in needed.get(kind, ()) if key not in config]
     if missing:
         raise ValueError(f"net {kind!r} needs {', '.join(missing)}, which recipe {config['recipe']} does not set")
     if kind == "mlp":
-        return MLP(shape[0], config["width"], config["depth"], classes)
+        return MLP(shape[0], config["width"], config["depth"], classes, sharp=config["sharp"])
     channels, size = shape[0], shape[-1]
     if kind == "unet":
         return UNet(size, channels, classes, [config["width"] * times for times in (1, 2, 2)], config["depth"])

@@ -48,6 +48,7 @@ TOY = {
     "net": "mlp",
     "width": 256,
     "depth": 4,
+    "sharp": True,
     "steps": 3200,
     "batch_size": 512,
     "lr": 4e-3,

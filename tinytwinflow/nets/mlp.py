@@ -16,14 +16,19 @@ class MLP(nn.Module):
     in a new network: the twin is born equal to the real field and learns only how fakes differ, so
     the gap of the two velocities starts at zero and their common errors cancel in it.
 
+    `sharp` doubles x and takes rectified units for smooth ones. One jump has to tear the noise apart where the
+    borders between modes run, and a network that is steep there learns it in fewer steps; the price is a velocity
+    that is smooth only piecewise, so methods that differentiate the network in time do better without.
+
     With `classes`, cond holds labels in [0, classes]; the last one, `classes` itself, is the null
     label "no class". Raises ValueError for a shape or label that does not fit, and for a time
     outside [-1, 1].
     """
 
-    def __init__(self, dim, width=256, depth=4, classes=0, frequencies=8):
+    def __init__(self, dim, width=256, depth=4, classes=0, frequencies=8, sharp=False):
         super().__init__()
         self.dim, self.classes = dim, classes
+        self.scale, self.unit = (2.0, nn.functional.relu) if sharp else (1.0, nn.functional.silu)
         self.register_buffer("k", torch.arange(1, frequencies + 1) * math.pi / 2, persistent=False)
         sizes = [dim + 4 * frequencies] + [width] * depth
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:]))
@@ -45,11 +50,11 @@ class MLP(nn.Module):
         check_times(x, t, r)
         labels = check_labels(cond, len(x), self.classes)
         twin = torch.signbit(t)[:, None].to(x.dtype)
-        inputs = torch.cat([x, self.embed(t.abs()), self.embed(t.abs() - r.abs())], dim=1)
+        inputs = torch.cat([self.scale * x, self.embed(t.abs()), self.embed(t.abs() - r.abs())], dim=1)
         h = self.layers[0](inputs) + twin * self.twin_in(inputs)
         if self.classes:
             h = h + self.label(labels)
         for layer in self.layers[1:]:
-            h = layer(nn.functional.silu(h))
-        h = nn.functional.silu(h)
+            h = layer(self.unit(h))
+        h = self.unit(h)
         return self.out(h) + twin * self.twin_out(h)
