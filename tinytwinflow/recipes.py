@@ -51,7 +51,7 @@ TOY = {
     "sharp": True,
     "steps": 3200,
     "batch_size": 512,
-    "lr": 4e-3,
+    "lr": 2.5e-3,
     "warmup_steps": 800,
     "base_steps": 1120,
     **ENGINE,
