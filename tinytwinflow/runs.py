@@ -181,7 +181,7 @@ def continue_run(folder, device="cpu", bar=True, world=None):
     writes, fresh, in_pieces = (
         world is None or world.rank == 0,
         not has_checkpoint(folder),
-        config["parallel"] == "fsdp",
+        config["parallel"] != "ddp",
     )
     if log.exists() and fresh:
         raise ValueError(f"{checkpoint}: no such checkpoint, though {log} shows that there was one")
