@@ -286,7 +286,7 @@ def command(out, *more):
     return ["-m", "tinytwinflow", "train", "toy", "--out", out, "--set", *changes, *more]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "hsdp"])
 def test_killing_one_process_ends_the_run_and_it_resumes_bit_for_bit(tmp_path, parallel):
     """A run on two processes, one of them killed with -9 in the middle: the launcher ends with an error that names
     the signal, the last checkpoint is whole, and going on from it gives the weights of a run left alone."""
