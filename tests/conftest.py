@@ -78,12 +78,12 @@ def write_cifar(folder, n=20):
 
 
 def write_folder(folder, classes=2, n=6, size=24):
-    """A folder of PNG images, a folder a class; wider than high, class k has a level of 80 k."""
+    """A folder of PNG images, a folder a class; wider than high, classes are 0, 80 and 160 bright, in turn."""
     rng = np.random.default_rng(0)
     for k in range(classes):
         (folder / f"class-{k}").mkdir(parents=True)
         for i in range(n):
-            pixels = rng.integers(80 * k, 80 * k + 60, (size, size + 6, 3), np.uint8)
+            pixels = rng.integers(80 * (k % 3), 80 * (k % 3) + 60, (size, size + 6, 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"class-{k}" / f"{i}.png")
     return folder
 

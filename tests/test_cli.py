@@ -67,7 +67,11 @@ def test_train_then_sample(tmp_path, capsys):
         for out in ("x.npy", "x.png"):
             assert main(["sample", str(folder), "--n", "50", *arguments, "--out", str(tmp_path / out)]) == 0
         assert np.load(tmp_path / "x.npy").shape == (50, 2)
+    assert main(["evaluate", str(folder)]) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert main(["train", "toy", "--resume", "--out", str(folder)]) == 0
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert "had taken its last step and was measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", ["any", "few", "multi"])
@@ -179,7 +183,7 @@ def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
     fails(capsys, ["--set", "metric=lpips", "--out", tmp_path / "b"], "squared, normalised")
     fails(capsys, ["--set", "steps=10", "warmup_steps=10", "--out", tmp_path / "b"], "the method never starts")
     fails(capsys, ["--set", "guidance=1", "--out", tmp_path / "b"], "guidance needs labels")
-    fails(capsys, ["--set", "times=[1]", "--out", tmp_path / "b"], "times must be two positive numbers")
+    fails(capsys, ["--set", "times=[1]", "--out", tmp_path / "b"], "times must be two numbers")
     fails(capsys, ["--device", "abacus", "--out", tmp_path / "b"], "device 'abacus'")
     fails(capsys, ["sample", run, "--mode", "fast"], "unknown mode 'fast': choose from any, few, multi")
     fails(capsys, ["sample", run, "--steps", "0"], "steps must be a whole number of network calls >= 1")
@@ -197,6 +201,10 @@ def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
     fails(
         capsys, ["--set", "method=sid", "base_steps=5", "--out", tmp_path / "b"], "base_steps are for method twinflow"
     )
+    fails(capsys, ["--set", "recompute=true", "--out", tmp_path / "b"], "recompute is for networks with blocks", "mlp")
+    for seed in ("-1", "1.5", str(2**64)):
+        fails(capsys, ["train", "toy", f"--seed={seed}", "--out", tmp_path / "b"], "a seed is a whole number", seed)
+        fails(capsys, ["sample", run, f"--seed={seed}"], "a seed is a whole number", seed)
     fails(capsys, ["memory", "--net", "unet"], "unknown net 'unet'", "dit-s-2")
     fails(capsys, ["memory", "--batch-size", "0"], "--batch-size must be at least 1")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists(), "a refused command leaves no folder"
@@ -282,3 +290,18 @@ def test_bench_prints_ratios(capsys):
     printed = capsys.readouterr().out
     assert "x flow matching" in printed and "matrix peak" in printed
     assert {"steps", "sampling", "peak", "share_of_peak", "memory"} == figures.keys()
+
+
+def test_bench_of_a_dit_runs_a_small_one_on_a_cpu(capsys, monkeypatch):
+    """Every loss's step, with and without guidance, and sampling at 1, 2 and 100 NFE; here of one layer."""
+    from tinytwinflow import bench
+    from tinytwinflow.nets.dit import SIZES
+
+    monkeypatch.setitem(SIZES, "s", (64, 1, 2))
+    figures = bench.bench(net="dit-xl-2", batch_size=2, points=2, rounds=1)
+    printed = capsys.readouterr().out
+    assert "dit-s-8 (on a CPU in place of dit-xl-2), 32 x 32 x 4 latents, batch 2" in printed
+    assert figures["steps"].keys() == figures["memory"].keys() and len(figures["steps"]) == 4
+    assert figures["sampling"].keys() == {1, 2, 100} and figures["sampling"][100] > 10 * figures["sampling"][1]
+    with pytest.raises(ValueError, match="unknown DiT 'xxl-2'"):
+        bench.bench(net="dit-xxl-2")

@@ -28,7 +28,7 @@ def test_every_epoch_of_a_file_holds_every_point_once(tmp_path_factory, n, batch
     np.save(path, np.arange(3 * n, dtype=np.float64).reshape(n, 3))
     source = data.Points(str(path), batch_size, seed)
     steps = 2 * n  # a whole number of epochs: 2 n batches are 2 * batch_size epochs
-    x = source.restore(torch.cat([source.batch(i)[0] for i in range(steps)]))
+    x = data.restore(torch.cat([source.batch(i)[0] for i in range(steps)]), source.mean, source.std)
     firsts = (x[:, 0] / 3).round().long().view(-1, n)
     assert (firsts.sort(1)[0] == torch.arange(n)).all()
 
@@ -41,7 +41,7 @@ def test_a_files_points_are_standardised_and_mapped_back(tmp_path):
     x, label = source.batch(0)
     assert label is None
     assert x.mean(0).abs().max() < 1e-3 and (x.std(0) - 1).abs().max() < 1e-3
-    back = source.restore(x).numpy()
+    back = data.restore(x, source.mean, source.std).numpy()
     assert np.allclose(np.sort(back, 0), np.sort(raw, 0), rtol=1e-4, atol=1e-6)
 
 

@@ -180,8 +180,11 @@ def test_missing_and_damaged_sets_are_named(home, tmp_path):
 
     pictures = write_folder(tmp_path / "pictures")
     refused("30 x 24 pixels, smaller than size 32", str(pictures), 12, size=32)
-    (pictures / "class-0" / "0.png").write_text("not a picture")
-    refused("class-0/0.png: cut short, or not an image", str(pictures), 12, size=16)
+    whole = (pictures / "class-0" / "0.png").read_bytes()
+    wrong_length = whole[:8] + b"\0\0\0\1" + whole[12:]  # of the first chunk: the reader has its own words for it
+    for content in (b"not a picture", whole[:200], wrong_length):
+        (pictures / "class-0" / "0.png").write_bytes(content)
+        refused("class-0/0.png: cut short, or not an image", str(pictures), 12, size=16)
     (pictures / "class-1" / "notes.txt").write_text("hello")
     refused("notes.txt: not an image in a folder of a class", str(pictures), 12, size=16)
     (tmp_path / "empty").mkdir()

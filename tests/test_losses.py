@@ -18,7 +18,7 @@ from tinytwinflow.parts import split
 
 close = torch.testing.assert_close
 
-orders = st.integers(0, 3)
+orders = st.sampled_from([0, 1, 2, 3, 8])
 shares = st.sampled_from([0.0, 0.2, 1 / 3, 0.5, 1.0])
 sizes = st.integers(1, 12)
 
@@ -505,7 +505,10 @@ def test_wrong_use_says_what_is_allowed():
         ({"rectify_weight": -1.0}, "rectify_weight must be"),
         ({"guidance": float("inf")}, "guidance must be"),
         ({"guidance_range": (0.9, 0.1)}, "guidance_range must be"),
-        ({"times": (0.0, 1.0)}, "times must be"),
+        ({"guidance_range": 0.5}, "guidance_range must be two numbers, got 0.5"),
+        ({"times": (0.0, 1.0)}, "times must be two positive numbers"),
+        ({"times": 1.0}, "times must be two numbers, got 1.0"),
+        ({"times": (1.0, 1.0, 1.0)}, "times must be two numbers"),
         ({"gain": 0.0}, "gain must be"),
         ({"clip": 0.0}, "clip must be"),
         ({"rectify_clip": 0.0}, "rectify_clip must be"),
@@ -522,5 +525,19 @@ def test_wrong_use_says_what_is_allowed():
         TwinFlowLoss(data_free=True)(net, torch.zeros(3, 2).double())
     with pytest.raises(ValueError, match="cond has 2 rows, x has 3"):
         TwinFlowLoss()(net, torch.zeros(3, 2).double(), torch.zeros(2))
-    with pytest.raises(ValueError, match=r"net returned shape \(3, 1\)"):
-        TwinFlowLoss(order=0, share=0.0)(lambda x, t, r, cond: x[:, :1], torch.zeros(3, 2))
+    x, label = torch.zeros(3, 2).double(), torch.zeros(3)
+    for cond, null in ((label, torch.zeros(2)), ({"a": label}, {"a": torch.zeros(2)})):
+        with pytest.raises(ValueError, match="null a? ?has 2 rows, x has 3"):
+            TwinFlowLoss(guidance=1.0)(net, x, cond, null=null)
+
+    def narrow(x, t, r, cond):
+        return x[:, :1]
+
+    for name, loss, fields in [
+        ("net", TwinFlowLoss(order=0, share=0.0), {}),
+        ("teacher", TwinFlowLoss(flow_share=0.0), {"teacher": narrow}),
+        ("original", TwinFlowLoss(data_free=True), {"original": narrow}),
+        ("original", TwinFlowLoss(guidance=1.0), {"original": narrow, "cond": label, "null": label[:1]}),
+    ]:
+        with pytest.raises(ValueError, match=rf"{name} returned shape \(\d+, 1\)"):
+            loss(narrow if name == "net" else lambda x, t, r, cond=None: net(x, t, r), x, **fields)

@@ -168,8 +168,8 @@ def test_wrong_settings_are_answered_in_one_line(home, vae, tmp_path, capsys):
     refused("fashion", "clip_norm must be > 0", changes=["clip_norm=0"])
     refused("toy", "net 'unet' does not fit", changes=["net=unet"])
     refused("cifar", "net 'dit' needs heads, patch, which recipe cifar does not set", changes=["net=dit"])
-    refused("fashion", "times and guidance_range must be numbers", changes=['times=["a",1]'])
-    refused("fashion", "guidance_range must be two times", changes=["guidance_range=[1]"])
+    refused("fashion", "times must be two numbers", changes=['times=["a",1]'])
+    refused("fashion", "guidance_range must be two numbers", changes=["guidance_range=[1]"])
     refused("fashion", "subset must be at least 0", changes=["subset=-1"])
     refused("fashion", "eval_samples must be at least 6", changes=["eval_samples=4"])
     refused("fashion", "lr must be a number > 0", changes=["lr=Infinity"])
@@ -179,6 +179,9 @@ def test_wrong_settings_are_answered_in_one_line(home, vae, tmp_path, capsys):
     write_folder(tmp_path / "few", n=20)
     command = ["train", "cifar", "--data", tmp_path / "few", "--set", "size=16", "--out", tmp_path / "run"]
     fails(capsys, command, "2 images are kept to measure against", "at least 12")
+    write_folder(tmp_path / "many", classes=40)
+    command = ["train", "cifar", "--data", tmp_path / "many", "--set", "size=16", "--out", tmp_path / "run"]
+    fails(capsys, command, "12 images are kept", "diversity needs two of one class among the 6")
     fails(capsys, ["encode", home / "pictures", "--vae", vae, "--size", "0", "--out", tmp_path / "run"], "size must be")
     fails(capsys, ["encode", home / "nowhere", "--vae", vae, "--out", tmp_path / "run"], "no such folder")
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import mixtures, seeds
@@ -184,7 +185,10 @@ def test_wrong_use_says_what_is_allowed():
         ({"stochastic": "ode"}, "stochastic must lie in"),
         ({"extrapolation": -1}, "extrapolation must be >= 0"),
         ({"shape": (0, 1, 1)}, "three positive numbers"),
+        ({"shape": (1, 1)}, "three positive numbers"),
+        ({"gaps": (0.1,)}, "gaps must be two numbers"),
         ({"gaps": (0.5, 0.6)}, "gaps must be two numbers"),
     ]:
         with pytest.raises(ValueError, match=message):
             sample(net, z, **kwargs)
+    close(sample(net, z + 1, np.int64(2)), sample(net, z + 1, 2))

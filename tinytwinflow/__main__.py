@@ -8,42 +8,25 @@ import numpy as np
 import torch
 
 from . import bench, bench_large, compare, images, lora_files, memory, pictures, plan, pretrained, prompts, scale, texts
-from .arguments import parser
+from .arguments import config_of, device_of, parser
 from .data import restore
 from .evaluate import evaluate, table
 from .files import write_json
 from .latents import autoencoder, decode, encode
 from .recipes import loss_of, method_of, settings
-from .runs import backbone_of, continue_run, has_checkpoint, painter, read_config, read_log, sampled, start, trained
+from .runs import (
+    backbone_of,
+    continue_run,
+    finished,
+    has_checkpoint,
+    painter,
+    read_config,
+    read_log,
+    sampled,
+    start,
+    trained,
+)
 from .train import COMPILE
-
-
-def device_of(name):
-    try:
-        if torch.device(name).type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError(name)
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {name!r} is unknown or not on this machine") from None
-    return name
-
-
-def config_of(args, recipe):
-    config = {"recipe": recipe, "seed": args.seed or 0, **settings(recipe, args.changes)}
-    if getattr(args, "init_from", None):
-        config["init_from"] = args.init_from
-    if args.data:
-        config["data"] = args.data
-    if "data_dir" in config:
-        config["data_dir"] = str(Path(args.data_dir or config["data_dir"]).resolve())
-    for key in ("init_from", "features", "vae", "model"):
-        kind, colon, path = str(config.get(key, "")).rpartition(":")
-        if path and path != "classifier":
-            config[key] = kind + colon + str(Path(path).resolve())
-    from_disk = "model" in config or "size" in config and config["data"] not in images.NAMES
-    if from_disk or config["data"].endswith((".npy", ".csv")):
-        config["data"] = str((Path(args.data_dir or ".") / config["data"]).resolve())
-    return config
 
 
 def show(folder, result, kept):
@@ -81,9 +64,12 @@ def run_train(args):
             world.first(lambda: ready(folder, config, args))
         else:
             ready(folder, config, args)
+        measured = args.resume and (folder / "metrics.json").exists() and finished(folder)
         continue_run(folder, device, world=world)
     if "model" in config:
         print(f"{folder}/samples.png: latents as colours; python -m tinytwinflow paint makes images of prompts")
+    elif measured:
+        print(f"{folder} had taken its last step and was measured: python -m tinytwinflow evaluate does so anew")
     elif world is None or world.rank == 0:
         result, kept = evaluate(folder, nfes=(1, 2, 4), with_baseline=False, device=device)
         show(folder, result, kept)

@@ -1,10 +1,13 @@
-"""The arguments of the command line."""
+"""The arguments of the command line, and the settings that they amount to."""
 
 import argparse
+from pathlib import Path
+
+import torch
 
 from . import compare, images, plan
 from .prompts import LAYOUTS
-from .recipes import RECIPES
+from .recipes import RECIPES, settings
 from .samplers import MODES
 from .toys import NAMES
 from .train import COMPILE
@@ -15,6 +18,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def seed(text):
+    """A seed: what all random generators take. Raises ArgumentTypeError for another text."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to 2^63 - 1, got {text}")
+    return int(text)
 
 
 def parser():
@@ -31,7 +41,7 @@ def parser():
         command.add_argument("--data", help=f"{', '.join((*NAMES, *images.NAMES))}, FILE.npy, FILE.csv or a folder")
         command.add_argument("--data-dir", help="folder in which data is looked for")
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
-        command.add_argument("--seed", type=int, help="default 0")
+        command.add_argument("--seed", type=seed, help="default 0")
         command.add_argument("--out", metavar="DIR")
 
     toy = add("toy", "train TwinFlow and flow matching on 2D data, compare them, draw them (the default)")
@@ -52,7 +62,7 @@ def parser():
     draw.add_argument("--n", type=int, help="how many (default 5000 points, 64 images)")
     draw.add_argument("--vae", metavar="DIR", help="diffusers AutoencoderKL, for a run on latents")
     draw.add_argument("--cond", type=int, help="label, for a conditional run")
-    draw.add_argument("--seed", type=int, default=0)
+    draw.add_argument("--seed", type=seed, default=0)
     draw.add_argument("--out", metavar="FILE", help="FILE.png, a picture (default), or FILE.npy, the points")
     draw.add_argument("--device", default="cpu")
 
@@ -77,7 +87,7 @@ def parser():
     paint.add_argument("--size", type=int, help="side of an image (default: the run's, or 1024)")
     paint.add_argument("--tokens", type=int, help="length of a prompt (default: the pipeline's)")
     paint.add_argument("--batch-size", type=int, default=4, metavar="B")
-    paint.add_argument("--seed", type=int, default=0)
+    paint.add_argument("--seed", type=seed, default=0)
     paint.add_argument("--out", metavar="DIR", default="images")
     paint.add_argument("--device", default="cpu")
 
@@ -101,7 +111,7 @@ def parser():
     known = f"from {', '.join(compare.METHODS)}; with settings of its own: 'dmd2 lr=1e-3'; @FILE reads them, one a line"
     peers.add_argument("--methods", nargs="+", default=list(compare.METHODS), metavar="M", help=known)
     peers.add_argument("--seeds", type=int, default=3, metavar="K", help="how many (default 3)")
-    peers.add_argument("--first-seed", type=int, default=0, metavar="S", help="the first of them (default 0)")
+    peers.add_argument("--first-seed", type=seed, default=0, metavar="S", help="the first of them (default 0)")
     peers.add_argument("--jobs", type=int, metavar="J", help="processes of one thread (default: one a core)")
     peers.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
     peers.add_argument("--out", default="runs/compare", metavar="DIR")
@@ -122,3 +132,33 @@ def parser():
     speed.add_argument("--device", default="cpu")
     speed.add_argument("--threads", type=int, help="CPU threads")
     return whole
+
+
+def device_of(name):
+    """The name of a device. Raises ValueError if torch does not know it or it is not on this machine."""
+    try:
+        if torch.device(name).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError(name)
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {name!r} is unknown or not on this machine") from None
+    return name
+
+
+def config_of(args, recipe):
+    """The settings of a run of a recipe: what is named on the command line, paths from the root."""
+    config = {"recipe": recipe, "seed": args.seed or 0, **settings(recipe, args.changes)}
+    if getattr(args, "init_from", None):
+        config["init_from"] = args.init_from
+    if args.data:
+        config["data"] = args.data
+    if "data_dir" in config:
+        config["data_dir"] = str(Path(args.data_dir or config["data_dir"]).resolve())
+    for key in ("init_from", "features", "vae", "model"):
+        kind, colon, path = str(config.get(key, "")).rpartition(":")
+        if path and path != "classifier":
+            config[key] = kind + colon + str(Path(path).resolve())
+    from_disk = "model" in config or "size" in config and config["data"] not in images.NAMES
+    if from_disk or config["data"].endswith((".npy", ".csv")):
+        config["data"] = str((Path(args.data_dir or ".") / config["data"]).resolve())
+    return config

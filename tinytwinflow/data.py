@@ -134,7 +134,3 @@ class Points:
     def standardise(self, x):
         """From the units of the data to spread one."""
         return x if self.mean is None else (x - self.mean) / self.std
-
-    def restore(self, x):
-        """Back to the units of the data."""
-        return restore(x, self.mean, self.std)

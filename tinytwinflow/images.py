@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as tv
 
@@ -150,7 +150,7 @@ class Folder:
         try:
             with Image.open(path) as image:
                 image = image.convert("RGB")
-        except (UnidentifiedImageError, OSError):
+        except Exception:  # whatever a damaged file makes the reader raise
             raise ValueError(f"{path}: cut short, or not an image") from None
         if min(image.size) < self.size:
             raise ValueError(f"{path}: {image.width} x {image.height} pixels, smaller than size {self.size}")
@@ -173,7 +173,7 @@ class Images:
     """
 
     def __init__(self, data, batch_size, seed=0, folder="data", size=32, flip=False, subset=0, part=(0, 1)):
-        self.name, self.batch_size, self.seed, self.flip, self.part = data, batch_size, seed, flip, part
+        self.batch_size, self.seed, self.flip, self.part = batch_size, seed, flip, part
         self.latents = latents.is_latents(data)
         if self.latents:
             self.train = self.test = latents.Latents(data, mirrored=flip)
@@ -222,6 +222,9 @@ class Images:
 
         Fewer than n come back where half of the test part is fewer.
         """
+        return self.test.read(self.fresh_rows(n, draw), seeded(self.seed, 1, draw))
+
+    def fresh_rows(self, n, draw):
+        """Which rows of the test part `fresh` reads."""
         order = torch.randperm(len(self.test_rows), generator=seeded(self.seed, 1))
-        rows = order[: len(order) // 2 * 2][draw % 2 :: 2][:n]
-        return self.test.read(self.test_rows[rows], seeded(self.seed, 1, draw))
+        return self.test_rows[order[: len(order) // 2 * 2][draw % 2 :: 2][:n]]

@@ -39,6 +39,13 @@ def normalised(a, b, c=1e-3):
 METRICS = {"squared": squared, "normalised": normalised}
 
 
+def same_shape(F, x, name):
+    """F, the answer of a velocity field of that name at x, once it is seen to have the shape of x."""
+    if F.shape != x.shape:
+        raise ValueError(f"{name} returned shape {tuple(F.shape)} for x of shape {tuple(x.shape)}: they must agree")
+    return F
+
+
 class Losses(NamedTuple):
     """What a loss returns: scalars, of which only `total` carries a gradient. total = base +
     adversarial + rectify (weights included); gap is the mean of dv^2 at the noised fakes."""
@@ -110,9 +117,11 @@ class TwinFlowLoss:
         need(0 <= self.flow_share <= 1, f"flow_share must lie in [0, 1], got {self.flow_share!r}")
         need(0 <= self.one_step_share <= 1, f"one_step_share must lie in [0, 1], got {self.one_step_share!r}")
         need(0 < self.dt < 1, f"dt must lie in (0, 1), got {self.dt!r}")
-        numbers = all(isinstance(a, int | float) for a in (*self.times, *self.guidance_range))
-        need(numbers, f"times and guidance_range must be numbers, got {self.times!r} and {self.guidance_range!r}")
-        need(len(self.times) == 2 and min(self.times) > 0, f"times must be two positive numbers, got {self.times!r}")
+        for name in ("times", "guidance_range"):
+            pair = getattr(self, name)
+            two = isinstance(pair, tuple | list) and [isinstance(a, int | float) for a in pair] == [True, True]
+            need(two, f"{name} must be two numbers, got {pair!r}")
+        need(min(self.times) > 0, f"times must be two positive numbers, got {self.times!r}")
         need(self.metric in METRICS, f"unknown metric {self.metric!r}: choose from {', '.join(METRICS)}")
         for name in ("adversarial_weight", "rectify_weight", "guidance"):
             value = getattr(self, name)
@@ -120,7 +129,6 @@ class TwinFlowLoss:
         need(self.gain > 0, f"gain must be > 0, got {self.gain!r}")
         need(self.clip > 0, f"clip must be > 0, got {self.clip!r}")
         need(self.rectify_clip is None or self.rectify_clip > 0, f"rectify_clip must be > 0, got {self.rectify_clip!r}")
-        need(len(self.guidance_range) == 2, f"guidance_range must be two times, got {self.guidance_range!r}")
         low, high = self.guidance_range
         need(0 <= low <= high <= 1, f"guidance_range must be two times 0 <= low <= high <= 1, got {low}, {high}")
 
@@ -143,11 +151,12 @@ class TwinFlowLoss:
         """
         if not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
             raise ValueError(f"x must be a floating-point batch (B, *D), got {x.dtype} of shape {tuple(x.shape)}")
-        for name, value in cond.items() if isinstance(cond, dict) else [("cond", cond)]:
-            if value is not None and len(value) != len(x):
-                raise ValueError(f"{name} has {len(value)} rows, x has {len(x)}")
         if self.guidance and (cond is None or null is None):
             raise ValueError("guidance > 0 needs cond and null, the condition that stands for none")
+        for kind, value, lengths in (("cond", cond, {len(x)}), ("null", null, {1, len(x)})):
+            for name, tensor in value.items() if isinstance(value, dict) else [("", value)]:
+                if tensor is not None and len(tensor) not in lengths:
+                    raise ValueError(f"{kind} {name}".rstrip() + f" has {len(tensor)} rows, x has {len(x)}")
         if self.data_free and original is None and teacher is None:
             raise ValueError("data_free needs original, the frozen network whose velocity is learnt from")
         return self.evaluate(self.draw(x, generator, together), net, x, cond, teacher, null, original)
@@ -198,9 +207,7 @@ class TwinFlowLoss:
             cond,
         )
 
-        if F.shape != x.shape:
-            raise ValueError(f"net returned shape {tuple(F.shape)} for x of shape {tuple(x.shape)}: they must agree")
-        F_sg = F.detach()
+        F_sg = same_shape(F, x, "net").detach()
         with torch.no_grad():
             correction = self._any_step_correction(draws, any_step, F_sg[any_step], x_t, u, cond, teacher)
             dv = self._gap_at_fakes(draws, rectify, F_sg[rectify], net, cond)
@@ -224,7 +231,7 @@ class TwinFlowLoss:
         z, t, cond = draws.z[base], draws.t[base], take(cond, base)
         if self.data_free and len(z):
             x_t = interpolate(generate(net, draws.z_new[base], cond), z, t)
-            u = original(x_t, t, t, cond)
+            u = same_shape(original(x_t, t, t, cond), x_t, "original")
         else:
             x_t, u = interpolate(x[base], z, t), velocity(x[base], z)
         if self.guidance:
@@ -236,7 +243,7 @@ class TwinFlowLoss:
             if len(on):
                 both = join(take(cond, on), take(repeat(null, len(x)), draws.rows[base][on]))
                 x_on, t_on = torch.cat([x_t[on], x_t[on]]), t[on].repeat(2)
-                v, v_null = original(x_on, t_on, t_on, both).chunk(2)
+                v, v_null = same_shape(original(x_on, t_on, t_on, both), x_on, "original").chunk(2)
                 u[on] += self.guidance * expand(acts[on], v) * (v - v_null)
         return x_t, u
 
@@ -257,7 +264,7 @@ class TwinFlowLoss:
         x_i = jump(x_t[rows], u, t, t_i)
         teacher_sum = torch.zeros_like(F)
         for t_next in [*draws.inner, r]:
-            step = expand(t_i - t_next, F) * teacher(x_i, t_i, t_next, cond)
+            step = expand(t_i - t_next, F) * same_shape(teacher(x_i, t_i, t_next, cond), x_i, "teacher")
             teacher_sum, x_i, t_i = teacher_sum + step, x_i - step, t_next
         divisor = expand(((t - r) / self.gain).clamp(min=self.dt), F)
         correction = (expand(t - r, F) * F - teacher_sum - self.dt * u) / divisor

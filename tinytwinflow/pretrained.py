@@ -64,7 +64,7 @@ class Velocity(nn.Module):
         self._now = None  # the times t, r, as long as a call lasts
 
     def forward(self, x, t, r, cond=None):
-        self._check(x, cond)
+        self.check(x, cond)
         check_times(x, t, r)
         dtype = next(self.model.get_submodule(self.family.embedder).parameters()).dtype
         cond = {name: cond[name].to(dtype) if self.cond[name] else cond[name] for name in cond}
@@ -102,7 +102,8 @@ class Velocity(nn.Module):
         length, twin = (t - r)[:, None], torch.signbit(t)[:, None]
         return (emb.float() + length * emb_r.float() + twin * emb_twin.float()).to(emb.dtype)
 
-    def _check(self, x, cond):
+    def check(self, x, cond):
+        """Raise ValueError, in one line, for inputs that the model does not take."""
         fits = x.ndim == 4 and x.shape[1] == self.channels and not any(size % self.patch for size in x.shape[2:])
         if not fits or not x.is_floating_point():
             wanted = f"floats (B, {self.channels}, H, W) with H and W multiples of {self.patch}"

@@ -131,7 +131,6 @@ IMAGENET = {
     "log_every": 100,
     "checkpoint_every": 5000,
     "sample_every": 5000,
-    "eval_samples": 10000,
 }
 
 TEXT = {

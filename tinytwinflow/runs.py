@@ -21,7 +21,7 @@ from .pictures import draw_one
 from .pretrained import load as load_backbone
 from .recipes import ENGINE, PLACING, RECIPES, check, loss_of
 from .samplers import sample
-from .scale import without_weights
+from .scale import blocks_of, without_weights
 from .train import autocast, save, train
 from .twin import move, take
 
@@ -116,6 +116,17 @@ def set_aside(folder):
     print(f"{folder} moved to {folder}.{number}")
 
 
+def enough_to_measure(config, data):
+    """Raise ValueError if too few images are kept from training for the metrics of a run."""
+    kept = f"{config['data']}: {len(data.test_rows)} images are kept to measure against, of a folder every twentieth"
+    if len(data.test_rows) < 12:
+        raise ValueError(f"{kept}; at least 12 are needed")
+    for draw in (0, 1) if config["conditional"] else ():
+        labels = data.test.labels[data.fresh_rows(config["eval_samples"], draw)]
+        if labels.bincount().max() < 2:
+            raise ValueError(f"{kept}; diversity needs two of one class among the {len(labels)} that are looked at")
+
+
 def start(folder, config, move=False):
     """Make a new run folder, having looked at its data and network; move=True first moves an earlier run away.
 
@@ -124,11 +135,18 @@ def start(folder, config, move=False):
     """
     folder = Path(folder)
     data = data_of(config)
-    with torch.device("meta") if "model" not in config else without_weights():
-        large.backbone(config, weights=False) if "model" in config else net_of(config, data.shape, data.classes)
-    if "size" in config and len(data.test_rows) < 12:
-        kept = f"{len(data.test_rows)} images are kept to measure against, of a folder every twentieth"
-        raise ValueError(f"{config['data']}: {kept}; at least 12 are needed")
+    if "model" in config:
+        with without_weights():
+            net = large.backbone(config, weights=False)
+        x, cond = data.batch(0)
+        net.check(x, cond), net.check(x[:1], data.null)
+    else:
+        with torch.device("meta"):
+            net = net_of(config, data.shape, data.classes)
+    if config["recompute"] and not blocks_of(net):
+        raise ValueError(f"recompute is for networks with blocks, net {config['net']!r} has none")
+    if "size" in config:
+        enough_to_measure(config, data)
     if config["init_from"]:
         first_weights(net_of(config, data.shape, data.classes), config["init_from"])
     if config.get("features", "classifier") != "classifier":
@@ -146,17 +164,23 @@ def start(folder, config, move=False):
     write_json(folder / "config.json", config)
 
 
-def _cut_log(path, step):
-    """Drop the log's lines after a step, and a line cut short by a crash."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+def read_log(folder):
+    """The records of a run's log.  -> list of dicts, one a logged step; not a last line cut short by a crash."""
+    records = []
+    for line in (Path(folder) / "log.jsonl").read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                lines.append(line)
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    with aside(path, "w") as file:
-        file.write("".join(line + "\n" for line in lines))
+    return records
+
+
+def _cut_log(folder, step):
+    """Drop the log's lines after a step, and a line cut short by a crash."""
+    log = folder / "log.jsonl"
+    records = [record for record in read_log(folder) if record["step"] <= step] if log.exists() else []
+    with aside(log, "w") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 def finished(folder):
@@ -220,7 +244,7 @@ def continue_run(folder, device="cpu", bar=True, world=None):
     options = {key: config[key] for key in keys}
     records = train(state, loss_of(config), batch, config["steps"], null=null, world=world, **options)
     if writes:
-        _cut_log(log, state.step)
+        _cut_log(folder, state.step)
     hidden = None if bar and writes else True
     bar = tqdm(records, total=config["steps"], initial=state.step, desc=folder.name, disable=hidden)
     with open(log if writes else os.devnull, "a") as file:
@@ -263,8 +287,3 @@ def sampled(net, n, shape, steps, mode, seed, cond=None, device=None, batch_size
         some = move(take(cond, rows), device)
         parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, generator=fresh).cpu())
     return torch.cat(parts)
-
-
-def read_log(folder):
-    """The records of a run's log.  -> list of dicts, one a logged step."""
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ The three modes differ in one thing only, the r that is asked for.
 """
 
 import math
+import operator
 
 import torch
 
@@ -25,12 +26,11 @@ def time_grid(intervals, shape=(1.0, 1.0, 1.0), gaps=(0.0, 0.0)):
     """
     if intervals < 1:
         raise ValueError(f"a time grid needs at least 1 interval, got {intervals}")
-    a, b, c = shape
-    start, end = gaps
-    if min(shape) <= 0:
+    if len(shape) != 3 or min(shape) <= 0:
         raise ValueError(f"shape must be three positive numbers, got {shape}")
-    if not (0 <= start and 0 <= end and start + end < 1):
+    if len(gaps) != 2 or min(gaps) < 0 or sum(gaps) >= 1:
         raise ValueError(f"gaps must be two numbers in [0, 1) that sum to less than 1, got {gaps}")
+    (a, b, c), (start, end) = shape, gaps
     points = intervals if end > 0 else intervals + 1
     spread = [start + (1 - end - start) * i / max(points - 1, 1) for i in range(points)]
     grid = [1 - (1 - (1 - s**a) ** b) ** c for s in spread]
@@ -63,7 +63,7 @@ def sample(net, z, steps=1, mode="any", order=1, cond=None, stochastic=None, ext
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
-    if not isinstance(steps, int) or steps < 1:
+    if not hasattr(steps, "__index__") or (steps := operator.index(steps)) < 1:
         raise ValueError(f"steps must be a whole number of network calls >= 1, got {steps!r}")
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")

@@ -176,8 +176,8 @@ def train(
         if world is not None:
             terms = world.mean(terms)
         record = dict(zip(out._fields, terms.tolist()))
-        for name, value in record.items():
-            if not math.isfinite(value):
+        for name in sorted(record, key=lambda name: name == "total"):  # a term first, then what they sum to
+            if not math.isfinite(value := record[name]):
                 raise FloatingPointError(f"step {i + 1}: the {name} loss is {value}; lower lr or the term's weight")
         if clip_norm is not None:
             for network in (state.net, *state.helpers.values()):
