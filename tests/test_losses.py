@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from tinytwinflow import GaussianMixture, TwinFlowLoss, Twins, generate, path, reference
-from tinytwinflow.losses import METRICS
+from tinytwinflow.distance import METRICS
 from tinytwinflow.nets import MLP
 from tinytwinflow.parts import split
 
@@ -527,7 +527,7 @@ def test_wrong_use_says_what_is_allowed():
         TwinFlowLoss()(net, torch.zeros(3, 2).double(), torch.zeros(2))
     x, label = torch.zeros(3, 2).double(), torch.zeros(3)
     for cond, null in ((label, torch.zeros(2)), ({"a": label}, {"a": torch.zeros(2)})):
-        with pytest.raises(ValueError, match="null a? ?has 2 rows, x has 3"):
+        with pytest.raises(ValueError, match="null has 2 rows, x has 3"):
             TwinFlowLoss(guidance=1.0)(net, x, cond, null=null)
 
     def narrow(x, t, r, cond):
@@ -539,5 +539,5 @@ def test_wrong_use_says_what_is_allowed():
         ("original", TwinFlowLoss(data_free=True), {"original": narrow}),
         ("original", TwinFlowLoss(guidance=1.0), {"original": narrow, "cond": label, "null": label[:1]}),
     ]:
-        with pytest.raises(ValueError, match=rf"{name} returned shape \(\d+, 1\)"):
+        with pytest.raises(ValueError, match=rf"{name}'s answer and x must have the same shape, got \(\d+, 1\)"):
             loss(narrow if name == "net" else lambda x, t, r, cond=None: net(x, t, r), x, **fields)

@@ -17,33 +17,10 @@ from typing import NamedTuple
 
 import torch
 
+from .distance import METRICS, squared
 from .parts import Draws, mean, normal, split, uniform
-from .path import expand, interpolate, jump, velocity
+from .path import expand, interpolate, jump, same_shape, velocity
 from .twin import gap, generate, join, repeat, take
-
-
-def squared(a, b):
-    """Mean over a sample's elements of (a - b)^2, the default metric.  (B, *D), (B, *D) -> (B,)."""
-    return (a - b).square().flatten(1).mean(1)
-
-
-def normalised(a, b, c=1e-3):
-    """The released code's metric: d / sqrt(d + c^2), d the squared metric, without gradient through the root.
-
-    Its gradient has the length of a root-mean-square error's, so a step does not vanish with the error.
-    """
-    d = squared(a, b)
-    return d / (d.detach() + c**2).sqrt()
-
-
-METRICS = {"squared": squared, "normalised": normalised}
-
-
-def same_shape(F, x, name):
-    """F, the answer of a velocity field of that name at x, once it is seen to have the shape of x."""
-    if F.shape != x.shape:
-        raise ValueError(f"{name} returned shape {tuple(F.shape)} for x of shape {tuple(x.shape)}: they must agree")
-    return F
 
 
 class Losses(NamedTuple):
@@ -73,7 +50,7 @@ class TwinFlowLoss:
     dt             length of the small true step
     times          (a, b) > 0 of the Kumaraswamy law of t in the base rows; (1, 1) is uniform
     even_inner     teacher's times evenly spaced (released code), not t_i ~ U(r, t_{i-1}) (paper)
-    metric         "squared" (mean over elements) or "normalised" (released code), see those functions
+    metric         "squared" (mean over elements) or "normalised" (released code), see `distance`
     adversarial_weight, rectify_weight   1 in the paper; released code: rectify_weight 0.5
     rectify_clip   clips dv elementwise; None in the paper, 1 in the released code
     gain           bounds (t - r) / dt, the weight that the error of F gets in the regression form of
@@ -85,9 +62,8 @@ class TwinFlowLoss:
     guidance_range times t where guidance acts
     data_free      never read x, only its shape: see `_base_pairs`
 
-    Each part is a sum over its rows divided by the rows expected in it, share * B. Where that is not
-    whole the numbers of rows are drawn at random around it, so the expected gradient is the same
-    for every batch size, 1 included.
+    Each part is a sum over its rows divided by the rows expected in it, share * B. Where that is not whole the numbers
+    of rows are drawn at random around it, so the expected gradient is the same for every batch size, 1 included.
     """
 
     order: int = 2
@@ -113,9 +89,8 @@ class TwinFlowLoss:
                 raise ValueError(what)
 
         need(isinstance(self.order, int) and self.order >= 0, f"order must be a whole number >= 0, got {self.order!r}")
-        need(0 <= self.share <= 1, f"share must lie in [0, 1], got {self.share!r}")
-        need(0 <= self.flow_share <= 1, f"flow_share must lie in [0, 1], got {self.flow_share!r}")
-        need(0 <= self.one_step_share <= 1, f"one_step_share must lie in [0, 1], got {self.one_step_share!r}")
+        for name in ("share", "flow_share", "one_step_share"):
+            need(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
         need(0 < self.dt < 1, f"dt must lie in (0, 1), got {self.dt!r}")
         for name in ("times", "guidance_range"):
             pair = getattr(self, name)
@@ -124,11 +99,10 @@ class TwinFlowLoss:
         need(min(self.times) > 0, f"times must be two positive numbers, got {self.times!r}")
         need(self.metric in METRICS, f"unknown metric {self.metric!r}: choose from {', '.join(METRICS)}")
         for name in ("adversarial_weight", "rectify_weight", "guidance"):
+            need(0 <= getattr(self, name) < math.inf, f"{name} must be a number >= 0, got {getattr(self, name)!r}")
+        for name in ("gain", "clip", "rectify_clip"):
             value = getattr(self, name)
-            need(0 <= value < math.inf, f"{name} must be a number >= 0, got {value!r}")
-        need(self.gain > 0, f"gain must be > 0, got {self.gain!r}")
-        need(self.clip > 0, f"clip must be > 0, got {self.clip!r}")
-        need(self.rectify_clip is None or self.rectify_clip > 0, f"rectify_clip must be > 0, got {self.rectify_clip!r}")
+            need(value is None and name == "rectify_clip" or value > 0, f"{name} must be > 0, got {value!r}")
         low, high = self.guidance_range
         need(0 <= low <= high <= 1, f"guidance_range must be two times 0 <= low <= high <= 1, got {low}, {high}")
 
@@ -140,23 +114,21 @@ class TwinFlowLoss:
     def __call__(self, net, x, cond=None, teacher=None, null=None, original=None, generator=None, together=None):
         """Draw the random numbers and compute the loss of a batch.
 
-        net, teacher, original: velocity fields net(x, t, r, cond). teacher is F^-, used without
-        gradient (default: net itself; in practice its EMA). original gives the velocities of guidance
-        and of data-free training (default: teacher). x (B, *D). cond: None, tensor or dict, leading
-        dimension B; null: the same for "no condition", leading dimension 1 or B, needed for
-        guidance. generator: on the device of x. together: a generator that is in the same state on all
-        processes of a sharded network, for they must make the same calls: it draws how many rows each
-        part has. Returns Losses. Raises ValueError if x is not a
-        floating-point batch, cond has another length, null is missing, or net's output has another shape.
+        net, teacher, original: velocity fields net(x, t, r, cond). teacher is F^-, used without gradient (default: net
+        itself; in practice its EMA). original gives the velocities of guidance and of data-free training (default:
+        teacher). x (B, *D). cond: None, tensor or dict, leading dimension B; null: the same for "no condition",
+        leading dimension 1 or B, needed for guidance. generator: on the device of x. together: a generator that is in
+        the same state on all processes of a sharded network, for they must make the same calls: it draws how many rows
+        each part has. Returns Losses. Raises ValueError if x is not a floating-point batch, cond or null has another
+        length, null is missing, or an answer of net, teacher or original has another shape than x.
         """
         if not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
             raise ValueError(f"x must be a floating-point batch (B, *D), got {x.dtype} of shape {tuple(x.shape)}")
         if self.guidance and (cond is None or null is None):
             raise ValueError("guidance > 0 needs cond and null, the condition that stands for none")
-        for kind, value, lengths in (("cond", cond, {len(x)}), ("null", null, {1, len(x)})):
-            for name, tensor in value.items() if isinstance(value, dict) else [("", value)]:
-                if tensor is not None and len(tensor) not in lengths:
-                    raise ValueError(f"{kind} {name}".rstrip() + f" has {len(tensor)} rows, x has {len(x)}")
+        for name, value in cond.items() if isinstance(cond, dict) else [("cond", cond)]:
+            if value is not None and len(value) != len(x):
+                raise ValueError(f"{name} has {len(value)} rows, x has {len(x)}")
         if self.data_free and original is None and teacher is None:
             raise ValueError("data_free needs original, the frozen network whose velocity is learnt from")
         return self.evaluate(self.draw(x, generator, together), net, x, cond, teacher, null, original)
@@ -207,7 +179,7 @@ class TwinFlowLoss:
             cond,
         )
 
-        F_sg = same_shape(F, x, "net").detach()
+        F_sg = same_shape(F, x, "net's answer and x").detach()
         with torch.no_grad():
             correction = self._any_step_correction(draws, any_step, F_sg[any_step], x_t, u, cond, teacher)
             dv = self._gap_at_fakes(draws, rectify, F_sg[rectify], net, cond)
@@ -225,13 +197,13 @@ class TwinFlowLoss:
     def _base_pairs(self, draws, base, net, x, cond, null, original):
         """Points x_t and velocities u of the base rows.
 
-        Data-free, x is the network's own sample and u the original's velocity at x_t: the straight
-        line's own z - x would teach the network what it already makes.
+        Data-free, x is the network's own sample and u the original's velocity at x_t: the straight line's own z - x
+        would teach the network what it already makes.
         """
         z, t, cond = draws.z[base], draws.t[base], take(cond, base)
         if self.data_free and len(z):
             x_t = interpolate(generate(net, draws.z_new[base], cond), z, t)
-            u = same_shape(original(x_t, t, t, cond), x_t, "original")
+            u = same_shape(original(x_t, t, t, cond), x_t, "original's answer and x")
         else:
             x_t, u = interpolate(x[base], z, t), velocity(x[base], z)
         if self.guidance:
@@ -243,7 +215,7 @@ class TwinFlowLoss:
             if len(on):
                 both = join(take(cond, on), take(repeat(null, len(x)), draws.rows[base][on]))
                 x_on, t_on = torch.cat([x_t[on], x_t[on]]), t[on].repeat(2)
-                v, v_null = same_shape(original(x_on, t_on, t_on, both), x_on, "original").chunk(2)
+                v, v_null = same_shape(original(x_on, t_on, t_on, both), x_on, "original's answer and x").chunk(2)
                 u[on] += self.guidance * expand(acts[on], v) * (v - v_null)
         return x_t, u
 
@@ -264,7 +236,8 @@ class TwinFlowLoss:
         x_i = jump(x_t[rows], u, t, t_i)
         teacher_sum = torch.zeros_like(F)
         for t_next in [*draws.inner, r]:
-            step = expand(t_i - t_next, F) * same_shape(teacher(x_i, t_i, t_next, cond), x_i, "teacher")
+            F_i = same_shape(teacher(x_i, t_i, t_next, cond), x_i, "teacher's answer and x")
+            step = expand(t_i - t_next, F) * F_i
             teacher_sum, x_i, t_i = teacher_sum + step, x_i - step, t_next
         divisor = expand(((t - r) / self.gain).clamp(min=self.dt), F)
         correction = (expand(t - r, F) * F - teacher_sum - self.dt * u) / divisor

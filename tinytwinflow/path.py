@@ -37,14 +37,16 @@ def check_time(t, low=0.0, high=1.0, name="t"):
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got values from {t.min():g} to {t.max():g}")
 
 
-def _same_shape(a, b, names):
+def same_shape(a, b, names):
+    """a, if it has the shape of b. Raises ValueError, with the names of both, if not: they would broadcast."""
     if a.shape != b.shape:
         raise ValueError(f"{names} must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    return a
 
 
 def interpolate(x, z, t):
     """Point of the path, x_t = t z + (1 - t) x.  (B, *D), (B, *D), t in [0, 1] -> (B, *D)."""
-    _same_shape(x, z, "x and z")
+    same_shape(x, z, "x and z")
     check_time(t)
     t = expand(t, x)
     return t * z + (1 - t) * x
@@ -52,20 +54,20 @@ def interpolate(x, z, t):
 
 def velocity(x, z):
     """Conditional velocity of the path, u = dx_t/dt = z - x.  (B, *D), (B, *D) -> (B, *D)."""
-    _same_shape(x, z, "x and z")
+    same_shape(x, z, "x and z")
     return z - x
 
 
 def denoise(x_t, v, t):
     """Clean sample that the velocity v at x_t points back to, x^ = x_t - t v (App. C.1)."""
-    _same_shape(x_t, v, "x_t and v")
+    same_shape(x_t, v, "x_t and v")
     check_time(t)
     return x_t - expand(t, x_t) * v
 
 
 def noise(x_t, v, t):
     """Noise that the velocity v at x_t points ahead to, z^ = x_t + (1 - t) v (App. C.1)."""
-    _same_shape(x_t, v, "x_t and v")
+    same_shape(x_t, v, "x_t and v")
     check_time(t)
     return x_t + (1 - expand(t, x_t)) * v
 
@@ -81,7 +83,7 @@ def score(x_t, v, t):
 
 def jump(x_t, F, t, r):
     """Follow the average velocity F from time t to time r, x_r = x_t - (t - r) F."""
-    _same_shape(x_t, F, "x_t and F")
+    same_shape(x_t, F, "x_t and F")
     check_time(t)
     check_time(r, name="r")
     return x_t - expand(t - r, x_t) * F

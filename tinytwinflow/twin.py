@@ -37,9 +37,11 @@ def join(*conds):
 
 
 def repeat(cond, n):
-    """A condition of leading dimension 1 for n rows; one of leading dimension n as it is."""
+    """A condition that stands for none, of leading dimension 1, for n rows; one of leading dimension n as it is."""
     if isinstance(cond, dict):
         return {name: repeat(value, n) for name, value in cond.items()}
+    if len(cond) not in (1, n):
+        raise ValueError(f"null has {len(cond)} rows, x has {n}")
     return cond.expand(n, *cond.shape[1:])
 
 

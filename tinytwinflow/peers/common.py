@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..losses import squared
+from ..distance import squared
 from ..parts import normal
 from ..path import denoise, expand, interpolate, velocity
 

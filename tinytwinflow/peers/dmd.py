@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ..losses import squared
+from ..distance import squared
 from ..parts import normal, uniform
 from ..path import denoise, expand
 from ..samplers import sample

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import relu
 
-from ..losses import squared
+from ..distance import squared
 from ..parts import normal, uniform
 from ..path import denoise, interpolate
 from ..twin import join

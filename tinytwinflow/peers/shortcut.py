@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ..losses import squared
+from ..distance import squared
 from ..parts import normal, uniform
 from ..path import interpolate, jump, velocity
 from ..twin import take

@@ -1,0 +1,18 @@
+"""How far the network's answer is from its target: the metric d of the losses."""
+
+
+def squared(a, b):
+    """Mean over a sample's elements of (a - b)^2, the default metric.  (B, *D), (B, *D) -> (B,)."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+def normalised(a, b, c=1e-3):
+    """The released code's metric: d / sqrt(d + c^2), d the squared metric, without gradient through the root.
+
+    Its gradient has the length of a root-mean-square error's, so a step does not vanish with the error.
+    """
+    d = squared(a, b)
+    return d / (d.detach() + c**2).sqrt()
+
+
+METRICS = {"squared": squared, "normalised": normalised}
