@@ -205,6 +205,11 @@ def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
     for seed in ("-1", "1.5", str(2**64)):
         fails(capsys, ["train", "toy", f"--seed={seed}", "--out", tmp_path / "b"], "a seed is a whole number", seed)
         fails(capsys, ["sample", run, f"--seed={seed}"], "a seed is a whole number", seed)
+    fails(capsys, ["bench", "--training", "adapters"], "--training is not for mlp")
+    fails(capsys, ["bench", "--batch-size", "largest"], "--batch-size largest is not for mlp")
+    fails(capsys, ["bench", "--net", "qwen-image", "--compile", "default"], "--compile is not for qwen-image")
+    fails(capsys, ["bench", "--batch-size", "0"], "a batch has 1 row or more")
+    fails(capsys, ["bench", "--compile", "yes"], "--compile must be one of none, default")
     fails(capsys, ["memory", "--net", "unet"], "unknown net 'unet'", "dit-s-2")
     fails(capsys, ["memory", "--batch-size", "0"], "--batch-size must be at least 1")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists(), "a refused command leaves no folder"

@@ -1,17 +1,24 @@
 """Backbones in training: recipe text from end to end on a tiny model of a real class, on one process and on two."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tinytwinflow import TwinFlowLoss, large, lora, sharded
+import tinytwinflow
+from tinytwinflow import TwinFlowLoss, bench_large, large, lora, sharded
 from tinytwinflow.__main__ import main
+from tinytwinflow.config import loss_of
+from tinytwinflow.folder import backbone_of, painter
 from tinytwinflow.pretrained import Velocity, load
-from tinytwinflow.recipes import loss_of, settings
-from tinytwinflow.runs import backbone_of, painter
+from tinytwinflow.recipes import settings
 from tinytwinflow.texts import Texts
 from tinytwinflow.train import adamw, train
 
@@ -225,6 +232,62 @@ def test_a_backbone_is_measured(name, capsys):
     assert "training must be one of adapters, in backward, float32, got 'all'" in capsys.readouterr().err
 
 
+def test_methods_are_measured_next_to_it(capsys):
+    """Flow matching is the recipe's loss with order 0 and neither twin nor guidance; a peer has its own networks, in
+    float32 alone; samples are drawn in the precision of the training, once before the clock runs."""
+    config = settings("text")
+    plain = bench_large.loss_for("flow matching", "adapters", config)
+    assert (plain.order, plain.share, plain.guidance) == (0, 0.0, 0.0)
+    assert bench_large.loss_for("twinflow", "adapters", config) == loss_of(config)
+    drawn = []
+
+    def sample(net, z, steps, cond):
+        drawn.append((steps, torch.is_autocast_enabled("cpu")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_large, "sample", sample)
+        counts = [
+            bench_large.bench("sana-1.6b", "float32", 2, "cpu", method)["parameters"]
+            for method in ("flow matching", "dmd2")
+        ]
+    assert counts[1] == 3 * counts[0] and drawn == 2 * [(1, True), (1, True), (2, True), (100, True)]
+    assert "float32, dmd2: " in capsys.readouterr().out
+    for training in ("adapters", "in backward"):
+        with pytest.raises(ValueError, match="dmd2 needs networks beside the one that learns: take --training float32"):
+            bench_large.bench("sana-1.6b", training, method="dmd2")
+    for words, what in ((("sana-1.6b", "adapters", 1, "cpu", "gan"), "method 'gan'"), (("vit",), "backbone 'vit'")):
+        with pytest.raises(ValueError, match=f"unknown {what}: choose from"):
+            bench_large.bench(*words)
+
+
+@given(st.integers(0, 300))
+def test_the_largest_batch_is_found(most):
+    """Of the rows that fit, the most, in at most twice as many trials as their number has binary digits, and two."""
+    tried = []
+    assert bench_large.largest(lambda rows: tried.append(rows) or rows <= most) == most
+    assert len(tried) == len(set(tried)) <= 2 * most.bit_length() + 2
+
+
+def test_memory_that_does_not_suffice_ends_in_one_line(monkeypatch, capsys):
+    """Not in the traceback of where it ran out: what was asked for, and what to try. A trial of that size is a no."""
+    said = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1 is free."
+
+    def train(*_, **__):
+        yield {}
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.setattr(bench_large, "train", train)
+    assert run("bench", "--net", "sana-1.6b", "--batch-size", 3) == 2
+    error = capsys.readouterr().err
+    assert "cpu has no memory left for sana-1.6b, adapters, twinflow, batch 3 (2.50 GiB was asked for)" in error
+    assert "smaller --batch-size, or --training in backward or float32" in error and len(error.splitlines()) == 1
+    with pytest.raises(ValueError, match=r"batch 1 \(2.50 GiB was asked for\): try --training in backward or float32"):
+        bench_large.bench("sana-1.6b")
+    assert not bench_large.fits(train, 3) and bench_large.fits(lambda rows: iter(range(rows)), 3)
+    with pytest.raises(ValueError, match="the largest batch is looked for on a GPU, not on cpu"):
+        bench_large.bench("sana-1.6b", batch_size="largest")
+
+
 WRONG = {
     "model=nowhere": "nowhere/config.json: not there",
     "weights=float16": "weights must be one of bf16, float32",
@@ -244,6 +307,23 @@ def test_wrong_settings_end_in_one_line(folders, tmp_path, capsys, changes):
     assert run(*command(folders, tmp_path / "run", *changes.split(" "))) == 2
     error = capsys.readouterr().err
     assert WRONG[changes] in error and len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_each_room_imports_only_those_before_it():
+    """The rooms that the package names are all there are, and no import goes forward in that order."""
+    folder = Path(tinytwinflow.__file__).parent
+    there = {path.stem: [path] for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    there |= {path.parent.name: list(path.parent.glob("*.py")) for path in folder.glob("*/__init__.py")}
+    text = tinytwinflow.__doc__.split("only those before it:")[1]
+    rooms = [room for room in re.findall(r"[a-z_]+", text) if room in there]
+    assert len(rooms) == len(set(rooms)) == len(there)
+    for i, room in enumerate(rooms):
+        for file in there[room]:
+            code, outside = file.read_text(), re.escape("." if file.parent == folder else "..")
+            named = re.findall(rf"^ *from {outside}(\w+)", code, re.MULTILINE)
+            listed = re.findall(rf"^ *from {outside} import (.*)$", code, re.MULTILINE)
+            for other in (*named, *(name.split()[0] for names in listed for name in names.split(","))):
+                assert other in rooms[:i], f"{file} imports {other}"
 
 
 def test_the_core_needs_none_of_the_libraries_for_backbones(folders):
@@ -273,3 +353,24 @@ def test_wrong_folders_end_in_one_line(folders, tmp_path, capsys):
     config.write_text(config.read_text().replace('"lora_rank": 3', '"lora_rank": 2'))
     assert run("train", "text", "--out", tmp_path / "run", "--resume", "--data", folders / "texts") == 2
     assert "holds another network" in capsys.readouterr().err
+
+
+def test_data_of_another_model_is_refused_before_anything_is_written(folders, tmp_path, capsys):
+    """Latents of other channels, prompts of another width: one line, and no run folder that only fails later."""
+    whole = safetensors.load_file(folders / "texts" / "texts-00000.safetensors")
+    null = safetensors.load_file(folders / "texts" / "null.safetensors")
+    for name, part, wanted in (("latents", 1, "this model takes floats (B, 4, H, W)"), ("pooled", 1, "(4, 10)")):
+        other = tmp_path / name
+        shutil.copytree(folders / "texts", other)
+        index = json.loads((other / "texts.json").read_text())
+        index["tensors"][name][1][0] -= part
+        (other / "texts.json").write_text(json.dumps(index))
+        smaller = {key: value[:, part:].contiguous() if key == name else value for key, value in whole.items()}
+        safetensors.save_file(smaller, other / "texts-00000.safetensors")
+        smaller = {key: value[:, part:].contiguous() if key == name else value for key, value in null.items()}
+        safetensors.save_file(smaller, other / "null.safetensors")
+        words = command(folders, tmp_path / "run")
+        words[words.index("--data") + 1] = other
+        assert run(*words) == 2
+        error = capsys.readouterr().err
+        assert wanted in error and len(error.splitlines()) == 1 and not (tmp_path / "run").exists()

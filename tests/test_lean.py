@@ -1,6 +1,8 @@
 """Training inside backward: rounding right in the mean, the plain optimiser's numbers, no gradient kept."""
 
+import gc
 import io
+import weakref
 from functools import partial
 
 import numpy as np
@@ -133,6 +135,29 @@ def test_float32_is_the_plain_optimiser_bit_for_bit(name):
     assert loss_at(ours, 0) < first and lean.param_groups[0]["initial_lr"] == 1e-2
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_convolution_steps_as_a_matrix(name, layout):
+    """(out, in, 1, 1), (out, in, 3, 3) and one of groups: the plain optimiser's numbers on (out, in * kernel), whatever
+    the layout in memory, and after two steps Adafactor's state is a number a row and a column."""
+    for shape in ((24, 16, 1, 1), (6, 4, 3, 3), (8, 1, 3, 3)):
+        torch.manual_seed(0)
+        ours = nn.Parameter(torch.randn(shape).to(memory_format=layout))
+        plain = nn.Parameter(ours.detach().flatten(1).clone())
+        lean = in_backward([("conv", ours)], lr=1e-2, make_optimizer=OPTIMIZERS[name])
+        optimizer = OPTIMIZERS[name]([plain], lr=1e-2)
+        for step in range(2):
+            gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+            (ours * gradient).sum().backward()
+            plain.grad = gradient.flatten(1)
+            optimizer.step()
+            assert torch.equal(ours.flatten(1), plain) and ours.is_contiguous(memory_format=layout)
+        if name == "adafactor":
+            (state,) = lean.state_dict()["states"]["conv"]["state"].values()
+            numbers = sum(value.numel() for value in state.values() if value.ndim)
+            assert numbers == shape[0] + shape[1] * shape[2] * shape[3]
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_bfloat16_is_one_float32_step_then_rounding(name):
     """After one step each weight is a neighbour of what float32 arithmetic on the same gradient gives."""
@@ -238,6 +263,20 @@ def test_a_gradient_that_is_not_finite_touches_nothing():
         loss_at(net, 0).backward()
     assert torch.equal(net[3].weight, before["3.weight"]) and not torch.equal(net[5].weight, before["5.weight"])
     assert lean.steps[lean.names.index("3.weight")] == 0
+
+
+def test_stopped_it_lets_go():
+    """The backward pass is a plain one again, and the parameters are freed, which their hooks prevented."""
+    net = small()
+    lean, seen = in_backward(net.named_parameters(), lr=1e-2), weakref.ref(net[0].weight)
+    loss_at(net, 0).backward()
+    lean.stop()
+    before = net[0].weight.detach().clone()
+    loss_at(net, 1).backward()
+    assert torch.equal(net[0].weight, before) and all(p.grad is not None for p in net.parameters())
+    del net, lean
+    gc.collect()
+    assert seen() is None
 
 
 def test_wrong_use():

@@ -179,20 +179,43 @@ def test_deep_copies_have_a_switch_of_their_own():
 
 
 def test_bfloat16_weights_with_float32_adapters():
-    """A x and B A x are computed in float32, the sum in bfloat16; full modules become float32."""
-    layer = nn.Linear(6, 4).bfloat16()
-    net = nn.ModuleDict({"one": layer, "two": nn.Linear(4, 4).bfloat16()})
-    W, b = layer.weight.detach().clone(), layer.bias.detach().clone()
-    lora.add(net, ["one"], rank=2, also=["two"], dtype=torch.float32)
+    """A x and B A x are computed in bfloat16, from matrices kept in float32: output and gradients are those of float32
+    arithmetic to within bfloat16's roundings, and gradients arrive in float32; full modules become float32."""
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 64).bfloat16()
+    net = nn.ModuleDict({"one": layer, "two": nn.Linear(64, 4).bfloat16()})
+    W, b = layer.weight.detach().float(), layer.bias.detach().float()
+    lora.add(net, ["one"], rank=8, also=["two"], dtype=torch.float32)
     assert layer.lora_A.weight.dtype == layer.average_B.weight.dtype == net["two"].weight.dtype == torch.float32
     assert layer.weight.dtype == torch.bfloat16
-    nn.init.normal_(layer.lora_B.weight)
-    x = torch.randn(3, 6).bfloat16()
-    change = x.float() @ layer.lora_A.weight.T @ layer.lora_B.weight.T
-    wanted = nn.functional.linear(x, W, b) + change.bfloat16()
-    assert torch.equal(layer(x), wanted)
-    layer(x).float().sum().backward()
-    assert layer.lora_B.weight.grad.dtype == torch.float32
+    nn.init.normal_(layer.lora_B.weight, std=0.3)
+    A, B = (part.weight.detach().clone().requires_grad_() for part in (layer.lora_A, layer.lora_B))
+    x, weight = torch.randn(50, 96).bfloat16(), torch.randn(50, 64)
+    exact, out = x.float() @ (W + B @ A).T + b, layer(x)
+    assert out.dtype == torch.bfloat16
+    eps = torch.finfo(torch.bfloat16).eps
+    assert (out.float() - exact).norm() < eps * exact.norm()
+    (exact * weight).sum().backward()
+    (out.float() * weight).sum().backward()
+    for part, wanted in ((layer.lora_A, A), (layer.lora_B, B)):
+        assert part.weight.grad.dtype == torch.float32
+        assert (part.weight.grad - wanted.grad).norm() < 2 * eps * wanted.grad.norm()
+
+
+def test_small_steps_of_adapters_of_bfloat16_weights_are_taken():
+    """Steps too small to move a bfloat16 number add up in the float32 matrices, and then are seen in the output."""
+    net = nn.ModuleDict({"one": nn.Linear(1, 1, bias=False).bfloat16()})
+    lora.add(net, ["one"], rank=1, dtype=torch.float32)
+    A, B = net["one"].lora_A.weight, net["one"].lora_B.weight
+    with torch.no_grad():
+        net["one"].weight.zero_(), A.fill_(1.0), B.fill_(1.0)
+    optimizer = torch.optim.SGD([B], lr=1e-4)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        net["one"](torch.ones(1, 1).bfloat16()).sum().neg().backward()
+        optimizer.step()
+    assert B.item() == pytest.approx(1.1, abs=1e-3)
+    assert net["one"](torch.ones(1, 1).bfloat16()).item() == pytest.approx(1.1, rel=1e-2)
 
 
 def test_under_autocast_all_runs_in_bfloat16():

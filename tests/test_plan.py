@@ -1,13 +1,17 @@
 """Plans: what is counted without weights is what a real step holds, computes and sends."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinytwinflow import TwinFlowLoss, calls, large, lora, peers, plan
+from tinytwinflow import TwinFlowLoss, calls, large, lora, peers, plan, train
 from tinytwinflow.__main__ import main
 from tinytwinflow.calls import Call
+from tinytwinflow.lean import in_backward
 from tinytwinflow.memory import LiveBytes
 from tinytwinflow.pretrained import Velocity
 from tinytwinflow.scale import forget
@@ -16,15 +20,18 @@ diffusers = pytest.importorskip("diffusers")
 from test_pretrained import TINY  # noqa: E402
 from test_scale import LOSS, small_net, together  # noqa: E402
 
-TINIEST = ("QwenImageTransformer2DModel", TINY["QwenImageTransformer2DModel"], (4, 8, 8), 6)
+
+def tiny_one(monkeypatch, name):
+    """A tiny model of the class of a backbone, which is among the backbones as "tiny" from now on."""
+    kind = calls.BACKBONES[name][0]
+    monkeypatch.setitem(calls.BACKBONES, "tiny", (kind, TINY[kind], (4, 8, 8), 6))
+    torch.manual_seed(0)
+    return Velocity(getattr(diffusers, kind)(**TINY[kind]))
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A tiny Qwen-Image among the backbones, and the same with weights."""
-    monkeypatch.setitem(calls.BACKBONES, "tiny", TINIEST)
-    torch.manual_seed(0)
-    return Velocity(getattr(diffusers, TINIEST[0])(**TINIEST[1])).bfloat16()
+    return tiny_one(monkeypatch, "qwen-image").bfloat16()
 
 
 def test_calls_are_those_that_the_loss_makes():
@@ -40,39 +47,114 @@ def test_calls_are_those_that_the_loss_makes():
     assert [call.network for call in dmd2 if not call.gradient] == ["original", "fake"]
 
 
-def real_step(net, rows, free):
-    """The most that a real step of one call holds beyond the weights, counted while it runs."""
-    counter = LiveBytes()
+def real_step(net, made, free, autocast):
+    """The most that real calls and their backward pass hold beyond the weights, counted while they run."""
+    counter, graphs = LiveBytes(), []
     counter.hold([*net.parameters(), *net.buffers()])
     start = counter.now
     hooks = [p.register_post_accumulate_grad_hook(calls._free) for p in net.parameters() if free and p.requires_grad]
     with counter:
-        t = torch.rand(rows)
-        cond = {"prompt_embeds": torch.randn(rows, 6, 12).bfloat16(), "prompt_mask": torch.ones(rows, 6).bool()}
-        y = net(torch.randn(rows, 4, 8, 8), t, t, cond)
-        y.backward(torch.randn_like(y))
+        for call in made:
+            x, t = torch.randn(call.rows, 4, 8, 8), torch.rand(call.rows)
+            with torch.set_grad_enabled(call.gradient), train.autocast("cpu", "bf16" if autocast else "float32"):
+                y = net(x, t, t, calls.condition(net, call.rows, 6, torch.ones, "cpu"))
+            graphs += [y] if call.gradient else []
+            del y
+        while graphs:
+            y = graphs.pop()
+            y.backward(torch.ones_like(y))
+            del y
     for hook in hooks:
         hook.remove()
+    for parameter in net.parameters():
+        parameter.grad = None
     return counter.peak - start
 
 
-@pytest.mark.parametrize("free", [True, False])
-def test_what_is_counted_without_weights_is_what_a_real_step_holds(tiny, free):
-    """Bytes of a step of a tiny backbone on the meta device, and of the same one with weights, to within 5 %: its
-    attention keeps other tensors, and on the CPU some kernels make a copy."""
-    net, shape = calls.backbone("tiny")
-    for network in (net, tiny):
+@pytest.mark.parametrize("training", plan.TRAININGS)
+@pytest.mark.parametrize("name", calls.BACKBONES)
+def test_what_is_counted_without_weights_is_what_a_real_step_holds(name, training, monkeypatch):
+    """Bytes of a step of a tiny backbone of each class on the meta device, and of the same one with weights, to within
+    3 %: its attention keeps other tensors. The step has a call that leaves a graph, and calls without one before
+    and after. On a CPU autocast casts what it does on a GPU, but for norms, which are cast here by hand."""
+    autocast = training == "float32"
+    dtype = torch.float32 if autocast else torch.bfloat16
+    real = tiny_one(monkeypatch, name).to(dtype)
+    net = calls.structure("tiny").to("meta", dtype)
+    for network in (real, net):
         for block in network.blocks():
             forget(block)
-    for rows in (2, 16):
-        counted = calls.activations(net, shape, 6, [Call("net", rows, True)], free)
-        assert counted == pytest.approx(real_step(tiny, rows, free), rel=0.05)
-        for parameter in tiny.parameters():
-            parameter.grad = None
-    gradients = calls.nbytes(tiny.parameters())
-    kept = calls.activations(net, shape, 6, [Call("net", 2, True)], False)
-    freed = calls.activations(net, shape, 6, [Call("net", 2, True)], True)
-    assert freed < kept and kept >= gradients
+        if training == "adapters":
+            large.adapt(network, 2)
+    for norm in ("layer_norm", "rms_norm") if autocast else ():
+        cast = partial(calls._cast, getattr(torch.nn.functional, norm), torch.float32)
+        monkeypatch.setattr(torch.nn.functional, norm, cast)
+    some = [Call("teacher", 8, False), Call("net", 16, True), Call("teacher", 9, False), Call("net", 12, False)]
+    for free in (True, False):
+        counted = calls.activations(net, (4, 8, 8), 6, some, free, autocast)
+        assert counted == pytest.approx(real_step(real, some, free, autocast), rel=0.03)
+
+
+def test_gradients_are_counted_network_by_network(monkeypatch):
+    """Held until the optimiser's step they are those of every network that learns; let go at once, of none."""
+    net = tiny_one(monkeypatch, "sd3.5-large").to("meta")
+    both, gradients = [Call("net", 1, True), Call("fake", 1, True)], calls.nbytes(net.parameters())
+    alone = calls.activations(net, (4, 8, 8), 6, both)
+    two = calls.activations(net, (4, 8, 8), 6, both, others={"fake": copy.deepcopy(net)})
+    assert two >= 2 * gradients and 2 * gradients > alone > gradients
+    assert calls.activations(net, (4, 8, 8), 6, both, True, others={"fake": copy.deepcopy(net)}) < alone
+
+
+def test_autocast_holds_what_its_rules_say(tiny):
+    """A linear layer's answer is in bfloat16, a norm's in float32, whatever they are given."""
+    seen = []
+    with calls.as_on_gpu(autocast=True):
+        for layer in (torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Conv2d(4, 4, 1)):
+            layer, shape = layer.to("meta"), (2, 4, 1, 1) if isinstance(layer, torch.nn.Conv2d) else (2, 4)
+            seen += [layer(torch.empty(shape, dtype=d, device="meta")).dtype for d in (torch.float32, torch.bfloat16)]
+    assert seen == 2 * [torch.bfloat16] + 2 * [torch.float32] + 2 * [torch.bfloat16]
+    assert torch.nn.functional.linear is torch._C._nn.linear, "outside all is as it was"
+
+
+def test_the_heaviest_step_is_found_whatever_its_seed(tiny, monkeypatch):
+    """Of two steps with equal rows the one whose large call comes on top of a graph needs more, drawn late as it is."""
+    before = [Call("teacher", 64, False), Call("net", 32, True)]
+    after = [Call("net", 32, True), Call("teacher", 64, False)]
+    peaks = []
+    for late in (before, after):
+        monkeypatch.setattr(plan, "calls_of", lambda loss, rows, seed, late=late: late if seed == 90 else before)
+        peaks.append(plan.step_of("tiny", TwinFlowLoss(), 1, "adapters")["passing"])
+    assert peaks[0] < peaks[1]
+
+
+def test_a_step_within_another_need_not_be_counted():
+    """Calls in the same order, of as many rows at most; whose calls without gradient they are does not matter."""
+    large = (Call("teacher", 2, False), Call("net", 1, True), Call("teacher", 1, False))
+    small = (Call("net", 1, False), Call("net", 1, True))
+    after = (Call("net", 1, True), Call("net", 2, False))
+    other = (Call("fake", 1, True), Call("net", 1, True))
+    assert plan.heaviest([small, large, after, small, other]) == [large, after, other]
+
+
+def test_every_step_of_one_row_is_among_those_counted():
+    """One row carries one of four parts of the loss, and each is drawn: its calls are those of Eqs. 1, 2 and 9."""
+    found = {tuple((call.network, call.rows) for call in step) for step in plan.steps_of(TwinFlowLoss(guidance=0.5), 1)}
+    flow = (("teacher", 2), ("net", 1))
+    any_step, adversarial, rectify = (*flow, *2 * [("teacher", 1)]), 2 * (("net", 1),), (("net", 1), ("net", 2))
+    assert found == {flow, any_step, adversarial, rectify}
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "sana-1.6b"])
+def test_the_state_of_adafactor_is_counted(name, monkeypatch):
+    """For a tiny model of the class, whose weights are matrices, vectors and, of SANA, convolutions: the numbers that
+    one step in the backward pass leaves behind."""
+    net = tiny_one(monkeypatch, name).bfloat16()
+    lean = in_backward(net.named_parameters(), lr=1e-5)
+    sum(p.sum() for p in net.parameters()).backward()
+    states = [value for one in lean.optimizers for state in one.state.values() for value in state.values()]
+    held = sum(value.nbytes for value in states if value.ndim)
+    assert plan.step_of("tiny", TwinFlowLoss(), 4, "in backward")["optimiser"] == held
+    assert held < 0.35 * calls.nbytes(net.parameters())
 
 
 def test_a_call_without_gradient_comes_on_top_of_the_graph(tiny):
@@ -109,7 +191,8 @@ def test_parts_of_a_step(tiny):
     for figures in found.values():
         assert figures["peak"] == figures["weights"] + figures["optimiser"] + figures["passing"]
     three = plan.step_of("tiny", peers.METHODS["dmd2"](every=1), 4, "float32")
-    assert plan.step_of("tiny", peers.METHODS["dmd2"](every=3), 4, "float32")["peak"] == three["peak"]
+    some = plan.step_of("tiny", peers.METHODS["dmd2"](every=3), 4, "float32")["peak"]
+    assert some == pytest.approx(three["peak"], rel=0.05), "but for a table that Qwen-Image's first call leaves"
     assert three["trained"] == 3 * count and three["weights"] == 4 * 5 * count and three["optimiser"] == 3 * 8 * count
 
 

@@ -11,9 +11,9 @@ from test_cli import fails
 from test_nets import published
 
 from tinytwinflow.__main__ import main
+from tinytwinflow.folder import read_log, trained
 from tinytwinflow.nets.dit import SIZES
 from tinytwinflow.recipes import RECIPES
-from tinytwinflow.runs import read_log, trained
 
 ENGINE = [
     "steps=4",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 import tinytwinflow as ttf
 from tinytwinflow import scale, sharded
 from tinytwinflow.data import Points
-from tinytwinflow.runs import trained
+from tinytwinflow.folder import trained
 from tinytwinflow.train import autocast, loss_of_batch, new_state, train
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -182,25 +183,24 @@ def loaded_again(world):
     return {"weights": weights, "moments": [whole(state.optimizer.state[p]["exp_avg"]) for p in state.net.parameters()]}
 
 
-def one_process_like(size):
+def one_process_like(size, state=None, batch_of=batch_of, null=None, ema=0.999):
     """The same three steps by one process: the mean of the gradients of what each process would do."""
-    net = small_net()
-    state = new_state(net)
-    records = []
+    state, null, records = state or new_state(small_net()), null or torch.tensor([3]), []
+    peak = state.optimizer.param_groups[0]["lr"]
     worlds = [scale.World(rank, size, "cpu", seed=7) for rank in range(size)]
     for step in range(3):
-        state.optimizer.param_groups[0]["lr"] = 1e-3 * ttf.train.learning_rate(step, 3)
+        state.optimizer.param_groups[0]["lr"] = peak * ttf.train.learning_rate(step, 3)
         state.optimizer.zero_grad()
         totals = []
         for world in worlds:
             same = world.reseed(state.generator, step)
-            x, label = batch_of(world.rank, step)
-            out = loss_of_batch(LOSS, state, x, label, torch.tensor([3]), 0.0, same)
+            x, cond = batch_of(world.rank, step)
+            out = loss_of_batch(LOSS, state, x, cond, null, 0.0, same)
             (out.total / size).backward()
             totals.append(out.total.item())
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(state.net.parameters(), 1.0)
         state.optimizer.step()
-        state.follow(0.999, 0.99)
+        state.follow(ema, 0.99)
         state.step += 1
         records.append(sum(totals) / size)
     return state, records
@@ -229,6 +229,66 @@ def test_training_in_pieces_is_training_and_its_checkpoint_loads_on_any_number(t
         assert all(torch.equal(a, b) for a, b in zip(other["moments"], found[0]["moments"]))
         for a, p in zip(other["moments"], alone.net.parameters()):
             assert torch.equal(a, alone.optimizer.state[p]["exp_avg"]) and a.abs().max() > 0
+
+
+def backbone(weights=True):
+    """A tiny SD3 in bfloat16 with adapters in float32; those of the student and its average are not zero."""
+    import diffusers
+    from test_pretrained import TINY
+
+    from tinytwinflow import large
+    from tinytwinflow.pretrained import Velocity
+
+    torch.manual_seed(0)
+    net = Velocity(diffusers.SD3Transformer2DModel(**TINY["SD3Transformer2DModel"])).bfloat16()
+    large.adapt(net, 3)
+    for name, parameter in net.named_parameters():
+        if weights and name.endswith("_B.weight"):
+            torch.nn.init.normal_(parameter, std=0.05)
+    return net
+
+
+def of_adapters(net, place):
+    from tinytwinflow import large
+
+    return large.state_of(net, {"lora_rank": 3, "lr": 0.1, "seed": 0}, place)
+
+
+def prompts_of(rank, step=0):
+    draw = torch.Generator().manual_seed(100 * step + rank)
+    words = {"prompt_embeds": torch.randn(6, 5, 12, generator=draw), "pooled": torch.randn(6, 10, generator=draw)}
+    return torch.randn(6, 4, 8, 8, generator=draw), words
+
+
+NULL = {"prompt_embeds": torch.zeros(1, 5, 12), "pooled": torch.zeros(1, 10)}
+
+
+def adapters_in_pieces(world):
+    """Three steps of adapters in float32 on pieces of bfloat16; the record and all weights."""
+    state = scale.start(backbone, world, parallel="fsdp", make=of_adapters, recompute=True)
+    batch = partial(prompts_of, world.rank)
+    records = list(train(state, LOSS, batch, 3, ema=0.9, null=NULL, world=world, clip_norm=1.0))
+    return {"records": records, "weights": {name: whole(value) for name, value in state.net.state_dict().items()}}
+
+
+def test_adapters_in_float32_learn_on_pieces_of_bfloat16(tmp_path):
+    """Two sharded processes, their blocks computed again in the backward pass = one process fed with both parts, but
+    for roundings, which AdamW makes a part of a step; the backbone stays in bfloat16 and where it was."""
+    pytest.importorskip("diffusers")
+    found = together(2, "adapters_in_pieces", tmp_path)
+    state, began = of_adapters(backbone(), lambda net: net), backbone().state_dict()
+    state.restart()
+    state, totals = one_process_like(2, state, prompts_of, NULL, ema=0.9)
+    learnt = {name for name, p in state.net.named_parameters() if p.requires_grad}
+    for mine in found:
+        assert [record["total"] for record in mine["records"]] == pytest.approx(totals, rel=1e-3)
+        here = state.net.state_dict()
+        wrong = sum((mine["weights"][name] - here[name]).square().sum() for name in learnt)
+        assert wrong < 0.03**2 * sum((here[name] - began[name]).square().sum() for name in learnt)
+        assert {mine["weights"][name].dtype for name in learnt} == {torch.float32}
+        still = [name for name in began if name not in learnt and "average" not in name]
+        assert all(torch.equal(mine["weights"][name], began[name]) for name in still)
+        assert sum(began[name].dtype == torch.bfloat16 for name in still) > 30
 
 
 def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path):

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from tinytwinflow import Losses, TwinFlowLoss, ema
 from tinytwinflow.data import Points
 from tinytwinflow.files import load
+from tinytwinflow.folder import read_log, sampled, trained
 from tinytwinflow.nets import MLP
 from tinytwinflow.recipes import settings as recipe
-from tinytwinflow.runs import continue_run, read_log, sampled, start, trained
+from tinytwinflow.runs import continue_run, start
 from tinytwinflow.train import learning_rate, new_state, save, train
 
 SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "base_steps=0", "eval_samples=64"]

@@ -7,9 +7,11 @@
     out = loss(net, x)                          # out.total.backward()
     x = ttf.sample(net, z, steps=1)
 
-The rooms, in reading order: path, exact, twin, parts, losses, samplers, reference, peers, nets, files, toys, data,
-latents, images, metrics, ema, train, features; and for large backbones scale, sharded, families, pretrained, lora,
-lean, large.
+The rooms, in reading order; each imports only those before it: path, exact, twin, parts, distance, losses, samplers,
+reference, files, nets, peers, ema, toys, data, latents, images, metrics, features, pictures, tables, train, config,
+recipes, scale; for backbones families, pretrained, lora, lora_files, lean, large, prompts, texts; from settings to
+results sharded, build, folder, runs, evaluate; for costs bench, memory, calls, plan, compare, bench_large; and the
+command line, arguments.
 """
 
 from . import (

@@ -9,23 +9,14 @@ import torch
 
 from . import bench, bench_large, compare, images, lora_files, memory, pictures, plan, pretrained, prompts, scale, texts
 from .arguments import config_of, device_of, parser
+from .config import loss_of, method_of
 from .data import restore
 from .evaluate import evaluate, table
 from .files import write_json
+from .folder import backbone_of, finished, has_checkpoint, painter, read_config, read_log, sampled, trained
 from .latents import autoencoder, decode, encode
-from .recipes import loss_of, method_of, settings
-from .runs import (
-    backbone_of,
-    continue_run,
-    finished,
-    has_checkpoint,
-    painter,
-    read_config,
-    read_log,
-    sampled,
-    start,
-    trained,
-)
+from .recipes import settings
+from .runs import continue_run, start
 from .train import COMPILE
 
 
@@ -207,14 +198,19 @@ def run_bench(args):
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
-    if args.compile not in COMPILE:
+    if args.compile not in (None, *COMPILE):
         raise ValueError(f"--compile must be one of {', '.join(COMPILE)}, got {args.compile!r}")
-    if args.net in plan.BACKBONES:
-        bench_large.bench(args.net, args.training, args.batch_size, device_of(args.device))
+    of_backbone, device = args.net in plan.BACKBONES, device_of(args.device)
+    for name in ("compile",) if of_backbone else ("training", "methods"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} is not for {args.net}")
+    if args.batch_size == bench_large.LARGEST and not of_backbone:
+        raise ValueError(f"--batch-size {bench_large.LARGEST} is not for {args.net}")
+    if of_backbone:
+        for method in args.methods or ["twinflow"]:
+            bench_large.bench(args.net, args.training or "adapters", args.batch_size or 1, device, method)
     else:
-        bench.bench(device_of(args.device), args.net, compile=args.compile)
+        bench.bench(device, args.net, args.batch_size, compile=args.compile or "none")
 
 
 def main(argv=None):

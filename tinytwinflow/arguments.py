@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import compare, images, plan
+from . import bench_large, compare, images, plan
 from .prompts import LAYOUTS
 from .recipes import RECIPES, settings
 from .samplers import MODES
@@ -25,6 +25,13 @@ def seed(text):
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to 2^63 - 1, got {text}")
     return int(text)
+
+
+def rows(text):
+    """A batch size: a number, or "largest". Raises ArgumentTypeError for another text."""
+    if text != bench_large.LARGEST and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"a batch has 1 row or more, or is the {bench_large.LARGEST}, got {text}")
+    return text if text == bench_large.LARGEST else int(text)
 
 
 def parser():
@@ -125,10 +132,12 @@ def parser():
 
     speed = add("bench", "step time, sampling time, memory, and share of the machine's matrix peak")
     speed.add_argument("--net", default="mlp", help=f"mlp (default), dit-s-2 ... dit-xl-8, {', '.join(plan.BACKBONES)}")
-    known = f"of a backbone: {', '.join(plan.TRAININGS)} (default the first)"
-    speed.add_argument("--training", default="adapters", help=known)
-    speed.add_argument("--batch-size", type=int, default=1, metavar="B", help="of a backbone (default 1)")
-    speed.add_argument("--compile", default="none", help=f"{', '.join(COMPILE)}: how torch.compile is called")
+    speed.add_argument("--training", help=f"of a backbone: {', '.join(plan.TRAININGS)} (default the first)")
+    speed.add_argument("--methods", nargs="+", help="of a backbone: twinflow (default), flow matching, dmd2 ...")
+    speed.add_argument(
+        "--batch-size", type=rows, metavar="B", help="rows, of a backbone 1 by default; or largest: what the GPU holds"
+    )
+    speed.add_argument("--compile", help=f"of another net: {', '.join(COMPILE)}: how torch.compile is called")
     speed.add_argument("--device", default="cpu")
     speed.add_argument("--threads", type=int, help="CPU threads")
     return whole

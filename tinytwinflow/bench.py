@@ -9,10 +9,11 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from .config import loss_of
 from .ema import average_of, update
 from .losses import TwinFlowLoss
 from .nets import MLP, dit
-from .recipes import loss_of, settings
+from .recipes import settings
 from .samplers import sample
 from .train import adamw, autocast
 

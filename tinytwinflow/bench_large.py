@@ -1,17 +1,22 @@
 """What a training step and a sample of a large backbone really cost on this machine, its weights random."""
 
+import gc
+import re
 from functools import partial
+from itertools import islice
 
 import torch
 
 from . import large
 from .bench import peak_memory, seconds
 from .calls import BACKBONES, condition, structure
+from .compare import entry
+from .config import loss_of
 from .parts import normal
-from .recipes import loss_of, settings
+from .recipes import FLOW_MATCHING, RCGM, settings
 from .samplers import sample
 from .scale import prepare
-from .train import WEIGHTS, train
+from .train import WEIGHTS, autocast, train
 
 CHANGES = {  # of recipe text; see plan.TRAININGS
     "adapters": (),
@@ -19,6 +24,7 @@ CHANGES = {  # of recipe text; see plan.TRAININGS
     "float32": ("lora_rank=0", "weights=float32", "precision=bf16"),
 }
 SMALL = {"num_layers": 1, "num_attention_heads": 2}  # on a CPU
+LARGEST = "largest"  # in place of a batch size
 
 
 def with_random_weights(net, dtype, device):
@@ -29,43 +35,113 @@ def with_random_weights(net, dtype, device):
     return net
 
 
-def bench(name, training="adapters", batch_size=1, device="cpu"):
-    """Train a backbone of its real configuration for some steps, sample from it, and print what it takes.
+def loss_for(method, training, config):
+    """The loss of a method: TwinFlow's and its parts' as recipe text has them, a peer's as `compare` has it."""
+    own = {"twinflow": {}, "rcgm": RCGM, "flow matching": {**FLOW_MATCHING, "guidance": 0.0}}
+    if method in own:
+        return loss_of({**config, **own[method]})
+    loss = loss_of(entry(method))
+    if training != "float32" and set(loss.helpers.values()) - {"average"}:
+        raise ValueError(f"{method} needs networks beside the one that learns: take --training float32")
+    return loss
 
-    On a CPU one layer of two heads stands for it, on latents of 16 x 16. -> dict of the figures. Raises ValueError for
-    an unknown backbone or training.
-    """
-    if training not in CHANGES:
-        raise ValueError(f"training must be one of {', '.join(CHANGES)}, got {training!r}")
+
+def largest(fits):
+    """The most rows for which fits(rows) is true, found by doubling, then halving; 0 if a single one is too many."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def prepared(name, training, device, method):
+    """A backbone in training.  -> State, settings, batch: rows -> x, cond, and steps: rows -> records without end."""
     config, on_gpu = {"seed": 0, **settings("text", CHANGES[training])}, torch.device(device).type == "cuda"
-    net = structure(name, **({} if on_gpu else small(name)))
-    channels, height, width = BACKBONES[name][2]
-    shape = (channels, height, width) if on_gpu else (channels, 16, 16)
-    net = with_random_weights(net, WEIGHTS[config["weights"]], device)
+    loss, net = loss_for(method, training, config), structure(name, **({} if on_gpu else small(name)))
+    _, _, shape, tokens = BACKBONES[name]
+    shape = shape if on_gpu else (shape[0], 16, 16)
+    with_random_weights(net, WEIGHTS[config["weights"]], device)
     if config["lora_rank"]:
         large.adapt(net, config["lora_rank"])
-    state = large.state_of(net, config, partial(prepare, recompute=True))
-    tokens, draw = BACKBONES[name][3], torch.Generator(device).manual_seed(0)
-    cond = condition(net, batch_size, tokens, torch.ones, device)
-    x = normal(torch.empty(batch_size, *shape, device=device), draw)
-    null = {key: value[:1] for key, value in cond.items()}
+    state = large.state_of(net, config, partial(prepare, recompute=True), getattr(loss, "helpers", None))
     options = {key: config[key] for key in ("ema", "teacher_ema", "precision")}
-    records = train(state, loss_of(config), lambda step: (x, cond), 10**6, null=null, **options)
-    next(records)
-    steps = 8 if on_gpu else 2
-    times = [seconds(partial(next, records), device) for _ in range(steps)]
-    memory = peak_memory(lambda: [next(records) for _ in range(steps)], device)
-    sampling = {}
-    for calls in (1, 2, 100):
-        sampling[calls] = seconds(partial(sample, state.average, x, calls, cond=cond), device)
+
+    def batch(rows):
+        x = normal(torch.empty(rows, *shape, device=device), torch.Generator(device).manual_seed(0))
+        return x, condition(net, rows, tokens, torch.ones, device)
+
+    def steps(rows):
+        some = batch(rows)
+        null = {key: value[:1] for key, value in some[1].items()}
+        return train(state, loss, lambda step: some, 10**6, null=null, **options)
+
+    return state, config, batch, steps
+
+
+def release():
+    """Give back what only cycles hold, as networks and their hooks are held, and what the allocator keeps of it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def fits(steps, rows):
+    """Whether some steps of so many rows find the memory that they need."""
+    release()
+    try:
+        return len(list(islice(steps(rows), 3))) == 3
+    except torch.OutOfMemoryError:
+        return False
+
+
+def bench(name, training="adapters", batch_size=1, device="cpu", method="twinflow"):
+    """Train a backbone of its real configuration for some steps, sample from it, and print what it takes.
+
+    method: as in `compare`; a peer that needs networks beside the one that learns is for training "float32".
+    batch_size: rows, or "largest": as many as the GPU's memory holds. On a CPU one layer of two heads stands for the
+    backbone, on latents of 16 x 16. -> dict of the figures. Raises ValueError for an unknown backbone, training or
+    method, for what does not go together, and if the memory does not suffice.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}: choose from {', '.join(BACKBONES)}")
+    if training not in CHANGES:
+        raise ValueError(f"training must be one of {', '.join(CHANGES)}, got {training!r}")
+    if batch_size == LARGEST and not on_gpu:
+        raise ValueError(f"the largest batch is looked for on a GPU, not on {device}: give --batch-size a number")
+    release()
+    try:
+        state, config, batch, steps = prepared(name, training, device, method)
+        rows = max(1, largest(partial(fits, steps))) if batch_size == LARGEST else batch_size
+        release()
+        records, times, (x, cond) = steps(rows), [], batch(rows)
+        next(records)
+        some = 24 if on_gpu else 2  # taken twice. A step of one row has one part of the loss, the rarest 1 in 6
+        memory = peak_memory(lambda: times.extend(seconds(partial(next, records), device) for _ in range(some)), device)
+        with autocast(device, config["precision"]):
+            draw = partial(sample, state.average, x, cond=cond)
+            draw(1)
+            sampling = {calls: seconds(partial(draw, calls), device) for calls in (1, 2, 100)}
+        if training == "in backward":
+            state.optimizer.stop()
+    except torch.OutOfMemoryError as error:
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        smaller = "" if batch_size in (1, LARGEST) else "a smaller --batch-size, or "
+        raise ValueError(
+            f"{device} has no memory left for {name}, {training}, {method}, batch {batch_size} "
+            f"({asked[1] if asked else 'more'} was asked for): "
+            f"try {smaller}--training {' or '.join(other for other in CHANGES if other != training)}"
+        ) from None
     what = name if on_gpu else f"one layer of two heads (on a CPU in place of {name})"
-    count = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    print(f"{what}, {training}: {count / 1e6:,.1f} M parameters learn, latents {' x '.join(map(str, shape))}, ", end="")
-    print(f"batch {batch_size}, {device}, torch {torch.__version__}")
-    print(f"training step: mean {sum(times) / steps:.3f} s of {steps}, longest {max(times):.3f} s, ", end="")
+    count = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
+    print(f"{what}, {training}, {method}: {count / 1e6:,.1f} M parameters learn, ", end="")
+    print(f"latents {' x '.join(map(str, x.shape[1:]))}, batch {rows}, {device}, torch {torch.__version__}")
+    print(f"training step: mean {sum(times) / len(times):.3f} s of {len(times)}, longest {max(times):.3f} s, ", end="")
     print(f"peak memory {memory / 2**30:.1f} GiB{'' if on_gpu else ' of the whole process'}")
     print("sampling: " + ", ".join(f"{calls} NFE {value:.3f} s" for calls, value in sampling.items()))
-    return {"step": times, "memory": memory, "sampling": sampling, "parameters": count}
+    return {"rows": rows, "step": times, "memory": memory, "sampling": sampling, "parameters": count}
 
 
 def small(name):

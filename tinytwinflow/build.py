@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 
 from . import large, scale
+from .config import loss_of
 from .data import Points
 from .files import load, load_weights
 from .images import Images
 from .nets import MLP, DiT, UNet, dit, load_published
-from .recipes import loss_of
 from .texts import LATENTS, Texts
 from .train import new_state
 

@@ -6,11 +6,15 @@ and no memory, while all bytes are counted.
 """
 
 import math
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from unittest.mock import patch
 
 import torch
 from torch.nn import functional as f
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .losses import TwinFlowLoss
@@ -114,38 +118,67 @@ def _fused(query, key, value, *_, **__):
     return _Fused.apply(query, key, value)
 
 
+CASTS = {  # of the functions in torch's lists of what autocast casts on CUDA, those that the backbones call
+    torch.bfloat16: ((f, "linear"), (f, "conv2d"), (f, "scaled_dot_product_attention"), (torch, "matmul"),
+                     (torch, "einsum")),
+    torch.float32: ((f, "layer_norm"), (f, "rms_norm")),
+}  # fmt: skip
+
+
+def _cast(function, dtype, *args, **kwargs):
+    args, kwargs = tree_map(
+        lambda x: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x, (args, kwargs)
+    )
+    return function(*args, **kwargs)
+
+
+@contextmanager
+def as_on_gpu(autocast):
+    """Networks on the meta device hold inside what they would on a GPU: attention is fused, and with autocast tensors
+    are cast as torch.autocast does, which knows no meta device.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(f, "scaled_dot_product_attention", _fused))
+        for dtype, functions in CASTS.items() if autocast else ():
+            for room, name in functions:
+                stack.enter_context(patch.object(room, name, partial(_cast, getattr(room, name), dtype)))
+        yield
+
+
 def _free(parameter):
     parameter.grad = None
 
 
-def activations(net, shape, tokens, calls, free_gradients=False):
+def activations(net, shape, tokens, calls, free_gradients=False, autocast=False, others=None):
     """Most bytes that the calls and their backward pass hold beyond the weights, gradients included.
 
-    net: the backbone, its blocks recomputed, which stands for every network that is called. free_gradients: those of
-    weights are let go as soon as they are there.
+    net: the backbone, its blocks recomputed, which stands for every network that is called but for others, those that
+    learn beside it, by name: each has gradients of its own. free_gradients: those of weights are let go as soon
+    as they are there. autocast: networks run under autocast in bfloat16.
     """
-    counter = LiveBytes()
-    counter.hold([*net.parameters(), *net.buffers()])
-    start, graphs = counter.now, []
-    hooks = []
+    counter, networks = LiveBytes(), [net, *(others or {}).values()]
+    parameters = [p for network in networks for p in network.parameters()]
+    counter.hold([*parameters, *(b for network in networks for b in network.buffers())])
+    start, graphs, hooks = counter.now, [], []
     if free_gradients:
-        hooks = [p.register_post_accumulate_grad_hook(_free) for p in net.parameters() if p.requires_grad]
-    with counter, patch.object(f, "scaled_dot_product_attention", _fused):
-        for call in calls:
-            x = torch.empty(call.rows, *shape, device="meta")
-            t = torch.empty(call.rows, device="meta")
-            with torch.set_grad_enabled(call.gradient):
-                y = net(x, t, t, condition(net, call.rows, tokens))
-            if call.gradient:
-                graphs.append(y)
-            del y
+        hooks = [p.register_post_accumulate_grad_hook(_free) for p in parameters if p.requires_grad]
+    with counter, as_on_gpu(autocast):
+        for gradient, some in groupby(calls, lambda call: call.gradient):
+            # calls without gradient leave nothing behind: the largest stands for all that follow one another
+            for call in some if gradient else [max(some, key=lambda call: call.rows)]:
+                x, t = torch.empty(call.rows, *shape, device="meta"), torch.empty(call.rows, device="meta")
+                with torch.set_grad_enabled(gradient):
+                    y = (others or {}).get(call.network, net)(x, t, t, condition(net, call.rows, tokens))
+                if gradient:
+                    graphs.append(y)
+                del y
         while graphs:
             y = graphs.pop()
             y.backward(torch.empty_like(y))
             del y
     for hook in hooks:
         hook.remove()
-    for parameter in net.parameters():
+    for parameter in parameters:
         parameter.grad = None
     return counter.peak - start
 

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from . import data, memory, peers, pictures
 from .evaluate import rows_of, yardstick
 from .files import write_json
+from .folder import read_config
 from .recipes import FLOW_MATCHING, RCGM, settings
-from .runs import continue_run, read_config, start
+from .runs import continue_run, start
 from .tables import LINE, NFES, floor_of, summary, table
 
 # the network is a smooth one, for sCM and MeanFlow differentiate it in time, and so learns at a higher rate

@@ -9,11 +9,14 @@ from typing import NamedTuple
 import torch
 
 from . import metrics, toys
+from .build import data_of
+from .config import method_of, mode_of
 from .features import Inception, classifier_of, features_of
 from .files import write_json
+from .folder import finished, read_config, refuse_backbone, sampled, trained
 from .latents import autoencoder, decode
-from .recipes import FLOW_MATCHING, method_of, mode_of
-from .runs import continue_run, data_of, finished, read_config, refuse_backbone, sampled, start, trained
+from .recipes import FLOW_MATCHING
+from .runs import continue_run, start
 
 BASELINE = "flow-matching"
 

@@ -37,6 +37,8 @@ def _flux(model, x, t, cond):
 
 
 def _qwen(model, x, t, cond):
+    # a mask keeps attention from its fastest kernel even if it is all true, but to see whether it is would stop and
+    # wait for the GPU at each call, and prompts of a batch are seldom of one length
     prompt, mask = cond["prompt_embeds"], cond["prompt_mask"].bool()
     image = {"hidden_states": pack(x), "img_shapes": [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x)}
     text = {"encoder_hidden_states": prompt, "encoder_hidden_states_mask": mask}

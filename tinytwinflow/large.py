@@ -62,9 +62,10 @@ def linear_layers(net):
     ]
 
 
-def state_of(net, config, place):
+def state_of(net, config, place, helpers=None):
     """The State of a backbone in training, as its settings say: adapters, all parameters in float32 with an average,
-    or all parameters, stepped and rounded one by one inside the backward pass.
+    or all parameters, stepped and rounded one by one inside the backward pass. helpers: of a peer's loss, see `peers`;
+    only where all parameters are in float32 are they made.
     """
     if config["lora_rank"] or config["optimizer"] == "adafactor":
         place(net)
@@ -76,7 +77,7 @@ def state_of(net, config, place):
         trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         optimizer = lean.in_backward(trained, config["lr"], seed=config["seed"])
         return Own(net, net, None, optimizer, generator, none)
-    return new_state(net, config["lr"], seed=config["seed"], place=place, one_average=True)
+    return new_state(net, config["lr"], seed=config["seed"], helpers=helpers, place=place, one_average=True)
 
 
 def weights_of(net, config):

@@ -43,7 +43,7 @@ def in_backward(parameters, lr, make_optimizer=torch.optim.Adafactor, seed=0):
             raise ValueError(f"{name} is {kind}: training inside backward takes trainable float32 or bfloat16")
     optimizer = InBackward(parameters, lr, make_optimizer, seed)
     for number, (_, p) in enumerate(parameters):
-        p.register_post_accumulate_grad_hook(partial(optimizer.update, number))
+        optimizer.hooks.append(p.register_post_accumulate_grad_hook(partial(optimizer.update, number)))
     return optimizer
 
 
@@ -54,7 +54,8 @@ class InBackward:
 
     An optimiser sees a float32 stand-in, which exists only during its step: of a float32 parameter the parameter's
     own memory, of a bfloat16 one a copy, written back with `stochastic_round`. Of a parameter sharded by FSDP2 it sees
-    this process's piece, so Adafactor's statistics of rows and columns are those of the piece.
+    this process's piece, so Adafactor's statistics of rows and columns are those of the piece. A convolution's weight
+    (out, in, *kernel) is shown, and its state saved, as the matrix (out, in * kernel), see `as_matrix`.
 
     What a rounding draws depends on the seed, the parameter's number and how many steps it took, and on nothing else:
     a resumed run repeats it, whatever the order of the parameters in backward.
@@ -65,7 +66,7 @@ class InBackward:
         self.param_groups = [{"params": everything, "lr": lr, "initial_lr": lr}]
         self.stand_ins = [torch.nn.Parameter(torch.empty(0, dtype=torch.float32, device=p.device)) for p in everything]
         self.optimizers = [make_optimizer([stand_in], lr=lr) for stand_in in self.stand_ins]
-        self.seed, self.steps = seed, [0] * len(everything)
+        self.seed, self.steps, self.hooks = seed, [0] * len(everything), []
         self.generators = {p.device: torch.Generator(p.device) for p in everything}
 
     @torch.no_grad()
@@ -77,18 +78,26 @@ class InBackward:
         self.steps[number] += 1
         if weight.numel():  # a process may hold no row of a small parameter
             stand_in, optimizer = self.stand_ins[number], self.optimizers[number]
-            stand_in.data, stand_in.grad = weight.float(), grad.float()
+            stand_in.data, stand_in.grad = as_matrix(weight.float()), as_matrix(grad.float())
             p.grad = grad = None
             optimizer.param_groups[0]["lr"] = self.param_groups[0]["lr"]
             optimizer.step()
+            stepped = stand_in.data
             if weight.dtype == torch.bfloat16:
-                weight.copy_(stochastic_round(stand_in.data, self.reseeded(number, weight.device)))
+                stepped = stochastic_round(stepped, self.reseeded(number, weight.device))
+            if stepped.data_ptr() != weight.data_ptr():  # where a float32 weight is shown as it lies, it has moved
+                weight.copy_(stepped.view(weight.shape))
             stand_in.data, stand_in.grad = torch.empty(0, device=weight.device), None
         p.grad = None
 
     def reseeded(self, number, device):
         key = np.random.SeedSequence((self.seed, number, self.steps[number]))
         return self.generators[device].manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+
+    def stop(self):
+        """Let backward passes be. Until then Python frees no parameter: their hooks hold them, where it cannot see."""
+        for hook in self.hooks:
+            hook.remove()
 
     def step(self):
         """Nothing: backward has taken the step."""
@@ -111,6 +120,15 @@ class InBackward:
             optimizer.load_state_dict(saved["states"][name])
         self.steps, self.seed = list(saved["steps"]), saved["seed"]
         self.param_groups[0].update(lr=saved["lr"], initial_lr=saved["initial_lr"])
+
+
+def as_matrix(x):
+    """A tensor of more than two dimensions as a matrix, its first dimension the rows; any other as it is.
+
+    Adafactor keeps a number for each row and column of the last two dimensions: two for each weight of a 1 x 1
+    convolution, where AdamW keeps no more.
+    """
+    return x.flatten(1) if x.ndim > 2 else x
 
 
 def local(p):

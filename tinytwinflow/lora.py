@@ -42,8 +42,9 @@ def add(net, layers, rank, alpha=None, also=(), dtype=None, seed=0):
     """Freeze a network and put adapters on linear layers of it, in place; its function stays what it was.
 
     layers: endings of their names such as "attn.to_q", or patterns such as "blocks.*.to_?"; if net has a `model`, as
-    a wrapped backbone has, layers of that are meant. alpha: default rank. dtype: of the adapters and of `also`, best
-    float32 if the weights are bfloat16; default as they are. seed: of A, uniform in +-1 / sqrt(inputs); B begins at 0.
+    a wrapped backbone has, layers of that are meant. alpha: default rank. dtype: that adapters and `also` are kept in,
+    best float32 if the weights are bfloat16; default as they are. seed: of A, uniform in +-1 / sqrt(inputs); B begins
+    at 0.
 
     also: names of modules to be trained in full, such as time embedders. Of each two copies are kept, its average
     and the original. Raises ValueError for names that are not there or fit no linear layer, and for other numbers.
@@ -158,8 +159,12 @@ def _adapt(layer, inputs, output):
     adapters = layer.lora
     if adapters.merged or adapters.active == ORIGINAL:
         return output
-    A, B = (getattr(layer, part) for part in PAIRS[adapters.active])
-    change = B(A(inputs[0].to(A.weight.dtype)))
+    x = inputs[0]
+    # in the layer's precision: float32 matrices keep small steps, and rounded for a product they are in error by no
+    # more than the layer's own output is, which is a sum of the same precision; in float32 the product of a GPU is
+    # some ten times as slow
+    A, B = (getattr(layer, part).weight.to(x.dtype) for part in PAIRS[adapters.active])
+    change = nn.functional.linear(nn.functional.linear(x, A), B)
     return output + (adapters.alpha / adapters.rank * change).to(output.dtype)
 
 

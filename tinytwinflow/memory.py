@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .bench import in_turn
+from .build import net_of
+from .config import loss_of
 from .data import Points
 from .nets.dit import DiT, dimensions
-from .recipes import loss_of
-from .runs import net_of
 from .train import autocast, loss_of_batch, new_state, train
 
 

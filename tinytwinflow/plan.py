@@ -1,18 +1,20 @@
 """What a training step of a large backbone needs: bytes, operations and traffic, on one GPU and on many."""
 
+import copy
 import math
 
 import torch
 
 from .calls import BACKBONES, activations, backbone, calls_of, flops, nbytes, work
 from .large import adapt
-from .lean import in_backward
+from .lean import as_matrix, in_backward
 from .memory import LiveBytes
 from .scale import forget
 
 METHODS = ("twinflow", "dmd2", "sana-sprint")
 TRAININGS = {  # what learns, in which precision it is kept, its optimiser
-    "adapters": "rank 64 on attention and MLPs, float32, with their average; AdamW; the backbone bf16, frozen",
+    "adapters": "rank 64 on the linear layers of attention and MLPs (SANA's MLPs are convolutions, which get none), "
+    "float32, with their average; AdamW; the backbone bf16, frozen",
     "in backward": "all parameters, bf16, no average; Adafactor inside the backward pass, random rounding",
     "float32": "all parameters and one average, float32; AdamW; computed in bf16",
 }
@@ -21,50 +23,73 @@ TRAININGS = {  # what learns, in which precision it is kept, its optimiser
 def of_one_step(shape):
     """Most bytes that a step of one bfloat16 parameter inside the backward pass holds beyond it, for a moment."""
     parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
-    in_backward([("parameter", parameter)], lr=1e-5)
+    optimizer = in_backward([("parameter", parameter)], lr=1e-5)
     counter = LiveBytes()
     counter.hold([parameter])
     start = counter.now
     with counter:
         parameter.sum().backward()
+    optimizer.stop()
     return counter.peak - start
 
 
-def step_of(name, loss, batch_size, training, rank=64, steps=24):
+def steps_of(loss, batch_size, steps=96):
+    """The calls of so many steps, enough to have drawn each division of the rows among the parts, the rarest 1 in 6."""
+    return [tuple(calls_of(loss, batch_size, seed)) for seed in range(steps)]
+
+
+def heaviest(steps):
+    """Of all steps those that may need most: none whose calls are, in order and with as many rows, within another's."""
+
+    def within(step, other):
+        rest = iter(other)
+        return all(any(covers(there, call) for there in rest) for call in step)
+
+    def covers(there, call):
+        same = there.gradient == call.gradient and (there.network == call.network or not call.gradient)
+        return same and there.rows >= call.rows
+
+    kept = []
+    for step in sorted(dict.fromkeys(steps), key=lambda step: -sum(call.rows for call in step)):
+        if not any(within(step, other) for other in kept):
+            kept.append(step)
+    return kept
+
+
+def step_of(name, loss, batch_size, training, rank=64):
     """Bytes and floating-point operations of a training step of a backbone; see TRAININGS.
 
-    weights: all networks that the loss needs, and averages; optimiser: its state; passing: the most that any of so
-    many steps makes and lets go, gradients included; peak: their sum; flops: the mean of the steps.
+    weights: all networks that the loss needs, and averages; optimiser: its state; passing: the most that any step
+    makes and lets go, gradients included; peak: their sum; flops: the mean of the steps.
     """
     net, shape = backbone(name)
     tokens, low_rank, layerwise = BACKBONES[name][3], training == "adapters", training == "in backward"
     operations = flops(net, shape, tokens)
     for block in net.blocks():
         forget(block)
-    whole = nbytes(net.parameters())
-    networks = [kind for kind in getattr(loss, "helpers", {}).values() if kind not in ("average", "original")]
-    learning = 1 + sum(kind in ("trained", "critic") for kind in networks)
+    helpers = {key: kind for key, kind in getattr(loss, "helpers", {}).items() if kind != "average"}
+    learning = 1 + sum(kind != "frozen" for kind in helpers.values())
     if low_rank:
         adapt(net, rank)
+    elif not layerwise:
+        net.float()
     trained = [p for p in net.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     if low_rank:
         weights = nbytes(net.parameters()) + (learning - 1) * nbytes(trained)
         optimiser = learning * 2 * nbytes(trained)
     elif layerwise:
-        weights = whole * (1 + len(networks))
-        rows_and_columns = [p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in trained if p.ndim > 1]
-        optimiser = learning * 4 * (sum(rows_and_columns) + sum(p.numel() for p in trained if p.ndim == 1))
+        weights = nbytes(net.parameters()) * (1 + len(helpers))
+        optimiser = learning * 4 * sum(sum(as_matrix(p).shape) for p in trained)  # a number a row and a column
     else:
-        weights = 4 * count * (2 + len(networks))
-        optimiser = learning * 8 * count
-    steps = [calls_of(loss, batch_size, seed) for seed in range(steps)]
-    heaviest = max(steps, key=lambda calls: (sum(c.rows for c in calls if c.gradient), max(c.rows for c in calls)))
-    passing = activations(net, shape, tokens, heaviest, free_gradients=not low_rank)
+        weights = nbytes(net.parameters()) * (2 + len(helpers))
+        optimiser = learning * 2 * nbytes(trained)
+    steps = steps_of(loss, batch_size)
+    others = {key: copy.deepcopy(net) for key, kind in helpers.items() if kind != "frozen"}
+    how = {"free_gradients": layerwise, "autocast": not (low_rank or layerwise), "others": others}
+    passing = max(activations(net, shape, tokens, calls, **how) for calls in heaviest(steps))
     if layerwise:
         passing += of_one_step(max(trained, key=torch.numel).shape)
-    elif not low_rank:
-        passing += learning * 4 * count
     mean = sum(work(calls, low_rank) for calls in steps) / len(steps)
     return {
         "trained": learning * count,
@@ -95,12 +120,15 @@ def traffic(net, calls, machines=1, parallel="fsdp"):
 
 def spread(name, loss, batch_size):
     """Print how training all parameters in float32 spreads over 8, 64 and 1,000 GPUs, so many rows on each."""
-    net, _ = backbone(name)
-    figures = step_of(name, loss, batch_size, "float32")
-    steps = [calls_of(loss, batch_size, seed) for seed in range(24)]
+    net, shape = backbone(name)  # in bfloat16, as pieces are gathered
+    figures, steps = step_of(name, loss, batch_size, "float32"), steps_of(loss, batch_size)
     calls, block = max(steps, key=len), 2 * max(nbytes(block.parameters()) for block in net.blocks())
     gradients = 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
-    held, own = figures["weights"] + figures["optimiser"] + gradients, figures["passing"] - gradients + block
+    for each in net.blocks():
+        forget(each)
+    how = {"free_gradients": True, "autocast": True}
+    own = block + max(activations(net, shape, BACKBONES[name][3], calls, **how) for calls in heaviest(steps))
+    held = figures["weights"] + figures["optimiser"] + gradients
     print("\nall parameters in float32, with an average, on machines of 8 GPUs; a step:\n")
     print("| GPUs | parallel | held, GiB | from its machine, GB | to its machine, GB | receiving, s | computing, s |")
     print("|---" * 7 + "|")
@@ -113,13 +141,22 @@ def spread(name, loss, batch_size):
             print(f"| {GPUS * machines} | {parallel} | {' | '.join(f'{number:.1f}' for number in numbers)} |")
 
 
-def largest_batch(peak, batch_size, name, loss, training, memory=79 * 2**30):
+def largest_batch(figures, batch_size, name, loss, training, memory=79 * 2**30):
     """The most rows whose step fits into 79 GiB, what a card of 80 GB has to give; 0 if one row does not.
 
-    peak: bytes of a step of batch_size rows. Bytes are linear in the rows but for the few that make up a small batch.
+    figures: of a step of batch_size rows. Bytes grow with the rows along a few straight lines, so each guess is where
+    the line through the last two comes to what there is.
     """
-    more = step_of(name, loss, batch_size + 8, training)["peak"]
-    return max(0, batch_size + math.floor((memory - peak) / ((more - peak) / 8)))
+    if figures["weights"] + figures["optimiser"] >= memory:
+        return 0
+    last, rows = (batch_size, figures["peak"]), batch_size + 8
+    for _ in range(5):
+        now = rows, step_of(name, loss, rows, training)["peak"]
+        slope = max(1, (now[1] - last[1]) / (now[0] - last[0]))
+        last, rows = now, min(max(0, math.floor(now[0] + (memory - now[1]) / slope)), 10**4)
+        if rows in (0, now[0]):
+            break
+    return rows
 
 
 def report(name, losses, batch_size):
@@ -138,5 +175,5 @@ def report(name, losses, batch_size):
             figures = step_of(name, loss, batch_size, training)
             sizes = (f"{figures[key] / 2**30:.1f}" for key in ("weights", "optimiser", "passing", "peak"))
             learnt, work = f"{figures['trained'] / 1e6:,.0f} M", f"{figures['flops'] / 1e15:.2f}"
-            rows = largest_batch(figures["peak"], batch_size, name, loss, training)
+            rows = largest_batch(figures, batch_size, name, loss, training)
             print(f"| {method} | {training} | {learnt} | {' | '.join(sizes)} | {rows} | {work} |", flush=True)

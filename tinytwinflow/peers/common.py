@@ -1,7 +1,7 @@
 """What several peers share: time grids, terms of a loss, fakes, weights held fixed, derivatives along a path."""
 
 from collections import namedtuple
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -40,12 +40,29 @@ def renoise(x, t, generator=None):
     return interpolate(x, z, t), velocity(x, z)
 
 
+class _Fixed(torch.autograd.Function):
+    """A call of a network with a graph of its own, of which the backward pass asks for the input's gradient alone.
+
+    The weights stay what they are, so blocks that are computed again in the backward pass do again what they did.
+    """
+
+    @staticmethod
+    def forward(ctx, net, x, *rest):
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.y = net(ctx.x, *rest)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # whether the caller said retain_graph
+        (gradient,) = torch.autograd.grad(ctx.y, ctx.x, gradient, retain_graph=again)
+        return None, gradient, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
 def fixed(net):
-    """The same function with its weights held fixed: gradient passes to its input, none to its weights."""
-    if not isinstance(net, nn.Module):
-        return net
-    weights = {name: weight.detach() for name, weight in net.state_dict(keep_vars=True).items()}
-    return lambda *args: torch.func.functional_call(net, weights, args)
+    """The same function with its weights held fixed: gradient passes to its input x, none to its weights."""
+    return partial(_Fixed.apply, net) if isinstance(net, nn.Module) else net
 
 
 def fake_score(fake, x_t, t, u, cond=None):
