@@ -1,11 +1,15 @@
 """The command line as a user meets it: what it leaves behind, and one line for each wrong use."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import tinytwinflow
+from tinytwinflow import runs
 from tinytwinflow.__main__ import main
 
 SMALL = ["width=16", "depth=2", "batch_size=16", "steps=6", "warmup_steps=2", "base_steps=1", "eval_samples=64"]
@@ -72,6 +76,29 @@ def test_train_then_sample(tmp_path, capsys):
     assert main(["train", "toy", "--resume", "--out", str(folder)]) == 0
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert "had taken its last step and was measured" in capsys.readouterr().out
+
+
+def test_a_table_of_an_earlier_step_is_not_taken_for_the_last(tmp_path, monkeypatch, capsys):
+    """Stopped, evaluated, resumed, and killed before it was measured: resumed once more it is."""
+    folder, real = tmp_path / "run", runs.save
+
+    def stop(path, content):
+        real(path, content)
+        if content["step"] == 3:
+            raise KeyboardInterrupt
+
+    changes = [*SMALL, "checkpoint_every=3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save", stop)
+        assert main(["train", "toy", "--set", *changes, "--out", str(folder)]) == 130
+    assert main(["evaluate", str(folder)]) == 0
+    early = (folder / "metrics.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("tinytwinflow.__main__.evaluate", lambda *_, **__: runs.read_config("killed here"))
+        assert main(["train", "toy", "--resume", "--out", str(folder)]) == 2
+    assert main(["train", "toy", "--resume", "--out", str(folder)]) == 0
+    assert (folder / "metrics.json").read_text() != early
+    assert check_metrics(folder) == {("twinflow", n) for n in (1, 2, 4)}
 
 
 @pytest.mark.parametrize("mode", ["any", "few", "multi"])
@@ -208,6 +235,7 @@ def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
     fails(capsys, ["bench", "--training", "adapters"], "--training is not for mlp")
     fails(capsys, ["bench", "--batch-size", "largest"], "--batch-size largest is not for mlp")
     fails(capsys, ["bench", "--net", "qwen-image", "--compile", "default"], "--compile is not for qwen-image")
+    fails(capsys, ["bench", "--net", "qwen_image", "--training", "adapters"], "unknown net 'qwen_image'", "qwen-image")
     fails(capsys, ["bench", "--batch-size", "0"], "a batch has 1 row or more")
     fails(capsys, ["bench", "--compile", "yes"], "--compile must be one of none, default")
     fails(capsys, ["memory", "--net", "unet"], "unknown net 'unet'", "dit-s-2")
@@ -310,3 +338,20 @@ def test_bench_of_a_dit_runs_a_small_one_on_a_cpu(capsys, monkeypatch):
     assert figures["sampling"].keys() == {1, 2, 100} and figures["sampling"][100] > 10 * figures["sampling"][1]
     with pytest.raises(ValueError, match="unknown DiT 'xxl-2'"):
         bench.bench(net="dit-xxl-2")
+
+
+def test_each_room_imports_only_those_before_it():
+    """The rooms that the package names are all there are, and no import goes forward in that order."""
+    folder = Path(tinytwinflow.__file__).parent
+    there = {path.stem: [path] for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    there |= {path.parent.name: list(path.parent.glob("*.py")) for path in folder.glob("*/__init__.py")}
+    text = tinytwinflow.__doc__.split("only those before it:")[1]
+    rooms = [room for room in re.findall(r"[a-z_]+", text) if room in there]
+    assert len(rooms) == len(set(rooms)) == len(there)
+    for i, room in enumerate(rooms):
+        for file in there[room]:
+            code, outside = file.read_text(), re.escape("." if file.parent == folder else "..")
+            named = re.findall(rf"^ *from {outside}(\w+)", code, re.MULTILINE)
+            listed = re.findall(rf"^ *from {outside} import (.*)$", code, re.MULTILINE)
+            for other in (*named, *(name.split()[0] for names in listed for name in names.split(","))):
+                assert other in rooms[:i], f"{file} imports {other}"

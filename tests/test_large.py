@@ -1,18 +1,15 @@
 """Backbones in training: recipe text from end to end on a tiny model of a real class, on one process and on two."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tinytwinflow
 from tinytwinflow import TwinFlowLoss, bench_large, large, lora, sharded
 from tinytwinflow.__main__ import main
 from tinytwinflow.config import loss_of
@@ -236,9 +233,9 @@ def test_methods_are_measured_next_to_it(capsys):
     """Flow matching is the recipe's loss with order 0 and neither twin nor guidance; a peer has its own networks, in
     float32 alone; samples are drawn in the precision of the training, once before the clock runs."""
     config = settings("text")
-    plain = bench_large.loss_for("flow matching", "adapters", config)
+    plain = bench_large.loss_for("flow matching", "adapters")
     assert (plain.order, plain.share, plain.guidance) == (0, 0.0, 0.0)
-    assert bench_large.loss_for("twinflow", "adapters", config) == loss_of(config)
+    assert bench_large.loss_for("twinflow", "adapters") == loss_of(config)
     drawn = []
 
     def sample(net, z, steps, cond):
@@ -255,6 +252,10 @@ def test_methods_are_measured_next_to_it(capsys):
     for training in ("adapters", "in backward"):
         with pytest.raises(ValueError, match="dmd2 needs networks beside the one that learns: take --training float32"):
             bench_large.bench("sana-1.6b", training, method="dmd2")
+    assert run("bench", "--net", "sana-1.6b", "--methods", "twinflow", "gan") == 2
+    assert run("bench", "--net", "sana-1.6b", "--methods", "twinflow share=0.5") == 2
+    out, error = capsys.readouterr()
+    assert "unknown method 'gan'" in error and "and no others" in error and not out
     for words, what in ((("sana-1.6b", "adapters", 1, "cpu", "gan"), "method 'gan'"), (("vit",), "backbone 'vit'")):
         with pytest.raises(ValueError, match=f"unknown {what}: choose from"):
             bench_large.bench(*words)
@@ -291,6 +292,7 @@ def test_memory_that_does_not_suffice_ends_in_one_line(monkeypatch, capsys):
 WRONG = {
     "model=nowhere": "nowhere/config.json: not there",
     "weights=float16": "weights must be one of bf16, float32",
+    "conditional=false guidance=0": "a backbone needs its prompts",
     "lora_rank=-1": "lora_rank must be at least 0",
     "lora_rank=0": "adamw would lose small steps in bf16",
     "optimizer=adafactor": "is for all parameters: --set lora_rank=0",
@@ -307,23 +309,6 @@ def test_wrong_settings_end_in_one_line(folders, tmp_path, capsys, changes):
     assert run(*command(folders, tmp_path / "run", *changes.split(" "))) == 2
     error = capsys.readouterr().err
     assert WRONG[changes] in error and len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
-
-
-def test_each_room_imports_only_those_before_it():
-    """The rooms that the package names are all there are, and no import goes forward in that order."""
-    folder = Path(tinytwinflow.__file__).parent
-    there = {path.stem: [path] for path in folder.glob("*.py") if not path.stem.startswith("_")}
-    there |= {path.parent.name: list(path.parent.glob("*.py")) for path in folder.glob("*/__init__.py")}
-    text = tinytwinflow.__doc__.split("only those before it:")[1]
-    rooms = [room for room in re.findall(r"[a-z_]+", text) if room in there]
-    assert len(rooms) == len(set(rooms)) == len(there)
-    for i, room in enumerate(rooms):
-        for file in there[room]:
-            code, outside = file.read_text(), re.escape("." if file.parent == folder else "..")
-            named = re.findall(rf"^ *from {outside}(\w+)", code, re.MULTILINE)
-            listed = re.findall(rf"^ *from {outside} import (.*)$", code, re.MULTILINE)
-            for other in (*named, *(name.split()[0] for names in listed for name in names.split(","))):
-                assert other in rooms[:i], f"{file} imports {other}"
 
 
 def test_the_core_needs_none_of_the_libraries_for_backbones(folders):

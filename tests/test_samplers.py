@@ -179,6 +179,7 @@ def test_wrong_use_says_what_is_allowed():
         ({"mode": "fast"}, "unknown mode 'fast': choose from any, few, multi"),
         ({"steps": 0}, "steps must be a whole number of network calls >= 1, got 0"),
         ({"steps": 1.5}, "steps must be a whole number"),
+        ({"steps": torch.tensor(2.0)}, "steps must be a whole number"),
         ({"order": 3}, "order must be 1 or 2"),
         ({"order": 2}, "needs mode='multi'"),
         ({"stochastic": 1.2}, r"stochastic must lie in \[0, 1\]"),

@@ -15,7 +15,6 @@ from .evaluate import evaluate, table
 from .files import write_json
 from .folder import backbone_of, finished, has_checkpoint, painter, read_config, read_log, sampled, trained
 from .latents import autoencoder, decode, encode
-from .recipes import settings
 from .runs import continue_run, start
 from .train import COMPILE
 
@@ -57,11 +56,13 @@ def run_train(args):
             ready(folder, config, args)
         measured = args.resume and (folder / "metrics.json").exists() and finished(folder)
         continue_run(folder, device, world=world)
+    if world is not None and world.rank > 0:
+        return
     if "model" in config:
         print(f"{folder}/samples.png: latents as colours; python -m tinytwinflow paint makes images of prompts")
     elif measured:
         print(f"{folder} had taken its last step and was measured: python -m tinytwinflow evaluate does so anew")
-    elif world is None or world.rank == 0:
+    else:
         result, kept = evaluate(folder, nfes=(1, 2, 4), with_baseline=False, device=device)
         show(folder, result, kept)
 
@@ -80,6 +81,8 @@ def ready(folder, config, args):
         for key in ("recipe", *sorted(given)):
             if config[key] != own[key]:
                 raise ValueError(f"a resumed run keeps its settings: {key} is {own[key]!r} there, not {config[key]!r}")
+        if (folder / "metrics.json").exists() and not finished(folder):
+            (folder / "metrics.json").unlink()  # of an earlier step; the end of training writes it anew
         if args.data_dir and "data_dir" in own:
             write_json(folder / "config.json", {**own, "data_dir": config["data_dir"]})
 
@@ -137,19 +140,26 @@ def run_compare(args):
     compare.compare(args.data, methods, seeds, args.changes, Path(args.out), args.jobs)
 
 
+def is_backbone(name, others):
+    """Whether a net is a backbone. Raises ValueError if it is neither that nor begins as one of the others do."""
+    if name not in plan.BACKBONES and not name.startswith(others):
+        known = [f"{other}s-2 ... {other}xl-8" if other == "dit-" else other for other in others]
+        raise ValueError(f"unknown net {name!r}: choose from {', '.join((*known, *plan.BACKBONES))}")
+    return name in plan.BACKBONES
+
+
 def run_memory(args):
-    on_backbone = args.net in plan.BACKBONES
+    on_backbone = is_backbone(args.net, ("dit-",))
     rows = (1 if on_backbone else 64) if args.batch_size is None else args.batch_size
     if rows < 1:
         raise ValueError(f"--batch-size must be at least 1, got {rows}")
     methods = dict.fromkeys(["flow matching", *(args.methods or (plan.METHODS if on_backbone else compare.METHODS))])
-    losses = {method: loss_of(compare.entry(method)) for method in methods}
     if not on_backbone:
+        losses = {method: loss_of(compare.entry(method)) for method in methods}
         print(f"{args.net}, 32 x 32 x 4 latents, batch {rows}, bf16 autocast, float32 weights, GiB\n")
         print(memory.table(memory.at_scale(losses, args.net, rows)))
         return
-    if "twinflow" in losses:
-        losses["twinflow"] = loss_of(settings("text"))
+    losses = {method: bench_large.loss_for(method, "float32") for method in methods}
     plan.report(args.net, losses, rows)
     if "twinflow" in losses:
         plan.spread(args.net, losses["twinflow"], rows)
@@ -200,15 +210,18 @@ def run_bench(args):
         torch.set_num_threads(args.threads)
     if args.compile not in (None, *COMPILE):
         raise ValueError(f"--compile must be one of {', '.join(COMPILE)}, got {args.compile!r}")
-    of_backbone, device = args.net in plan.BACKBONES, device_of(args.device)
+    of_backbone, device = is_backbone(args.net, ("mlp", "dit-")), device_of(args.device)
     for name in ("compile",) if of_backbone else ("training", "methods"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} is not for {args.net}")
     if args.batch_size == bench_large.LARGEST and not of_backbone:
         raise ValueError(f"--batch-size {bench_large.LARGEST} is not for {args.net}")
     if of_backbone:
-        for method in args.methods or ["twinflow"]:
-            bench_large.bench(args.net, args.training or "adapters", args.batch_size or 1, device, method)
+        training, methods = args.training or "adapters", args.methods or ["twinflow"]
+        for method in methods:
+            bench_large.loss_for(method, training)  # all are known before the first takes its time
+        for method in methods:
+            bench_large.bench(args.net, training, args.batch_size or 1, device, method)
     else:
         bench.bench(device, args.net, args.batch_size, compile=args.compile or "none")
 

@@ -76,7 +76,7 @@ class Call:
     gradient: bool
 
 
-def calls_of(loss, rows, seed=0, with_text=True):
+def calls_of(loss, rows, seed=0):
     """The calls of one step of a loss on so many rows, in order."""
     made, weight = [], torch.nn.Parameter(torch.ones(()))
 

@@ -50,6 +50,8 @@ def check_backbone(config):
     for key, known in (("weights", WEIGHTS), ("optimizer", OPTIMIZERS)):
         if config[key] not in known:
             raise ValueError(f"{key} must be one of {', '.join(known)}, got {config[key]!r}")
+    if not config["conditional"]:
+        raise ValueError("a backbone needs its prompts: --set conditional=true")
     if config["lora_rank"] < 0:
         raise ValueError(f"lora_rank must be at least 0 (all parameters learn), got {config['lora_rank']}")
     in_backward = config["optimizer"] == "adafactor"

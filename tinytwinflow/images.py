@@ -150,6 +150,8 @@ class Folder:
         try:
             with Image.open(path) as image:
                 image = image.convert("RGB")
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{path}: {error}") from None
         except Exception:  # whatever a damaged file makes the reader raise
             raise ValueError(f"{path}: cut short, or not an image") from None
         if min(image.size) < self.size:

@@ -46,6 +46,14 @@ def _renewal(stochastic, t, r):
     return min(1.0, 2 * t * (t - r) / max(r, 1e-12) ** 2) if stochastic == "sde" else stochastic
 
 
+def _whole(number):
+    """A whole number of any kind as Python's; 0 for what is none."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        return 0
+
+
 @torch.no_grad()
 def sample(net, z, steps=1, mode="any", order=1, cond=None, stochastic=None, extrapolation=0.0,
            shape=(1.0, 1.0, 1.0), gaps=(0.0, 0.0), generator=None, trajectory=False):  # fmt: skip
@@ -63,8 +71,9 @@ def sample(net, z, steps=1, mode="any", order=1, cond=None, stochastic=None, ext
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
-    if not hasattr(steps, "__index__") or (steps := operator.index(steps)) < 1:
-        raise ValueError(f"steps must be a whole number of network calls >= 1, got {steps!r}")
+    given, steps = steps, _whole(steps)
+    if steps < 1:
+        raise ValueError(f"steps must be a whole number of network calls >= 1, got {given!r}")
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
     if order == 2 and mode != "multi":

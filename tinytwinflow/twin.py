@@ -40,8 +40,8 @@ def repeat(cond, n):
     """A condition that stands for none, of leading dimension 1, for n rows; one of leading dimension n as it is."""
     if isinstance(cond, dict):
         return {name: repeat(value, n) for name, value in cond.items()}
-    if len(cond) not in (1, n):
-        raise ValueError(f"null has {len(cond)} rows, x has {n}")
+    if cond.ndim == 0 or len(cond) not in (1, n):
+        raise ValueError(f"null has shape {tuple(cond.shape)}, but x has {n} rows: it needs 1 or as many")
     return cond.expand(n, *cond.shape[1:])
 
 
