@@ -54,7 +54,7 @@ def run_train(args):
             world.first(lambda: ready(folder, config, args))
         else:
             ready(folder, config, args)
-        measured = args.resume and (folder / "metrics.json").exists() and finished(folder)
+        measured = (folder / "metrics.json").exists()
         continue_run(folder, device, world=world)
     if world is not None and world.rank > 0:
         return
@@ -81,10 +81,10 @@ def ready(folder, config, args):
         for key in ("recipe", *sorted(given)):
             if config[key] != own[key]:
                 raise ValueError(f"a resumed run keeps its settings: {key} is {own[key]!r} there, not {config[key]!r}")
-        if (folder / "metrics.json").exists() and not finished(folder):
-            (folder / "metrics.json").unlink()  # of an earlier step; the end of training writes it anew
         if args.data_dir and "data_dir" in own:
             write_json(folder / "config.json", {**own, "data_dir": config["data_dir"]})
+    if (folder / "metrics.json").exists() and not finished(folder):
+        (folder / "metrics.json").unlink()  # of an earlier step; the end of training writes it anew
 
 
 def run_sample(args):
@@ -160,9 +160,9 @@ def run_memory(args):
         print(memory.table(memory.at_scale(losses, args.net, rows)))
         return
     losses = {method: bench_large.loss_for(method, "float32") for method in methods}
-    plan.report(args.net, losses, rows)
+    figures = plan.report(args.net, losses, rows)
     if "twinflow" in losses:
-        plan.spread(args.net, losses["twinflow"], rows)
+        plan.spread(args.net, losses["twinflow"], rows, figures["twinflow", "float32"])
 
 
 def run_embed(args):

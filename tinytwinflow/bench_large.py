@@ -10,7 +10,7 @@ import torch
 from . import large
 from .bench import peak_memory, seconds
 from .calls import BACKBONES, condition, structure
-from .compare import entry
+from .compare import entry, named
 from .config import loss_of
 from .parts import normal
 from .recipes import FLOW_MATCHING, RCGM, settings
@@ -45,7 +45,7 @@ def loss_for(method, training):
     own = {"twinflow": {}, "rcgm": RCGM, "flow matching": {**FLOW_MATCHING, "guidance": 0.0}}
     if method in own:
         return loss_of({**settings("text", CHANGES[training]), **own[method]})
-    if " ".join(word for word in method.split() if "=" not in word) in own:
+    if named(method)[0] in own:
         raise ValueError(f"{method!r}: of {', '.join(own)} the settings are those of recipe text, and no others")
     loss = loss_of(entry(method))
     if training != "float32" and set(loss.helpers.values()) - {"average"}:
@@ -122,7 +122,8 @@ def bench(name, training="adapters", batch_size=1, device="cpu", method="twinflo
     rows = batch_size
     try:
         state, config, batch, steps = prepared(name, training, device, method)
-        rows = max(1, largest(partial(fits, steps))) if batch_size == LARGEST else batch_size
+        if batch_size == LARGEST:
+            rows = max(1, largest(partial(fits, steps)))
         release()
         records, times, (x, cond) = steps(rows), [], batch(rows)
         next(records)

@@ -156,7 +156,8 @@ def activations(net, shape, tokens, calls, free_gradients=False, autocast=False,
     learn beside it, by name: each has gradients of its own. free_gradients: those of weights are let go as soon
     as they are there. autocast: networks run under autocast in bfloat16.
     """
-    counter, networks = LiveBytes(), [net, *(others or {}).values()]
+    others = others or {}
+    counter, networks = LiveBytes(), [net, *others.values()]
     parameters = [p for network in networks for p in network.parameters()]
     counter.hold([*parameters, *(b for network in networks for b in network.buffers())])
     start, graphs, hooks = counter.now, [], []
@@ -168,7 +169,7 @@ def activations(net, shape, tokens, calls, free_gradients=False, autocast=False,
             for call in some if gradient else [max(some, key=lambda call: call.rows)]:
                 x, t = torch.empty(call.rows, *shape, device="meta"), torch.empty(call.rows, device="meta")
                 with torch.set_grad_enabled(gradient):
-                    y = (others or {}).get(call.network, net)(x, t, t, condition(net, call.rows, tokens))
+                    y = others.get(call.network, net)(x, t, t, condition(net, call.rows, tokens))
                 if gradient:
                     graphs.append(y)
                 del y

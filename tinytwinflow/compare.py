@@ -41,14 +41,19 @@ TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutori
 }
 
 
+def named(text):
+    """A line's method and the settings after it.  "dmd2 lr=1e-3" -> "dmd2", ["lr=1e-3"]."""
+    words = text.split()
+    return " ".join(word for word in words if "=" not in word), [word for word in words if "=" in word]
+
+
 def entry(text, changes=()):
     """Settings of one line of the table: a method's name, and settings of its own after it.
 
     text: "dmd2" or "dmd2 lr=1e-3 warmup_steps=1500". changes: those for all. Later ones win: EQUAL, TUNED, changes,
     own. Raises ValueError for an unknown method or setting.
     """
-    words = text.split()
-    name, own = " ".join(word for word in words if "=" not in word), [word for word in words if "=" in word]
+    name, own = named(text)
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     steps = settings("toy", [change for change in (*EQUAL, *changes, *own) if change.startswith("steps=")])["steps"]

@@ -118,10 +118,13 @@ def traffic(net, calls, machines=1, parallel="fsdp"):
     return within, between * (machines - 1) / machines
 
 
-def spread(name, loss, batch_size):
-    """Print how training all parameters in float32 spreads over 8, 64 and 1,000 GPUs, so many rows on each."""
+def spread(name, loss, batch_size, figures):
+    """Print how training all parameters in float32 spreads over 8, 64 and 1,000 GPUs, so many rows on each.
+
+    figures: of such a step on one GPU, see `step_of`.
+    """
     net, shape = backbone(name)  # in bfloat16, as pieces are gathered
-    figures, steps = step_of(name, loss, batch_size, "float32"), steps_of(loss, batch_size)
+    steps = steps_of(loss, batch_size)
     calls, block = max(steps, key=len), 2 * max(nbytes(block.parameters()) for block in net.blocks())
     gradients = 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
     for each in net.blocks():
@@ -160,7 +163,11 @@ def largest_batch(figures, batch_size, name, loss, training, memory=79 * 2**30):
 
 
 def report(name, losses, batch_size):
-    """Print what a step of each loss needs with each training, a row each, as a Markdown table in GiB."""
+    """Print what a step of each loss needs with each training, a row each, as a Markdown table in GiB.
+
+    -> dict (method, training) -> the figures of `step_of`.
+    """
+    found = {}
     net, shape = backbone(name)
     size = " x ".join(map(str, shape))
     count, operations = sum(p.numel() for p in net.model.parameters()), flops(net, shape, BACKBONES[name][3])
@@ -172,8 +179,9 @@ def report(name, losses, batch_size):
     print("|---" * 9 + "|")
     for method, loss in losses.items():
         for training in TRAININGS:
-            figures = step_of(name, loss, batch_size, training)
+            figures = found[method, training] = step_of(name, loss, batch_size, training)
             sizes = (f"{figures[key] / 2**30:.1f}" for key in ("weights", "optimiser", "passing", "peak"))
             learnt, work = f"{figures['trained'] / 1e6:,.0f} M", f"{figures['flops'] / 1e15:.2f}"
             rows = largest_batch(figures, batch_size, name, loss, training)
             print(f"| {method} | {training} | {learnt} | {' | '.join(sizes)} | {rows} | {work} |", flush=True)
+    return found
