@@ -237,7 +237,9 @@ def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
     fails(capsys, ["bench", "--net", "qwen-image", "--compile", "default"], "--compile is not for qwen-image")
     fails(capsys, ["bench", "--net", "qwen_image", "--training", "adapters"], "unknown net 'qwen_image'", "qwen-image")
     fails(capsys, ["bench", "--batch-size", "0"], "a batch has 1 row or more")
-    fails(capsys, ["bench", "--compile", "yes"], "--compile must be one of none, default")
+    fails(capsys, ["bench", "--compile", "yes"], "--compile must be one of none, default, graphs")
+    fails(capsys, ["bench", "--compile", "graphs"], "compile graphs is for device cuda, got cpu")
+    fails(capsys, ["--set", "compile=graphs", "--out", tmp_path / "b"], "compile graphs is for device cuda, got cpu")
     fails(capsys, ["memory", "--net", "unet"], "unknown net 'unet'", "dit-s-2")
     fails(capsys, ["memory", "--batch-size", "0"], "--batch-size must be at least 1")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists(), "a refused command leaves no folder"

@@ -13,6 +13,7 @@ from torch.nn import functional as f
 import tinytwinflow as ttf
 from tinytwinflow.nets import MLP, DiT, UNet, dit, load_published
 from tinytwinflow.nets.dit import from_epsilon, positions
+from tinytwinflow.scale import compile_as
 
 close = torch.testing.assert_close
 
@@ -129,8 +130,8 @@ def test_bfloat16_stays_close_to_float32(kind, seed):
         assert (F - exact).norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("kind", ["dit", "unet"])
-def test_compiled_equals_eager(kind):
+@pytest.mark.parametrize("kind, how", [("dit", "default"), ("unet", "graphs")])
+def test_compiled_equals_eager(kind, how):
     """Value and gradient of the whole loss, through torch.compile."""
     net, x, label = awake(KINDS[kind][0](3)).requires_grad_(True), batch(kind, 6), torch.arange(6) % 3
     loss = ttf.TwinFlowLoss(share=1 / 3, guidance=0.5)
@@ -142,8 +143,25 @@ def test_compiled_equals_eager(kind):
         return [total.detach(), *(p.grad for p in net.parameters())]
 
     eager = [g.clone() for g in gradients(net)]
-    net.compile()
+    compile_as(net, how)
     for a, b in zip(gradients(net), eager):
+        close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs are recorded on a GPU alone")
+def test_cuda_graphs_train_as_eager_does():
+    """All phases of training, replayed often enough that every graph has been recorded, and sampling after them."""
+
+    def trained(how):
+        torch.manual_seed(0)
+        state = ttf.train.new_state(KINDS["dit"][0](3).cuda(), lr=0.02, place=lambda net: compile_as(net, how))
+        x, label = batch("dit", 9).cuda(), (torch.arange(9) % 3).cuda()
+        loss = ttf.TwinFlowLoss(guidance=0.5)
+        for _ in ttf.train.train(state, loss, lambda i: (x, label), 24, warmup_steps=6, base_steps=6, null=3):
+            pass
+        return [*state.net.parameters(), *state.average.parameters(), ttf.sample(state.average, x, 4, cond=label)]
+
+    for a, b in zip(trained("graphs"), trained("none")):
         close(a, b, atol=1e-4, rtol=1e-3)
 
 

@@ -165,6 +165,8 @@ def test_wrong_settings_are_answered_in_one_line(home, vae, tmp_path, capsys):
     refused("fashion", "batch_size 6 must be a multiple of accumulate 4", changes=["accumulate=4"])
     refused("fashion", "precision must be one of float32, bf16", changes=["precision=fp8"])
     refused("fashion", "compile must be one of none, default", changes=["compile=yes"])
+    refused("fashion", "graphs overwrite gradients", changes=["compile=graphs", "accumulate=2"])
+    refused("fashion", "graphs overwrite gradients", changes=["compile=graphs", "parallel=fsdp"])
     refused("fashion", "clip_norm must be > 0", changes=["clip_norm=0"])
     refused("toy", "net 'unet' does not fit", changes=["net=unet"])
     refused("cifar", "net 'dit' needs heads, patch, which recipe cifar does not set", changes=["net=dit"])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from . import bench, bench_large, compare, images, lora_files, memory, pictures, plan, pretrained, prompts, scale, texts
-from .arguments import config_of, device_of, parser
+from .arguments import config_of, device_of, parser, refuse_graphs
 from .config import loss_of, method_of
 from .data import restore
 from .evaluate import evaluate, table
@@ -210,6 +210,7 @@ def run_bench(args):
         torch.set_num_threads(args.threads)
     if args.compile not in (None, *COMPILE):
         raise ValueError(f"--compile must be one of {', '.join(COMPILE)}, got {args.compile!r}")
+    refuse_graphs(args.compile, args.device)
     of_backbone, device = is_backbone(args.net, ("mlp", "dit-")), device_of(args.device)
     for name in ("compile",) if of_backbone else ("training", "methods"):
         if getattr(args, name) is not None:

@@ -154,9 +154,16 @@ def device_of(name):
     return name
 
 
+def refuse_graphs(compile, device):
+    """Raise ValueError if CUDA graphs are asked for elsewhere."""
+    if compile == "graphs" and not device.startswith("cuda"):
+        raise ValueError(f"compile graphs is for device cuda, got {device}: choose default there")
+
+
 def config_of(args, recipe):
     """The settings of a run of a recipe: what is named on the command line, paths from the root."""
     config = {"recipe": recipe, "seed": args.seed or 0, **settings(recipe, args.changes)}
+    refuse_graphs(config["compile"], args.device)
     if getattr(args, "init_from", None):
         config["init_from"] = args.init_from
     if args.data:

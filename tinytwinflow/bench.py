@@ -15,6 +15,7 @@ from .losses import TwinFlowLoss
 from .nets import MLP, dit
 from .recipes import settings
 from .samplers import sample
+from .scale import compile_as
 from .train import adamw, autocast
 
 
@@ -112,9 +113,8 @@ def bench(device="cpu", net="mlp", batch_size=None, points=None, rounds=9, preci
     steps, average = training_steps(net, losses, shape, batch_size, device, precision)
     with FlopCounterMode(display=False) as counter:
         steps["flow matching"]()
-    if compile != "none":
-        net.compile()
-        average.compile()
+    compile_as(net, compile)
+    compile_as(average, compile)
     memory = {name: peak_memory(step, device) for name, step in steps.items()}
     times = in_turn(steps, device, rounds, repeats)
     peak = matrix_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)

@@ -27,6 +27,8 @@ def check(config):
     for key, known in (("precision", PRECISIONS), ("compile", COMPILE), ("parallel", PARALLEL)):
         if config[key] not in known:
             raise ValueError(f"{key} must be one of {', '.join(known)}, got {config[key]!r}")
+    if config["compile"] == "graphs" and (config["accumulate"] > 1 or config["parallel"] != "ddp"):
+        raise ValueError("graphs overwrite gradients and know no pieces: --set accumulate=1 parallel=ddp")
     for key in ("ema", "teacher_ema", "label_dropout"):
         if not 0 <= config[key] < 1:
             raise ValueError(f"{key} must lie in [0, 1), got {config[key]}")

@@ -125,6 +125,12 @@ def forget(block):
     block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
+def compile_as(net, how):
+    """Compile a network's forward in place: "default", or "graphs", which replays its kernels as one CUDA graph."""
+    if how != "none":
+        net.compile(mode="reduce-overhead" if how == "graphs" else None)
+
+
 def prepare(net, world=None, parallel="ddp", precision="float32", recompute=False, compile="none"):
     """Make a network ready to train on one device or on its share of many, in place.  -> net
 
@@ -139,9 +145,8 @@ def prepare(net, world=None, parallel="ddp", precision="float32", recompute=Fals
         for block in blocks:
             forget(block)
     sharded = world is not None and parallel != "ddp"
-    if compile != "none":
-        for module in blocks if sharded and blocks else [net]:
-            module.compile()
+    for module in blocks if sharded and blocks else [net]:
+        compile_as(module, compile)
     if sharded:
         kind = torch.device(world.device).type
         sizes = {"pieces": world.size}

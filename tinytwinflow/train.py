@@ -22,7 +22,7 @@ from .losses import TwinFlowLoss
 from .twin import move, replace, take
 
 PRECISIONS = ("float32", "bf16")
-COMPILE = ("none", "default")
+COMPILE = ("none", "default", "graphs")  # graphs: of CUDA, for small networks, whose kernels are waited for
 PARALLEL = ("ddp", "fsdp", "hsdp")
 WEIGHTS = {"bf16": torch.bfloat16, "float32": torch.float32}
 OPTIMIZERS = ("adamw", "adafactor")
