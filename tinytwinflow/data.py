@@ -56,7 +56,7 @@ def _is_number(word):
 def seeded(*key):
     """A random generator whose stream depends on every number of the key."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed >> 1))
+    return torch.Generator().manual_seed(int(seed) >> 1)
 
 
 @functools.lru_cache(maxsize=2)

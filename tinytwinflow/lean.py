@@ -92,7 +92,7 @@ class InBackward:
 
     def reseeded(self, number, device):
         key = np.random.SeedSequence((self.seed, number, self.steps[number]))
-        return self.generators[device].manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        return self.generators[device].manual_seed(int(key.generate_state(1, np.uint64)[0]) >> 1)
 
     def stop(self):
         """Let backward passes be. Until then Python frees no parameter: their hooks hold them, where it cannot see."""

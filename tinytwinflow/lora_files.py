@@ -24,7 +24,7 @@ def save(net, path, which=AVERAGE):
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         tensors[name] = value.detach().cpu().contiguous()
     layers = [name.removeprefix(prefix_of(net)) for name in adapters.layers]
-    about = {"r": adapters.rank, "lora_alpha": adapters.alpha, "target_modules": layers}
+    about = {"r": adapters.rank, "lora_alpha": adapters.alpha, "target_modules": layers, "rank_pattern": {}}
     about = json.dumps({f"transformer.{key}": value for key, value in about.items()})
     if not dist.is_initialized() or dist.get_rank() == 0:
         with aside(path) as file:
