@@ -84,7 +84,7 @@ FASHION = {
     "patch": 2,
     "steps": 3000,
     "batch_size": 384,
-    "lr": 1e-3,
+    "lr": 2e-3,
     "warmup_steps": 900,
     "base_steps": 900,
     **IMAGES,
