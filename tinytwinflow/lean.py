@@ -7,8 +7,9 @@ the distance to the next bfloat16 number is then not lost but taken now and then
 
 from functools import partial
 
-import numpy as np
 import torch
+
+from .data import seeded
 
 
 def stochastic_round(x, generator=None):
@@ -91,8 +92,7 @@ class InBackward:
         p.grad = None
 
     def reseeded(self, number, device):
-        key = np.random.SeedSequence((self.seed, number, self.steps[number]))
-        return self.generators[device].manual_seed(int(key.generate_state(1, np.uint64)[0]) >> 1)
+        return self.generators[device].manual_seed(seeded(self.seed, number, self.steps[number]).initial_seed())
 
     def stop(self):
         """Let backward passes be. Until then Python frees no parameter: their hooks hold them, where it cannot see."""
