@@ -84,10 +84,11 @@ FASHION = {
     "patch": 2,
     "steps": 3000,
     "batch_size": 384,
-    "lr": 2e-3,
+    "lr": 4e-3,
     "warmup_steps": 900,
     "base_steps": 900,
     **IMAGES,
+    "one_step_share": 0.7,
 }
 
 CIFAR = {
