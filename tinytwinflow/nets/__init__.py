@@ -1,4 +1,8 @@
-"""Networks. They know nothing of any loss; a loss knows nothing of them."""
+"""Nets: networks that are velocity fields. They know nothing of any loss; a loss knows nothing of them.
+
+Rooms, in reading order: times, mlp, dit, unet.
+May import: method, files.
+"""
 
 from .dit import DiT, dit, load_published
 from .mlp import MLP

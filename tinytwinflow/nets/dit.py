@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as f
 
 from ..files import check_weights
-from .embed import Times, check_image, check_labels, check_times
+from .times import Times, check_image, check_labels, check_times
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}  # width, depth, heads
 PATCHES = (2, 4, 8)

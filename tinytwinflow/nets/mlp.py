@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from .embed import check_labels, check_times
+from .times import check_labels, check_times
 
 
 class MLP(nn.Module):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as f
 
 from .dit import Attention
-from .embed import Times, check_image, check_labels, check_times
+from .times import Times, check_image, check_labels, check_times
 
 
 def norm(channels):

@@ -11,6 +11,9 @@ average of net; "frozen", the flow model that training began with; "trained", an
 that flow model; "critic", an auxiliary one that begins anew. All get gradient from their own terms only. It
 returns scalars, the total and its terms, each with its graph. `mode` is how its model samples in
 several steps, None where it learns the step from noise to data alone.
+
+Rooms, in reading order: common, consistency, scm, meanflow, shortcut, progressive, vsd, dmd, dmd2, sid, sana_sprint.
+May import: method.
 """
 
 from functools import partial

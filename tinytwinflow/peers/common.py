@@ -8,9 +8,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..distance import squared
-from ..parts import normal
-from ..path import denoise, expand, interpolate, velocity
+from ..method.draws import normal
+from ..method.losses import squared
+from ..method.path import denoise, expand, interpolate, velocity
 
 
 def neighbours(u, intervals):

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import torch
 
-from ..parts import normal, uniform
-from ..path import interpolate, jump
+from ..method.draws import normal, uniform
+from ..method.path import interpolate, jump
 from .common import clean, neighbours, terms
 
 

@@ -5,11 +5,12 @@ from typing import ClassVar
 
 import torch
 
-from ..distance import squared
-from ..parts import normal, uniform
-from ..path import denoise, expand
-from ..samplers import sample
-from ..twin import generate, take
+from ..method.conditions import take
+from ..method.draws import normal, uniform
+from ..method.losses import squared
+from ..method.path import denoise, expand
+from ..method.samplers import sample
+from ..method.twin import generate
 from .common import fake_score, moved, renoise, terms
 
 

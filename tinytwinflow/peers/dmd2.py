@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import softplus
 
-from ..parts import normal, uniform
-from ..twin import generate
+from ..method.draws import normal, uniform
+from ..method.twin import generate
 from .common import fake_score, fixed, moved, renoise, terms
 from .dmd import matching
 

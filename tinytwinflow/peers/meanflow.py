@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import torch
 
-from ..distance import squared
-from ..parts import normal, uniform
-from ..path import expand, interpolate, velocity
+from ..method.draws import normal, uniform
+from ..method.losses import squared
+from ..method.path import expand, interpolate, velocity
 from .common import along, terms
 
 

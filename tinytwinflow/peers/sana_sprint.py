@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import relu
 
-from ..distance import squared
-from ..parts import normal, uniform
-from ..path import denoise, interpolate
-from ..twin import join
+from ..method.conditions import join
+from ..method.draws import normal, uniform
+from ..method.losses import squared
+from ..method.path import denoise, interpolate
 from .common import fixed, renoise, terms
 from .scm import normalised, tangent
 

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import torch
 
-from ..distance import squared
-from ..parts import normal, uniform
-from ..path import interpolate, jump, velocity
-from ..twin import take
+from ..method.conditions import take
+from ..method.draws import normal, uniform
+from ..method.losses import squared
+from ..method.path import interpolate, jump, velocity
 from .common import neighbours, terms
 
 

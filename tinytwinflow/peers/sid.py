@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..parts import normal, uniform
-from ..path import denoise, expand
-from ..twin import generate
+from ..method.draws import normal, uniform
+from ..method.path import denoise, expand
+from ..method.twin import generate
 from .common import fake_score, fixed, renoise, terms
 
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from ..parts import normal, uniform
-from ..path import expand
-from ..twin import generate
+from ..method.draws import normal, uniform
+from ..method.path import expand
+from ..method.twin import generate
 from .common import fake_score, moved, renoise, terms
 
 

@@ -1,0 +1,41 @@
+"""Files of prompts as other programs write them: a line ends at a newline and nowhere else, and the text is UTF-8."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tinytwinflow.backbones.captions import Pairs, read_prompts
+
+lines = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1).filter(str.strip)
+
+
+@settings(max_examples=25)
+@given(st.lists(lines, min_size=1, max_size=4), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans())
+def test_a_line_is_a_prompt_whatever_is_in_it(tmp_path_factory, prompts, newline, mark, last):
+    """Separators that Python's splitlines knows (U+2028, form feed) are part of a prompt; so of a line of JSON."""
+    folder = tmp_path_factory.mktemp("prompts")
+    prompts[0] = "a\u2028b\x0cc" + prompts[0].lstrip("\ufeff")
+    content = {
+        "a.txt": prompts,
+        "a.jsonl": [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts],
+    }
+    for name, written in content.items():
+        whole = "\ufeff" * mark + newline.join(written) + newline * last
+        (folder / name).write_bytes(whole.encode("utf-8"))
+    assert read_prompts(folder / "a.txt") == [{"prompt": prompt.strip()} for prompt in prompts]
+    assert read_prompts(folder / "a.jsonl") == [{"prompt": prompt} for prompt in prompts]
+
+
+def test_text_of_another_encoding_is_named(tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes("café".encode("latin-1"))
+        with pytest.raises(ValueError, match=f"{name}: no UTF-8 text$"):
+            read_prompts(tmp_path / name)
+    (tmp_path / "a.jsonl").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for read in (read_prompts, lambda folder: Pairs(folder, 8)):
+        with pytest.raises(ValueError, match="a.txt: no UTF-8 text$"):
+            read(tmp_path)

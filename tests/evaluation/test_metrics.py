@@ -1,0 +1,135 @@
+"""Each metric against its definition, and against cases whose value is known."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import arrays, seeds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinytwinflow import GaussianMixture
+from tinytwinflow.evaluation import metrics
+
+close = torch.testing.assert_close
+
+
+@given(arrays((6, 2)), arrays((6, 2)), arrays(2), seeds)
+def test_distances_are_symmetric_and_do_not_see_order_or_place(x, y, shift, seed):
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    for distance in (metrics.sliced_wasserstein, metrics.wasserstein, metrics.energy_distance):
+        value = distance(x, y)
+        assert math.isclose(distance(y, x), value, abs_tol=1e-6)
+        assert math.isclose(distance(x[order] + shift, y + shift), value, abs_tol=1e-6)
+
+
+@given(arrays((5, 3)), arrays((5, 3)))
+def test_identical_sets_are_at_distance_zero_and_slices_never_exceed_the_whole(x, y):
+    assert metrics.sliced_wasserstein(x, x) == 0 and metrics.wasserstein(x, x) == 0
+    assert metrics.sliced_wasserstein(x, y) <= metrics.wasserstein(x, y) + 1e-9
+
+
+@given(arrays((40, 2)), st.floats(0.1, 3))
+def test_a_shift_costs_its_length(x, length):
+    """W2 of a translation is |a|; a random direction sees |a| cos, so sliced W2 is |a| / sqrt(2) in 2D."""
+    y = x + torch.tensor([length, 0.0])
+    assert math.isclose(metrics.wasserstein(x, y), length, rel_tol=1e-6)
+    assert math.isclose(metrics.sliced_wasserstein(x, y, 4096), length / math.sqrt(2), rel_tol=0.03)
+
+
+@given(arrays((4, 1)), arrays((4, 1)))
+def test_in_one_dimension_sliced_and_exact_agree(x, y):
+    assert math.isclose(metrics.sliced_wasserstein(x, y), metrics.wasserstein(x, y), abs_tol=1e-9)
+
+
+@given(arrays((4, 2)), arrays((5, 2)))
+def test_energy_distance_is_its_definition(x, y):
+    def average(a, b, skip):
+        pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if not (skip and i == j)]
+        return np.mean([float((a[i] - b[j]).norm()) for i, j in pairs])
+
+    expected = 2 * average(x, y, False) - average(x, x, True) - average(y, y, True)
+    assert math.isclose(metrics.energy_distance(x, y), expected, abs_tol=1e-6)
+
+
+def test_energy_distance_is_unbiased(generator):
+    values = [metrics.energy_distance(*torch.randn(2, 20, 2, generator=generator).double()) for _ in range(600)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(len(values))
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 7), seeds)
+def test_coverage_counts_the_components_that_get_their_due(missing, seed):
+    means = [[3.0 * k, 0.0] for k in range(8)]
+    mixture = GaussianMixture(means, [0.01 * np.eye(2)] * 8)
+    x, k = mixture.sample(4000, torch.Generator().manual_seed(seed), labels=True)
+    assert metrics.coverage(x, mixture) == 1
+    assert metrics.coverage(x[k >= missing], mixture) == 1 - missing / 8
+    assert metrics.coverage(x + 1.0, mixture) == 0
+
+
+def test_wrong_use_says_what_is_allowed():
+    with pytest.raises(ValueError, match="samples must be"):
+        metrics.energy_distance(torch.zeros(3, 2), torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.energy_distance(torch.zeros(1, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="equally many"):
+        metrics.sliced_wasserstein(torch.zeros(3, 2), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="at most 5000"):
+        metrics.wasserstein(torch.zeros(5001, 2), torch.zeros(5001, 2))
+
+
+def gaussian(mean, cov, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return mean + torch.randn(n, len(mean), generator=generator, dtype=torch.float64) @ torch.linalg.cholesky(cov).T
+
+
+@given(arrays((12, 3)), arrays((12, 3)), arrays((3, 3)), arrays(3))
+def test_frechet_is_the_distance_of_the_fitted_gaussians(x, y, map, shift):
+    """Against scipy's matrix square root; symmetric; a shift costs its square; one set against itself is zero."""
+    x, y = x @ map, y
+    root = scipy.linalg.sqrtm(x.T.cov().numpy() @ y.T.cov().numpy() + 1e-12 * np.eye(3))
+    expected = (x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * root.trace().real
+    close(metrics.frechet(x, y), expected.item(), atol=1e-4, rtol=1e-4)
+    close(metrics.frechet(y, x), metrics.frechet(x, y), atol=1e-5, rtol=1e-5)
+    close(metrics.frechet(x, x + shift), shift.square().sum().item(), atol=1e-5, rtol=1e-5)
+
+
+def test_neighbours_tell_what_is_missing_from_what_is_wrong():
+    """Real data in two places. Samples in one: precise, half is not recalled or covered. Samples in a third place as
+    well: nothing missing, a third wrong."""
+    at = lambda place, n, seed: gaussian(torch.tensor([10.0 * place, 0.0]).double(), torch.eye(2).double(), n, seed)  # noqa: E731
+    real = torch.cat([at(0, 300, 0), at(1, 300, 1)])
+    half = metrics.neighbours(at(0, 600, 2), real)
+    assert half["precision"] > 0.95 and 0.4 < half["recall"] < 0.52 and 0.4 < half["coverage"] < 0.52
+    more = metrics.neighbours(torch.cat([at(place, 300, 3 + place) for place in range(3)]), real)
+    assert 0.6 < more["precision"] < 0.69 and more["recall"] > 0.9 and more["coverage"] > 0.9
+    same = metrics.neighbours(real, real)
+    assert same == {"precision": 1.0, "recall": 1.0, "coverage": 1.0}
+    point = metrics.neighbours(real[:1].expand(600, 2) + 1e-3 * at(0, 600, 9), real)
+    assert point["recall"] < 0.05 and point["coverage"] < 0.05 and point["precision"] > 0.95, "a collapse shows"
+
+
+@given(arrays((8, 3)), st.floats(0, 1), st.permutations(range(8)))
+def test_diversity_shrinks_with_the_samples_and_sees_classes_apart(x, shrink, order):
+    """The mean distance of pairs within a class: linear in scale, blind to order and to distance between classes."""
+    label = torch.arange(8) % 2
+    pairs = [(x[i] - x[j]).norm() for i in range(8) for j in range(i) if label[i] == label[j]]
+    value = metrics.diversity(x, label)
+    close(value, torch.stack(pairs).mean().item())
+    close(metrics.diversity(shrink * x, label), shrink * value)
+    close(metrics.diversity((x + 100 * label[:, None])[order], label[list(order)]), value, atol=1e-6, rtol=1e-6)
+
+
+def test_wrong_use_of_image_metrics_is_refused():
+    x = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match="more than k = 5"):
+        metrics.neighbours(x, x)
+    with pytest.raises(ValueError, match="a class with two samples"):
+        metrics.diversity(x, torch.arange(4))
+    with pytest.raises(ValueError, match="a label for each"):
+        metrics.diversity(x, torch.arange(3))
+    with pytest.raises(ValueError, match="samples must be"):
+        metrics.frechet(x, torch.zeros(4, 3))

@@ -1,0 +1,140 @@
+"""Laws of the exact fields: density, score, velocity and flow map must agree with each other."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import arrays, inside, mixtures, unit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import multivariate_normal
+
+from tinytwinflow import GaussianMixture, Twins
+from tinytwinflow.method import path
+
+close = torch.testing.assert_close
+
+
+@st.composite
+def mixture_and_points(draw, n=3, **kwargs):
+    mixture = draw(mixtures(**kwargs))
+    return mixture, draw(arrays((n, mixture.means.shape[1])))
+
+
+@given(mixture_and_points(), st.floats(0, 1))
+def test_log_density_is_that_of_the_scaled_and_noised_mixture(case, t):
+    """p_t = sum_k w_k N((1 - t) m_k, (1 - t)^2 S_k + t^2 I), by scipy's Gaussian density."""
+    mixture, x = case
+    eye = np.eye(x.shape[1])
+    density = sum(
+        w * multivariate_normal((1 - t) * m, (1 - t) ** 2 * S + t**2 * eye).pdf(x.numpy())
+        for w, m, S in zip(mixture.weights.numpy(), mixture.means.numpy(), mixture.covs.numpy())
+    )
+    close(mixture.log_density(x, t).exp(), torch.as_tensor(density).reshape(-1))
+
+
+@given(mixture_and_points(), arrays(3, unit))
+def test_score_is_the_gradient_of_the_log_density(case, t):
+    mixture, x = case
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(mixture.log_density(x, t).sum(), x)
+    close(mixture.score(x.detach(), t), gradient)
+
+
+@given(mixture_and_points(), arrays(3, inside))
+def test_velocity_and_score_say_the_same(case, t):
+    """Eq. 5 holds for the marginal: s = -(x_t + (1 - t) v) / t."""
+    mixture, x = case
+    close(path.score(x, mixture.velocity(x, t), t), mixture.score(x, t))
+
+
+@given(mixture_and_points(), arrays(3, inside))
+def test_density_is_carried_by_the_velocity(case, t):
+    """Continuity: d log p / dt = -div v - v . score, with all derivatives by autograd."""
+    mixture, x = case
+    x, t = x.requires_grad_(), t.requires_grad_()
+    x_grad, t_grad = torch.autograd.grad(mixture.log_density(x, t).sum(), (x, t))
+    v = mixture.velocity(x, t)
+    divergence = sum(torch.autograd.grad(v[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(x.shape[1]))
+    close(t_grad, -divergence - (v * x_grad).sum(1))
+
+
+@given(arrays((1, 2)), arrays((4, 2)), inside)
+def test_one_isotropic_gaussian_has_a_straightforward_flow(mean, x, t):
+    """N(m, s^2 I) is carried by x_t -> (1 - r) m + (x_t - (1 - t) m) scale(r) / scale(t)."""
+    s = 0.4
+    mixture = GaussianMixture(mean, s**2 * torch.eye(2)[None])
+    scale = lambda t: ((1 - t) ** 2 * s**2 + t**2) ** 0.5  # noqa: E731
+    for r in (0.0, 0.3, 1.0):
+        close(mixture.flow(x, t, r), (1 - r) * mean + (x - (1 - t) * mean) * scale(r) / scale(t))
+
+
+@settings(max_examples=15)
+@given(mixture_and_points(), arrays(3, unit), arrays(3, unit), arrays(3, unit))
+def test_flow_map_is_a_semigroup_with_inverse_and_identity(case, t, s, r):
+    mixture, x = case
+    there = mixture.flow(x, t, r)
+    close(mixture.flow(mixture.flow(x, t, s), s, r), there, atol=1e-7, rtol=1e-7)
+    close(mixture.flow(there, r, t), x, atol=1e-7, rtol=1e-7)
+    close(mixture.flow(x, t, t), x)
+
+
+@settings(max_examples=15)
+@given(mixture_and_points(n=1), inside, inside)
+def test_average_velocity_is_the_integral_of_the_velocity(case, t, r):
+    """(t - r) F(x_t, t, r) = integral from r to t of v along the trajectory, by Gauss-Legendre quadrature."""
+    mixture, x = case
+    nodes, weights = np.polynomial.legendre.leggauss(24)
+    times = torch.from_numpy(r + (t - r) * (nodes + 1) / 2)
+    points = mixture.flow(x.expand(24, -1), t, times)
+    integral = (torch.from_numpy(weights)[:, None] / 2 * mixture.velocity(points, times)).sum(0) * (t - r)
+    t_, r_ = torch.tensor([t]).double(), torch.tensor([r]).double()
+    close((t - r) * mixture(x, t_, r_)[0], integral, atol=1e-6, rtol=1e-6)
+
+
+@settings(max_examples=15)
+@given(mixture_and_points(n=1), st.floats(0.1, 0.9), unit)
+def test_average_velocity_obeys_the_meanflow_identity(case, t, r):
+    """Along the flow d/dt [(t - r) F(x_t, t, r)] = v(x_t, t), with the derivative by central differences."""
+    mixture, x = case
+    h = 1e-3
+
+    def term(s):
+        s = torch.tensor([s]).double()
+        return (s - r) * mixture(mixture.flow(x, t, s), s, torch.tensor([r]).double())
+
+    close((term(t + h) - term(t - h)) / (2 * h), mixture.velocity(x, t), atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=15)
+@given(mixture_and_points(), arrays(3, inside), arrays(3, unit))
+def test_twins_answer_by_the_sign_of_time(case, t, r):
+    """Positive times are the real mixture's field, negative ones the fake mixture's at |t|, |r|."""
+    real, x = case
+    fake = GaussianMixture(real.means + 1, real.covs)
+    twins = Twins(real, fake)
+    close(twins(x, t, r), real(x, t, r))
+    close(twins(x, -t, -r), fake(x, t, r))
+    sign = torch.tensor([1.0, -1.0, 1.0])
+    close(twins(x, sign * t, sign * r), torch.where(sign[:, None] > 0, real(x, t, r), fake(x, t, r)))
+
+
+def test_samples_have_the_moments_of_the_mixture(generator):
+    mixture = GaussianMixture([[0.0, 0.0], [4.0, 1.0]], [[[1.0, 0.5], [0.5, 1.0]], [[0.2, 0.0], [0.0, 0.1]]], [3, 1])
+    x, k = mixture.sample(40000, generator, labels=True)
+    assert abs((k == 0).double().mean() - 0.75) < 0.01
+    close(x.mean(0), torch.tensor([1.0, 0.25]).double(), atol=0.03, rtol=0)
+    close(x[k == 0].T.cov(), mixture.covs[0], atol=0.03, rtol=0)
+
+
+def test_wrong_use_says_what_is_allowed():
+    with pytest.raises(ValueError, match="positive definite"):
+        GaussianMixture([[0.0]], [[[-1.0]]])
+    with pytest.raises(ValueError, match=r"means must be \(K, D\)"):
+        GaussianMixture([0.0], [[[1.0]]])
+    with pytest.raises(ValueError, match="weights must be 1 positive"):
+        GaussianMixture([[0.0]], [[[1.0]]], [0.0])
+    one = GaussianMixture([[0.0]], [[[1.0]]])
+    with pytest.raises(ValueError, match=r"takes \(B, 1\)"):
+        one.velocity(torch.zeros(2, 3), 0.5)
+    with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
+        one(torch.zeros(2, 1), torch.full((2,), -0.5), torch.full((2,), -0.5))

@@ -1,0 +1,545 @@
+"""Laws of the losses. `reference.py` is the paper, line by line; the fast loss must be the same function."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import arrays, batches, inside, mixtures, seeds
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.stats import kstest
+
+from tinytwinflow import GaussianMixture, TwinFlowLoss, Twins, generate
+from tinytwinflow.method import path, reference
+from tinytwinflow.method.draws import split
+from tinytwinflow.method.losses import METRICS
+from tinytwinflow.nets import MLP
+
+close = torch.testing.assert_close
+
+orders = st.sampled_from([0, 1, 2, 3, 8])
+shares = st.sampled_from([0.0, 0.2, 1 / 3, 0.5, 1.0])
+sizes = st.integers(1, 12)
+
+
+def network(seed, classes=0):
+    """A small float64 MLP with random weights everywhere, its last layer included."""
+    torch.manual_seed(seed)
+    net = MLP(2, width=16, depth=2, classes=classes).double()
+    for layer in (net.out, net.twin_in, net.twin_out):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    return net
+
+
+def gradients(loss, net):
+    found = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(found, net.parameters())]
+    )
+
+
+def by_the_book(loss, draws, net, x, cond=None, teacher=None, null=None, original=None):
+    """The total of `reference.py` for the draws of a fast loss: base, adversarial and rectify means."""
+    teacher = net if teacher is None else teacher
+    original = teacher if original is None else original
+    d = {"squared": reference.squared, "normalised": reference.normalised}[loss.metric]
+    x, cond = x[draws.rows], None if cond is None else cond[draws.rows]
+    any_step, flow, adversarial, rectify = draws.slices()
+    z, z_new, t, r = draws.z, draws.z_new, draws.t, draws.r
+    pick = lambda rows: None if cond is None else cond[rows]  # noqa: E731
+    expected = [len(x) * share for share in loss.shares()]
+
+    def velocity(rows):
+        x_rows, u = x[rows], path.velocity(x[rows], z[rows])
+        if loss.data_free:
+            x_rows = reference.fake(net, z_new[rows], pick(rows))
+            x_t = path.interpolate(x_rows, z[rows], t[rows])
+            u = original(x_t, t[rows], t[rows], pick(rows)).detach()
+        if loss.guidance:
+            x_t = path.interpolate(x_rows, z[rows], t[rows])
+            none = null.expand(len(x_t))
+            guided = reference.guided_velocity(original, x_t, t[rows], u, loss.guidance, pick(rows), none)
+            low, high = loss.guidance_range
+            u = torch.where(((t[rows] >= low) & (t[rows] <= high))[:, None], guided, u)
+        return x_rows, u
+
+    terms = []
+    if draws.counts[0]:
+        x_rows, u = velocity(any_step)
+        times = t[any_step], r[any_step], draws.inner
+        kwargs = {"dt": loss.dt, "clip": loss.clip, "gain": loss.gain, "cond": pick(any_step), "u": u, "d": d}
+        values = reference.base(net, teacher, x_rows, z[any_step], *times, **kwargs)
+        terms.append(values.sum() / (expected[0] + expected[1]))
+    if draws.counts[1]:
+        x_rows, u = velocity(flow)
+        values = reference.flow_matching(net, x_rows, z[flow], t[flow], pick(flow), u, d)
+        terms.append(values.sum() / (expected[0] + expected[1]))
+    if draws.counts[2]:
+        rows = adversarial
+        values = reference.adversarial(net, z[rows], z_new[rows], t[rows], pick(rows), d)
+        terms.append(loss.adversarial_weight * values.sum() / expected[2])
+    if draws.counts[3]:
+        rows = rectify
+        values = reference.rectify(net, z[rows], z_new[rows], t[rows], pick(rows), loss.rectify_clip, d)
+        terms.append(loss.rectify_weight * values.sum() / expected[3])
+    return sum(terms)
+
+
+settings_of_a_loss = st.fixed_dictionaries(
+    {
+        "order": orders,
+        "share": shares,
+        "one_step_share": st.sampled_from([0.0, 0.5]),
+        "flow_share": st.sampled_from([0.0, 0.5, 1.0]),
+        "metric": st.sampled_from(list(METRICS)),
+        "adversarial_weight": st.sampled_from([0.5, 1.0]),
+        "rectify_weight": st.sampled_from([0.5, 1.0]),
+        "rectify_clip": st.sampled_from([None, 0.1]),
+        "guidance": st.sampled_from([0.0, 0.7]),
+        "guidance_range": st.sampled_from([(0.0, 1.0), (0.3, 0.8)]),
+        "even_inner": st.booleans(),
+        "data_free": st.booleans(),
+        "gain": st.sampled_from([math.inf, 2.0]),
+        "clip": st.sampled_from([0.3, 100.0]),
+        "times": st.sampled_from([(1.0, 1.0), (0.5, 2.0)]),
+    }
+)
+
+
+@settings(max_examples=120)
+@given(settings_of_a_loss, sizes, seeds, st.booleans(), st.booleans())
+def test_fast_loss_equals_the_reference_in_value_and_gradient(kwargs, B, seed, own_teacher, own_original):
+    """For every split, order, metric and guidance: the same total and the same gradient."""
+    net, teacher, original = network(seed, 3), network(seed + 1, 3), network(seed + 2, 3)
+    x, cond = torch.randn(B, 2).double(), torch.randint(3, (B,))
+    loss, null = TwinFlowLoss(**kwargs), torch.tensor([3])
+    draws = loss.draw(x)
+    others = {"teacher": None if own_teacher else teacher, "null": null, "original": None if own_original else original}
+    fast = loss.evaluate(draws, net, x, cond, **others)
+    slow = by_the_book(loss, draws, net, x, cond, **others)
+    close(fast.total, slow)
+    close(fast.total.detach(), fast.base + fast.adversarial + fast.rectify)
+    close(gradients(fast.total, net), gradients(slow, net))
+
+
+@given(settings_of_a_loss, sizes, seeds)
+def test_only_the_network_gets_gradient(kwargs, B, seed):
+    """Teacher and original are evaluated without gradient, and nothing flows back into the data."""
+    net, teacher, original = network(seed, 3), network(seed + 1, 3), network(seed + 2, 3)
+    x = torch.randn(B, 2).double().requires_grad_()
+    out = TwinFlowLoss(**kwargs)(net, x, torch.randint(3, (B,)), teacher, torch.tensor([3]), original)
+    out.total.backward()
+    assert all(p.grad is None for other in (teacher, original) for p in other.parameters())
+    assert x.grad is None
+    assert not any(term.requires_grad for term in out[1:])
+
+
+@given(st.integers(1, 40), seeds, shares, st.sampled_from([0.0, 0.3, 1.0]), orders)
+def test_parts_add_up_to_the_batch(B, seed, share, flow_share, order):
+    """For every batch size and share: parts sum to B, each is within one row of its share, and in the
+    mean over draws it is its share exactly."""
+    loss = TwinFlowLoss(order=order, share=share, flow_share=flow_share)
+    generator = torch.Generator().manual_seed(seed)
+    draws = loss.draw(torch.zeros(B, 2), generator)
+    assert sum(draws.counts) == B and min(draws.counts) >= 0
+    assert sorted(draws.rows.tolist()) == list(range(B))
+    assert all(abs(n - B * s) < 1 for n, s in zip(draws.counts, loss.shares()))
+
+
+@given(st.integers(1, 40), shares)
+def test_parts_have_their_share_in_expectation(B, share):
+    wanted = TwinFlowLoss(share=share).shares()
+    generator = torch.Generator().manual_seed(0)
+    counts = np.mean([split(B, wanted, generator) for _ in range(2000)], axis=0)
+    assert np.allclose(counts, np.array(wanted) * B, atol=0.06)
+
+
+@settings(max_examples=5)
+@given(seeds)
+def test_batch_of_one_has_the_gradient_of_a_large_batch_in_expectation(seed):
+    """The mean gradient over many batches of 1 is that of one large batch, to within the error of the mean.
+
+    All random numbers are made equal: row i of the large batch and batch i hold the same sample, so
+    only the drawing of parts and its weights are tested.
+    """
+    net, loss, n = network(seed), TwinFlowLoss(order=1, clip=100.0), 1000
+    x = torch.randn(1, 2).double()
+    generator = torch.Generator().manual_seed(seed)
+    single = torch.stack([gradients(loss(net, x, generator=generator).total, net) for _ in range(n)])
+    big = torch.stack([gradients(loss(net, x.expand(600, 2), generator=generator).total, net) for _ in range(10)])
+    error = (single.var(0) / n + big.var(0) / 10).sqrt()
+    z_score = ((single.mean(0) - big.mean(0)) / error.clamp(min=1e-12)).abs()
+    assert z_score.max() < 6 and z_score.square().mean() < 2
+
+
+@given(settings_of_a_loss, st.integers(2, 12), seeds)
+def test_order_of_the_batch_does_not_matter(kwargs, B, seed):
+    """Permuting samples and labels together with the rows that take them leaves the loss as it is."""
+    net, loss = network(seed, 3), TwinFlowLoss(**kwargs)
+    x, cond, order = torch.randn(B, 2).double(), torch.randint(3, (B,)), torch.randperm(B)
+    draws = loss.draw(x)
+    before = loss.evaluate(draws, net, x, cond, null=torch.tensor([3])).total
+    moved = copy.copy(draws)
+    moved.rows = order.argsort()[draws.rows]
+    close(loss.evaluate(moved, net, x[order], cond[order], null=torch.tensor([3])).total, before)
+
+
+@given(seeds, sizes)
+def test_order_zero_is_flow_matching(seed, B):
+    net = network(seed)
+    x, loss = torch.randn(B, 2).double(), TwinFlowLoss(order=0, share=0.0)
+    draws = loss.draw(x)
+    x = x[draws.rows]
+    x_t = draws.t[:, None] * draws.z + (1 - draws.t[:, None]) * x
+    close(loss.evaluate(draws, net, x[draws.rows.argsort()]).total,
+          (net(x_t, draws.t, draws.t) - (draws.z - x)).square().mean())  # fmt: skip
+    assert torch.equal(draws.t, draws.r)
+
+
+@given(orders, seeds)
+def test_times_of_the_any_step_rows_fall_from_t_to_r(order, seed):
+    assume(order > 0)
+    loss = TwinFlowLoss(order=order, share=0.0, flow_share=0.0)
+    draws = loss.draw(torch.zeros(50, 1).double(), torch.Generator().manual_seed(seed))
+    path_of_times = [draws.t, draws.t - loss.dt, *draws.inner, draws.r]
+    assert len(draws.inner) == order - 1
+    assert all((a >= b - 1e-12).all() for a, b in zip(path_of_times[:-1], path_of_times[1:]))
+    assert (draws.r >= -1e-12).all() and (draws.t <= 1).all()
+
+
+@settings(max_examples=10)
+@given(st.floats(0.5, 3), st.floats(0.5, 3), seeds)
+def test_times_follow_the_kumaraswamy_law(a, b, seed):
+    """P(t <= s) = 1 - (1 - s^a)^b in the base rows; the twin parts draw t' uniformly (Kolmogorov-Smirnov)."""
+    draws = TwinFlowLoss(times=(a, b), share=0.5, flow_share=1.0).draw(
+        torch.zeros(4000, 1).double(), torch.Generator().manual_seed(seed)
+    )
+    t = draws.t.numpy()
+    assert kstest(t[:2000], lambda s: 1 - (1 - s**a) ** b).statistic < 0.06
+    assert kstest(t[2000:], lambda s: s).statistic < 0.06
+
+
+@given(st.integers(1, 6), seeds)
+def test_even_inner_times_cut_the_jump_in_equal_parts(order, seed):
+    loss = TwinFlowLoss(order=order, share=0.0, flow_share=0.0, even_inner=True)
+    draws = loss.draw(torch.zeros(5, 1).double(), torch.Generator().manual_seed(seed))
+    steps = torch.stack([draws.t - loss.dt, *draws.inner, draws.r]).diff(dim=0)
+    close(steps, steps.mean(0).expand_as(steps))
+
+
+@given(st.sampled_from([0.0, 1.0]), seeds)
+def test_one_step_rows_are_the_jump_from_noise_to_data(share, seed):
+    """All any-step rows sit at t = 1, r = 0 when the share is 1, none (almost surely) when it is 0."""
+    loss = TwinFlowLoss(share=0.0, flow_share=0.5, one_step_share=share)
+    draws = loss.draw(torch.zeros(40, 1).double(), torch.Generator().manual_seed(seed))
+    rows = draws.slices()[0]
+    assert ((draws.t[rows] == 1) & (draws.r[rows] == 0)).double().mean() == share
+    assert not (draws.r[draws.slices()[1]] == 0).any()
+
+
+@given(seeds, st.floats(1, 50))
+def test_gain_bounds_the_weight_of_a_jump_and_keeps_its_fixed_point(seed, gain):
+    """Without noise and clip the correction is the error of F times min((t - r) / dt, gain)."""
+    net = network(seed)
+    x = torch.randn(6, 2).double()
+    kwargs = {"share": 0.0, "flow_share": 0.0, "clip": 1e9}
+    loss, paper = TwinFlowLoss(gain=gain, **kwargs), TwinFlowLoss(**kwargs)
+    draws = loss.draw(x)
+    u, x_t = (draws.z - x[draws.rows]), path.interpolate(x[draws.rows], draws.z, draws.t)
+    F = net(x_t, draws.t, draws.r).detach()
+    rows = draws.slices()[0]
+    with torch.no_grad():
+        bounded = loss._any_step_correction(draws, rows, F, x_t, u, None, net)
+        unbounded = paper._any_step_correction(draws, rows, F, x_t, u, None, net)
+    weight = (draws.t - draws.r) / loss.dt
+    close(bounded / weight.clamp(max=gain).clamp(min=1)[:, None], unbounded / weight.clamp(min=1)[:, None])
+
+
+# The base loss and the exact field
+
+
+def expected_jump(mixture, x_t, t, r, inner, dt):
+    """Mean over the data behind x_t of Eq. 1's right side with exact jumps, by Gauss-Hermite quadrature.
+
+    Given x_t and the component, x is Gaussian, so u = (x_t - x) / t is too.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(20)
+    nodes, weights = torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+    m, S = mixture.means[:, 0], mixture.covs[:, 0, 0]
+    C = (1 - t) ** 2 * S + t**2
+    mean = m + (1 - t) * S / C * (x_t - (1 - t) * m)
+    std = (S - ((1 - t) * S) ** 2 / C).sqrt()
+    p = (mixture.weights.log() - 0.5 * (x_t - (1 - t) * m) ** 2 / C - 0.5 * C.log()).softmax(0)
+    x = (mean[:, None] + std[:, None] * nodes).flatten()[:, None]
+    probability = (p[:, None] * weights).flatten()[:, None]
+    times = [torch.full((len(x),), s).double() for s in (t, r, *inner)]
+    u = (x_t - x) / t
+    jumps = reference.any_step_jump(mixture, torch.full_like(x, x_t), u, times[0], times[1], times[2:], dt)
+    return (probability * jumps).sum()
+
+
+@settings(max_examples=12)
+@given(
+    mixtures(dim=1, components=2), st.floats(-1.5, 1.5), st.floats(0.5, 0.95), st.floats(0.0, 0.3), st.integers(1, 3)
+)
+def test_exact_field_is_the_fixed_point_of_the_base_loss(mixture, x_t, t, r, order):
+    """With F^- exact, Eq. 1's right side is (t - r) F up to O(dt^2), so the target of F is off by O(dt):
+    halving dt divides the error of the jump by 4. True for any order, because exact jumps compose.
+    The components are near each other: between far ones the flow tears, and only a tiny dt would be small."""
+    mixture = GaussianMixture(mixture.means / 2, mixture.covs, mixture.weights)
+    inner = [t - 0.1 - (t - 0.1 - r) * i / order for i in range(1, order)]
+    full = lambda s: torch.tensor([s]).double()  # noqa: E731
+    exact = (t - r) * mixture(full(x_t)[:, None], full(t), full(r)).item()
+    errors = [abs(expected_jump(mixture, x_t, t, r, inner, dt).item() - exact) for dt in (0.02, 0.01)]
+    assert errors[0] < 0.02
+    assume(errors[0] > 1e-4)
+    assert 3 < errors[0] / errors[1] < 5.2
+
+
+@settings(max_examples=10)
+@given(mixtures(dim=1, components=2), st.floats(-1.5, 1.5), st.floats(0.3, 0.95), st.floats(0.0, 0.2))
+def test_base_target_averages_to_the_exact_field(mixture, x_t, t, r):
+    """The regression form: target = F^- - clip(...), with F^- exact and no clip, averages to F + O(dt): what is
+    left of the correction halves with dt, whatever the mixture's own constant."""
+    assume(t - r > 0.1)
+    exact = (t - r) * mixture(*(torch.tensor(a).double() for a in ([[x_t]], [t], [r]))).item()
+    left = [abs(exact - expected_jump(mixture, x_t, t, r, [], dt).item()) / dt for dt in (0.005, 0.0025)]
+    assert left[1] < 0.6 * left[0] + 1e-3
+
+
+# The twin losses
+
+
+@settings(max_examples=15)
+@given(mixtures(), arrays(4, inside), seeds)
+def test_real_and_fake_velocities_agree_exactly_when_the_distributions_do(mixture, t, seed):
+    """dv = 0 everywhere if fake = real; if not, dv = -(t / (1 - t)) (s_real - s_fake) and is not zero."""
+    x_t = torch.randn(4, mixture.means.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    from tinytwinflow import gap
+
+    assert gap(Twins(mixture, mixture), x_t, t).abs().max() < 1e-12
+    fake = GaussianMixture(mixture.means + 0.5, mixture.covs, mixture.weights)
+    dv = gap(Twins(mixture, fake), x_t, t)
+    scores = mixture.score(x_t, t) - fake.score(x_t, t)
+    close(dv, -(t / (1 - t))[:, None] * scores)
+    close(reference.score_gap(Twins(mixture, fake), x_t, t), scores)
+    assert dv.abs().max() > 1e-6
+
+
+@given(seeds, sizes, st.sampled_from([None, 0.05]))
+def test_rectification_gradient_is_minus_the_gap_times_the_jacobian(seed, B, clip):
+    """d L_rectify / d theta = -(2 / D) mean of dv . dF(z, 1, 0) / d theta: descent moves F along dv."""
+    net, loss = network(seed), TwinFlowLoss(share=1.0, adversarial_weight=0.0, rectify_clip=clip)
+    x = torch.randn(2 * B, 2).double()
+    draws = loss.draw(x)
+    rows = draws.slices()[3]
+    z, t, one = draws.z[rows], draws.t[rows], torch.ones(B).double()
+    x_t = path.interpolate(generate(net, z), draws.z_new[rows], t).detach()
+    dv = (net(x_t, t, t) - net(x_t, -t, -t)).detach()
+    dv = dv if clip is None else dv.clamp(-clip, clip)
+    inner_product = (dv * net(z, one, 0 * one)).sum() / B
+    close(gradients(loss.evaluate(draws, net, x).total, net), -gradients(inner_product, net))
+
+
+@settings(max_examples=25)
+@given(st.floats(0.3, 2), st.floats(0.3, 2), st.floats(-1, 1), st.floats(-1, 1), st.floats(0.1, 0.9))
+def test_rectification_is_the_gradient_of_kl_between_gaussians(a, real_scale, b, real_mean, t):
+    """Eqs. 3-8, and the sign of dv. The generator x = b + a z makes N(b, a^2); at time t,
+
+        d KL(p_fake,t || p_real,t) / d(a, b) = E[ -dv (1 - t)^2 / t . d(z - x)... ]
+
+    that is, with F(z, 1, 0) = z - x, the gradient of -(1 - t)^2 / t E[dv F] equals that of the closed-form
+    KL between N((1 - t) b, (1 - t)^2 a^2 + t^2) and the real marginal.
+    """
+    theta = torch.tensor([a, b], dtype=torch.float64, requires_grad=True)
+    real = GaussianMixture([[real_mean]], [[[real_scale**2]]])
+    fake = GaussianMixture([[b]], [[[a**2]]])
+    nodes, weights = np.polynomial.hermite_e.hermegauss(12)
+    grid = torch.from_numpy(np.stack(np.meshgrid(nodes, nodes), -1).reshape(-1, 2))
+    weight = torch.from_numpy(np.outer(weights, weights).flatten() / weights.sum() ** 2)
+    z, z_new = grid[:, :1], grid[:, 1:]
+    times = torch.full((len(z),), t).double()
+
+    def net(x, t, r, cond=None):
+        """Exact twin velocities, and the generator at (1, 0)."""
+        return z - (theta[1] + theta[0] * z) if (t == 1).all() else Twins(real, fake)(x, t, r)
+
+    # reference.rectify is d(F, sg(F + dv)), whose gradient is -2 dv dF for one element per sample
+    loss = (weight * reference.rectify(net, z, z_new, times)).sum() * (1 - t) ** 2 / t / 2
+    (gradient,) = torch.autograd.grad(loss, theta)
+
+    fake_var, real_var = (1 - t) ** 2 * theta[0] ** 2 + t**2, (1 - t) ** 2 * real_scale**2 + t**2
+    shift = (1 - t) * (theta[1] - real_mean)
+    kl = 0.5 * (fake_var / real_var + shift**2 / real_var - 1 - torch.log(fake_var / real_var))
+    (kl_gradient,) = torch.autograd.grad(kl, theta)
+    close(gradient, kl_gradient)
+
+
+@given(seeds, sizes)
+def test_adversarial_loss_gives_the_generator_no_gradient(seed, B):
+    """A network whose two halves of time have weights of their own: only the negative half may move."""
+    generator_net, twin_net = network(seed), network(seed + 1)
+
+    def net(x, t, r, cond=None):
+        return torch.where((t < 0)[:, None], twin_net(x, t, r), generator_net(x, t, r))
+
+    loss = TwinFlowLoss(share=1.0, rectify_weight=0.0)
+    loss(net, torch.randn(2 * B, 2).double()).total.backward()
+    assert all(p.grad is None or not p.grad.any() for p in generator_net.parameters())
+    assert any(p.grad.any() for p in twin_net.parameters())
+
+
+@given(seeds, sizes)
+def test_rectification_gives_the_twin_no_gradient(seed, B):
+    """The gap is a constant: neither velocity it is made of may move to make it small."""
+    generator_net, velocity_net = network(seed), network(seed + 1)
+
+    def net(x, t, r, cond=None):
+        one_step = ((t == 1) & (r == 0))[:, None]
+        return torch.where(one_step, generator_net(x, t, r), velocity_net(x, t, r))
+
+    loss = TwinFlowLoss(share=1.0, adversarial_weight=0.0)
+    loss(net, torch.randn(2 * B, 2).double()).total.backward()
+    assert all(p.grad is None or not p.grad.any() for p in velocity_net.parameters())
+    assert any(p.grad.any() for p in generator_net.parameters())
+
+
+@settings(max_examples=5)
+@given(mixtures(dim=2))
+def test_exact_twin_velocity_minimises_the_adversarial_loss(mixture):
+    """With fakes from a mixture, its velocity at -t is the minimum of Eq. 2: a shift in any direction costs."""
+    z = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_fake = mixture.sample(4000, torch.Generator().manual_seed(1))
+    t = torch.rand(4000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def value(shift, sign=1.0):
+        def net(x, time, r, cond=None):
+            if (time == 1).all():
+                return z - x_fake
+            assert (time <= 0).all()
+            return sign * mixture.velocity(x, -time) + shift
+
+        return reference.adversarial(net, z, z.flip(0), t).mean()
+
+    assert value(0.0) < min(value(0.3), value(-0.3), value(0.0, sign=-1.0))
+
+
+@given(arrays((3, 2)), arrays((3, 2)))
+def test_metrics_equal_the_reference(a, b):
+    close(METRICS["squared"](a, b), reference.squared(a, b))
+    close(METRICS["normalised"](a, b), reference.normalised(a, b))
+
+
+def test_normalised_metric_has_a_step_that_does_not_vanish():
+    """Its gradient has the length of a root-mean-square error's, whatever the error: 2 / sqrt(D) per sample."""
+    for size in (1e-2, 1.0, 10.0):
+        a = torch.full((1, 4), size, dtype=torch.float64, requires_grad=True)
+        METRICS["normalised"](a, torch.zeros(1, 4).double()).sum().backward()
+        assert math.isclose(a.grad.norm(), 2 / 4**0.5, rel_tol=1e-2)
+
+
+@given(batches(1, dims=(3, 2, 2)), seeds)
+def test_images_and_dicts_of_conditions_fit(case, seed):
+    """Any (B, *D) and a dict of conditions: the same rules, the same numbers of rows."""
+    (x,), _ = case
+    cond = {"a": torch.randn(len(x), 2), "b": torch.arange(len(x))}
+    null = {"a": torch.zeros(1, 2), "b": torch.zeros(1, dtype=torch.long)}
+
+    def net(x, t, r, cond):
+        assert len(cond["a"]) == len(cond["b"]) == len(t) == len(r) == len(x)
+        return 0.1 * x + cond["a"].sum(1).view(-1, 1, 1, 1) * t.view(-1, 1, 1, 1)
+
+    out = TwinFlowLoss(guidance=0.5)(net, x, cond, null=null, generator=torch.Generator().manual_seed(seed))
+    assert out.total.isfinite()
+
+
+@given(seeds, st.integers(1, 8))
+def test_a_null_condition_of_its_own_for_each_sample_follows_its_sample(seed, B):
+    """null of leading dimension 1 repeated by hand is the same null; one that differs goes with its row."""
+    net, loss = network(seed, 3), TwinFlowLoss(guidance=0.7)
+    x, cond = torch.randn(B, 2).double(), torch.randint(3, (B,))
+    draws = loss.draw(x)
+    one, each = (
+        loss.evaluate(draws, net, x, cond, null=null).total for null in (torch.tensor([3]), torch.full((B,), 3))
+    )
+    close(one, each)
+    close(loss.evaluate(draws, net, x, cond, null=cond).total, TwinFlowLoss().evaluate(draws, net, x, cond).total)
+
+
+@given(seeds, sizes)
+def test_data_free_training_never_reads_the_data(seed, B):
+    net, original = network(seed), network(seed + 1)
+    loss = TwinFlowLoss(data_free=True)
+    draws = loss.draw(torch.zeros(B, 2).double())
+    values = [
+        loss.evaluate(draws, net, x.double(), original=original).total
+        for x in (torch.zeros(B, 2), torch.full((B, 2), float("nan")))
+    ]
+    close(*values)
+
+
+def test_network_calls_of_one_loss():
+    """One forward with gradient for the batch; without: 2 jumps of the any-step rows, one pass for the
+    fakes, one for both velocities of the gap, one for both guidance velocities."""
+    calls = []
+
+    def net(x, t, r, cond=None):
+        calls.append((len(x), torch.is_grad_enabled()))
+        return 0.1 * x
+
+    loss = TwinFlowLoss(order=2, share=1 / 3, guidance=0.5)
+    loss(net, torch.randn(96, 2), torch.zeros(96, 1), null=torch.zeros(1, 1))
+    assert [n for n, grad in calls if grad] == [96]
+    assert sorted(n for n, grad in calls if not grad) == sorted([32, 32, 16, 32, 128])
+
+
+def test_wrong_use_says_what_is_allowed():
+    for kwargs, message in [
+        ({"order": -1}, "order must be"),
+        ({"order": 1.5}, "order must be"),
+        ({"share": 1.2}, r"share must lie in \[0, 1\]"),
+        ({"flow_share": -0.1}, "flow_share must lie"),
+        ({"one_step_share": 2}, "one_step_share must lie"),
+        ({"dt": 0.0}, r"dt must lie in \(0, 1\)"),
+        ({"metric": "lpips"}, "unknown metric 'lpips': choose from squared, normalised"),
+        ({"rectify_weight": -1.0}, "rectify_weight must be"),
+        ({"guidance": float("inf")}, "guidance must be"),
+        ({"guidance_range": (0.9, 0.1)}, "guidance_range must be"),
+        ({"guidance_range": 0.5}, "guidance_range must be two numbers, got 0.5"),
+        ({"times": (0.0, 1.0)}, "times must be two positive numbers"),
+        ({"times": 1.0}, "times must be two numbers, got 1.0"),
+        ({"times": (1.0, 1.0, 1.0)}, "times must be two numbers"),
+        ({"gain": 0.0}, "gain must be"),
+        ({"clip": 0.0}, "clip must be"),
+        ({"rectify_clip": 0.0}, "rectify_clip must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            TwinFlowLoss(**kwargs)
+    net = network(0)
+    for x in (torch.zeros(3, dtype=torch.long), torch.zeros(3), torch.zeros(0, 2)):
+        with pytest.raises(ValueError, match="x must be a floating-point batch"):
+            TwinFlowLoss()(net, x)
+    with pytest.raises(ValueError, match="guidance > 0 needs cond and null"):
+        TwinFlowLoss(guidance=1.0)(net, torch.zeros(3, 2).double())
+    with pytest.raises(ValueError, match="data_free needs original"):
+        TwinFlowLoss(data_free=True)(net, torch.zeros(3, 2).double())
+    with pytest.raises(ValueError, match="cond has 2 rows, x has 3"):
+        TwinFlowLoss()(net, torch.zeros(3, 2).double(), torch.zeros(2))
+    x, label = torch.zeros(3, 2).double(), torch.zeros(3)
+    for cond, null in ((label, torch.zeros(2)), ({"a": label}, {"a": torch.zeros(2)})):
+        with pytest.raises(ValueError, match=r"null has shape \(2,\), but x has 3 rows"):
+            TwinFlowLoss(guidance=1.0)(net, x, cond, null=null)
+
+    def narrow(x, t, r, cond):
+        return x[:, :1]
+
+    for name, loss, fields in [
+        ("net", TwinFlowLoss(order=0, share=0.0), {}),
+        ("teacher", TwinFlowLoss(flow_share=0.0), {"teacher": narrow}),
+        ("original", TwinFlowLoss(data_free=True), {"original": narrow}),
+        ("original", TwinFlowLoss(guidance=1.0), {"original": narrow, "cond": label, "null": label[:1]}),
+    ]:
+        with pytest.raises(ValueError, match=rf"{name}'s answer and x must have the same shape, got \(\d+, 1\)"):
+            loss(narrow if name == "net" else lambda x, t, r, cond=None: net(x, t, r), x, **fields)

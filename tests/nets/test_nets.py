@@ -1,0 +1,402 @@
+"""A network is a velocity field: right shapes, both signs of time told apart, null label like any other."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import inside, seeds
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as f
+
+import tinytwinflow as ttf
+from tinytwinflow.nets import MLP, DiT, UNet, dit, load_published
+from tinytwinflow.nets.dit import from_epsilon, positions
+from tinytwinflow.training.distributed import compile_as
+
+close = torch.testing.assert_close
+
+
+def awake(net, seed=0):
+    """The network with every parameter at random: a new one is zero, and its twin equal to the real field."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.data = 0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(1, p[0].numel()) ** 0.5
+    return net.requires_grad_(False)
+
+
+KINDS = {
+    "mlp": (lambda classes=0: MLP(2, 32, 3, classes), (2,)),
+    "sharp mlp": (lambda classes=0: MLP(2, 32, 3, classes, sharp=True), (2,)),
+    "dit": (lambda classes=0: DiT(4, 3, classes, 16, 2, 2, 2), (3, 4, 4)),
+    "unet": (lambda classes=0: UNet(4, 3, classes, (8, 8), 1), (3, 4, 4)),
+}
+kinds = st.sampled_from(sorted(KINDS))
+
+
+def batch(kind, B, seed=0):
+    return torch.randn(B, *KINDS[kind][1], generator=torch.Generator().manual_seed(seed))
+
+
+@given(kinds, st.integers(1, 5))
+def test_a_new_network_is_zero_in_the_shape_of_x(kind, B):
+    x, t = batch(kind, B), torch.rand(B)
+    for sign in (1, -1):
+        F = KINDS[kind][0]()(x, sign * t, sign * t)
+        assert F.shape == x.shape and not F.any()
+
+
+@given(kinds, seeds, st.one_of(inside, st.just(1.0)))
+def test_the_sign_of_time_is_seen_at_every_time(kind, seed, t):
+    """t = 1 included."""
+    net, x, t = awake(KINDS[kind][0](), seed), batch(kind, 1), torch.tensor([t])
+    assert (net(x, t, t) - net(x, -t, -t)).abs().max() > 1e-6
+
+
+@given(kinds, seeds, inside, inside)
+def test_the_target_time_is_seen(kind, seed, t, r):
+    assume(abs(t - r) > 0.01)
+    net, x, t, r = awake(KINDS[kind][0](), seed), batch(kind, 1), torch.tensor([t]), torch.tensor([r])
+    assert (net(x, t, r) - net(x, t, t)).abs().max() > 1e-6
+
+
+@given(kinds, seeds)
+def test_rows_do_not_see_each_other(kind, seed):
+    net, x, t, r = awake(KINDS[kind][0](3), seed), batch(kind, 4), torch.rand(4), torch.rand(4)
+    c = torch.arange(4)
+    together, alone = net(x, t, r, c), [net(x[[i]], t[[i]], r[[i]], c[[i]]) for i in range(4)]
+    close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+@given(kinds, seeds)
+def test_every_label_matters_the_null_label_too(kind, seed):
+    net, x, t = awake(KINDS[kind][0](3), seed), batch(kind, 1).expand(4, *KINDS[kind][1]), torch.full((4,), 0.5)
+    F = net(x, t, t, torch.arange(4))
+    assert all((F[i] - F[j]).abs().max() > 1e-6 for i in range(4) for j in range(i))
+
+
+TWINS = {
+    "mlp": lambda net: (net.twin_in, net.twin_out),
+    "sharp mlp": lambda net: (net.twin_in, net.twin_out),
+    "dit": lambda net: (net.times.twin.mlp[2],),
+    "unet": lambda net: (net.times.twin.mlp[2],),
+}
+
+
+@given(kinds, seeds, inside)
+def test_the_twin_is_born_equal_to_the_real_field(kind, seed, t):
+    """Whatever the real field has learnt: until the twin's own layers move, the gap is zero."""
+    fresh, net = KINDS[kind][0](), awake(KINDS[kind][0](), seed)
+    for new, layer in zip(TWINS[kind](fresh), TWINS[kind](net)):
+        layer.load_state_dict(new.state_dict())
+    x, t = batch(kind, 1), torch.tensor([t])
+    assert torch.equal(net(x, t, t), net(x, -t, -t))
+
+
+@given(st.sampled_from(["dit", "unet"]), seeds, inside, inside)
+def test_a_new_jump_starts_as_the_velocity(kind, seed, t, r):
+    """Until the embedding of r moves, F(x, t, r) = F(x, t, t): training begins at the flow model."""
+    fresh, net = KINDS[kind][0](), awake(KINDS[kind][0](), seed)
+    net.times.r.mlp[2].load_state_dict(fresh.times.r.mlp[2].state_dict())
+    x, t, r = batch(kind, 1), torch.tensor([t]), torch.tensor([r])
+    assert torch.equal(net(x, t, r), net(x, t, t))
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(["dit", "unet"]), seeds, inside)
+def test_times_keep_full_precision_in_bfloat16(kind, seed, t):
+    """d/dt of the embedding survives weights and autocast in bfloat16, which cannot tell 0.99 from 0.992."""
+    net, t = awake(KINDS[kind][0](), seed), torch.tensor([t, t + 0.002])
+    exact = net.times(t, 0.3 * t)
+    half = copy.deepcopy(net).bfloat16()
+    net.times.load_state_dict(half.times.state_dict())
+    exact = net.times(t, 0.3 * t)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(half.times(t, 0.3 * t), exact)
+        assert torch.equal(net.times(t, 0.3 * t), exact)
+    assert (exact[0] - exact[1]).abs().max() > 0
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(["dit", "unet"]), seeds)
+def test_bfloat16_stays_close_to_float32(kind, seed):
+    net, x, t, r = awake(KINDS[kind][0](3), seed), batch(kind, 4), torch.rand(4), torch.rand(4)
+    exact = net(x, t, r, torch.arange(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = net(x, t, r, torch.arange(4))
+    for F in (auto, net.bfloat16()(x, t, r, torch.arange(4))):
+        assert F.dtype == torch.float32 and F.isfinite().all()
+        assert (F - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("kind, how", [("dit", "default"), ("unet", "graphs")])
+def test_compiled_equals_eager(kind, how):
+    """Value and gradient of the whole loss, through torch.compile."""
+    net, x, label = awake(KINDS[kind][0](3)).requires_grad_(True), batch(kind, 6), torch.arange(6) % 3
+    loss = ttf.TwinFlowLoss(share=1 / 3, guidance=0.5)
+
+    def gradients(net):
+        net.zero_grad()
+        total = loss(net, x, label, null=torch.tensor([3]), generator=torch.Generator().manual_seed(0)).total
+        total.backward()
+        return [total.detach(), *(p.grad for p in net.parameters())]
+
+    eager = [g.clone() for g in gradients(net)]
+    compile_as(net, how)
+    for a, b in zip(gradients(net), eager):
+        close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs are recorded on a GPU alone")
+def test_cuda_graphs_train_as_eager_does():
+    """All phases of training, replayed often enough that every graph has been recorded, and sampling after them."""
+
+    def trained(how):
+        torch.manual_seed(0)
+        state = ttf.training.loop.new_state(KINDS["dit"][0](3).cuda(), lr=0.02, place=lambda net: compile_as(net, how))
+        x, label = batch("dit", 9).cuda(), (torch.arange(9) % 3).cuda()
+        loss = ttf.TwinFlowLoss(guidance=0.5)
+        for _ in ttf.training.loop.train(state, loss, lambda i: (x, label), 24, warmup_steps=6, base_steps=6, null=3):
+            pass
+        return [*state.net.parameters(), *state.average.parameters(), ttf.sample(state.average, x, 4, cond=label)]
+
+    for a, b in zip(trained("graphs"), trained("none")):
+        close(a, b, atol=1e-4, rtol=1e-3)
+
+
+# Published weights. The oracle is their network written out from its parameter names, in float64.
+
+
+def published(size, patch, channels, classes, width, depth, twice, seed):
+    """Random weights with the names and shapes of a DiT or SiT checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "x_embedder.proj.weight": (width, channels, patch, patch),
+        "x_embedder.proj.bias": (width,),
+        "t_embedder.mlp.0.weight": (width, 256),
+        "t_embedder.mlp.0.bias": (width,),
+        "t_embedder.mlp.2.weight": (width, width),
+        "t_embedder.mlp.2.bias": (width,),
+        "y_embedder.embedding_table.weight": (classes + 1, width),
+        "pos_embed": (1, (size // patch) ** 2, width),
+        "final_layer.linear.weight": (patch**2 * channels * (2 if twice else 1), width),
+        "final_layer.linear.bias": (patch**2 * channels * (2 if twice else 1),),
+        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
+        "final_layer.adaLN_modulation.1.bias": (2 * width,),
+    }
+    for i in range(depth):
+        for name, (o, n) in {
+            "attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (4 * width, width),
+            "mlp.fc2": (width, 4 * width), "adaLN_modulation.1": (6 * width, width),
+        }.items():  # fmt: skip
+            shapes |= {f"blocks.{i}.{name}.weight": (o, n), f"blocks.{i}.{name}.bias": (o,)}
+    return {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def run_published(w, x, t, y, patch, depth, heads):
+    """The network of the checkpoint's authors: t as they count it, the first half of a doubled output."""
+    w = {name: value.double() for name, value in w.items()}
+
+    def linear(name, h):
+        return f.linear(h, w[name + ".weight"], w[name + ".bias"])
+
+    B, C, H, _ = x.shape
+    k = torch.exp(-math.log(10000) * torch.arange(128).double() / 128)
+    c = torch.cat([(t[:, None] * k).cos(), (t[:, None] * k).sin()], 1)
+    c = linear("t_embedder.mlp.2", f.silu(linear("t_embedder.mlp.0", c))) + w["y_embedder.embedding_table.weight"][y]
+    h = f.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=patch).flatten(2).mT + w["pos_embed"]
+    norm = lambda h: f.layer_norm(h, h.shape[-1:], eps=1e-6)  # noqa: E731
+    for i in range(depth):
+        m = linear(f"blocks.{i}.adaLN_modulation.1", f.silu(c))[:, None].chunk(6, -1)
+        q, key, v = linear(f"blocks.{i}.attn.qkv", norm(h) * (1 + m[1]) + m[0]).chunk(3, -1)
+        q, key, v = (a.unflatten(-1, (heads, -1)).transpose(1, 2) for a in (q, key, v))
+        weights = (q @ key.mT / q.shape[-1] ** 0.5).softmax(-1)
+        h = h + m[2] * linear(f"blocks.{i}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
+        inner = f.gelu(linear(f"blocks.{i}.mlp.fc1", norm(h) * (1 + m[4]) + m[3]), approximate="tanh")
+        h = h + m[5] * linear(f"blocks.{i}.mlp.fc2", inner)
+    shift, scale = linear("final_layer.adaLN_modulation.1", f.silu(c))[:, None].chunk(2, -1)
+    h = linear("final_layer.linear", norm(h) * (1 + scale) + shift)
+    side, out = H // patch, h.shape[-1] // patch**2
+    return torch.einsum("nhwpqc->nchpwq", h.view(B, side, side, patch, patch, out)).reshape(B, out, H, H)[:, :C]
+
+
+SIZE = {"size": 8, "patch": 2, "channels": 3, "classes": 5, "width": 16, "depth": 2}
+
+
+def loaded(tmp_path, kind, twice, seed, wrap=lambda w: w):
+    w = published(**SIZE, twice=twice, seed=seed)
+    torch.save(wrap(w), tmp_path / "published.pt")
+    net = DiT(8, 3, 5, 16, 2, 2, 2, epsilon=kind == "dit")
+    load_published(net, tmp_path / "published.pt", kind)
+    return w, net.requires_grad_(False)
+
+
+@settings(max_examples=10)
+@given(seeds, st.booleans(), st.booleans(), inside)
+def test_sit_weights_give_the_same_function_with_time_and_velocity_turned(tmp_path_factory, seed, twice, ema, t):
+    """SiT flows from noise at 0 to data at 1: F(x, t, t) = -SiT(x, 1 - t), for every label, null included."""
+    wrap = (lambda w: {"ema": w}) if ema else lambda w: w
+    w, net = loaded(tmp_path_factory.mktemp("sit"), "sit", twice, seed, wrap)
+    x, y, t = torch.randn(6, 3, 8, 8), torch.arange(6), torch.full((6,), t)
+    expected = -run_published(w, x.double(), 1 - t.double(), y, 2, 2, 2)
+    close(net(x, t, t, y).double(), expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-3)
+
+
+@settings(max_examples=10)
+@given(seeds, st.integers(1, 998))
+def test_dit_weights_give_the_velocity_of_their_noise_prediction(tmp_path_factory, seed, step):
+    """At step s of DDPM, x_s = sqrt(a) x + sqrt(1 - a) e. On the straight path the same point is x_t at
+    t = sqrt(1 - a) / (sqrt(a) + sqrt(1 - a)), shrunk by their sum, and v = e - x."""
+    w, net = loaded(tmp_path_factory.mktemp("dit"), "dit", True, seed)
+    a = (1 - torch.linspace(1e-4, 0.02, 1000).double()).cumprod(0)[step]
+    x_s, y = torch.randn(6, 3, 8, 8).double(), torch.arange(6)
+    e = run_published(w, x_s, torch.full((6,), float(step)).double(), y, 2, 2, 2)
+    clean = (x_s - (1 - a).sqrt() * e) / a.sqrt()
+    total = a.sqrt() + (1 - a).sqrt()
+    t = ((1 - a).sqrt() / total).expand(6)
+    F = net((x_s / total).float(), t.float(), t.float(), y).double()
+    error = (F - (e - clean)).abs().max() / (e - clean).abs().max()
+    assert error < 2e-3 / min(1, (1 - t[0]) * 20)
+
+
+def test_a_translated_noise_prediction_is_exact_for_a_gaussian():
+    """Data N(0, s^2): the best noise prediction is linear, and so is the velocity it must become."""
+    s, t = 0.7, torch.linspace(0.02, 0.98, 25)
+    x = torch.randn(25, 1, 2, 2)
+
+    def predict(x, step):
+        alpha = (1 - torch.linspace(1e-4, 0.02, 1000).double()).cumprod(0)
+        log_snr, low = (alpha / (1 - alpha)).log(), step.long().clamp(max=998)
+        between = log_snr[low] + (log_snr[low + 1] - log_snr[low]) * (step - low)
+        a = between.sigmoid().float().view(-1, 1, 1, 1)
+        return (1 - a).sqrt() / (a * s**2 + 1 - a) * x
+
+    T = t.view(-1, 1, 1, 1)
+    exact = (T - (1 - T) * s**2) / (T**2 + (1 - T) ** 2 * s**2) * x
+    close(from_epsilon(predict, x, t), exact, atol=2e-3, rtol=2e-3)
+
+
+def test_a_file_that_is_not_the_checkpoint_is_refused(tmp_path):
+    w, net = loaded(tmp_path, "sit", True, 0)
+    path = tmp_path / "other.pt"
+
+    def refused(content, match, net=net, kind="sit"):
+        torch.save(content, path)
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        with pytest.raises(ValueError, match=match) as error:
+            load_published(net, path, kind)
+        assert len(str(error.value).splitlines()) == 1
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+    refused({**w, "head.weight": torch.zeros(3)}, r"head.weight is \(3,\) there, None here")
+    refused({name: v for name, v in w.items() if name != "pos_embed"}, "pos_embed is None there")
+    refused({**w, "y_embedder.embedding_table.weight": torch.zeros(5, 16)}, r"label.weight is \(5, 16\) there")
+    refused([1, 2], "None there")
+    refused(w, r"kind is 'sit', for a net with epsilon=False", kind="dit")
+    refused(w, "x_embedder.weight is|blocks", net=DiT(8, 3, 5, 32, 2, 2, 2))
+    for content in (b"PK", b"\x80", b"\x80\x02X\x05", b"\x80\x02h\x07.", b"\x80\x02X\x01\0\0\0\xff."):
+        path.write_bytes(content)  # each makes the reader raise another kind of error
+        with pytest.raises(ValueError, match="cut short, or no file of weights alone") as error:
+            load_published(net, path, "sit")
+        assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(ValueError, match="no such file"):
+        load_published(net, tmp_path / "nowhere.pt", "sit")
+
+
+def test_published_sizes_have_their_published_numbers_of_parameters():
+    """33, 130, 458 and 675 million at patch 2 (arXiv 2212.09748, Table 1), without the embeddings of r and the twin
+    and the learned variance."""
+    for name, millions in {"s-2": 33, "b-2": 130, "l-2": 458, "xl-2": 675}.items():
+        with torch.device("meta"):
+            net = dit(name)
+        own = sum(p.numel() for n, p in net.named_parameters() if not n.startswith(("times.r", "times.twin")))
+        assert abs(own / 1e6 - millions) < 1
+    with pytest.raises(ValueError, match="unknown DiT 'm-2': choose from s-2, s-4"):
+        dit("m-2")
+
+
+def test_positions_are_sines_and_cosines_of_column_then_row():
+    """As in MAE and DiT: element by element for a grid of 3 x 3, width 8."""
+    table = positions(8, 3)[0]
+    for i, (row, column) in enumerate((row, column) for row in range(3) for column in range(3)):
+        expected = [g(a * k) for a in (column, row) for g in (math.sin, math.cos) for k in (1, 0.01)]
+        close(table[i], torch.tensor(expected))
+
+
+def test_wrong_use_says_what_is_allowed():
+    x, t = torch.zeros(3, 2), torch.zeros(3)
+    with pytest.raises(ValueError, match=r"takes \(B, 2\)"):
+        MLP(2)(torch.zeros(3, 4), t, t)
+    with pytest.raises(ValueError, match=r"t and r must have shape \(3,\)"):
+        MLP(2)(x, torch.zeros(2), t)
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\], got 0 to 5"):
+        MLP(2, classes=2)(x, t, t, torch.tensor([0, 5, 1]))
+    with pytest.raises(ValueError, match="labels must be 3 whole numbers"):
+        MLP(2, classes=2)(x, t, t, torch.zeros(3))
+    with pytest.raises(ValueError, match="this network is conditional"):
+        MLP(2, classes=2)(x, t, t)
+    with pytest.raises(ValueError, match="takes no cond"):
+        MLP(2)(x, t, t, torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"t must lie in \[-1, 1\]"):
+        MLP(2)(x, t - 1.5, t)
+    for kind in ("dit", "unet"):
+        net = KINDS[kind][0](3)
+        for shape in ((3, 3, 5, 5), (3, 1, 4, 4), (3, 48)):
+            with pytest.raises(ValueError, match=r"this network takes \(B, 3, 4, 4\)"):
+                net(torch.zeros(shape), t, t)
+        with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\], got 0 to 4"):
+            net(batch(kind, 3), t, t, torch.tensor([0, 4, 1]))
+    with pytest.raises(ValueError, match="size 9 must be a multiple of patch 2"):
+        DiT(9)
+    with pytest.raises(ValueError, match="size 18 must halve 2 times"):
+        UNet(18)
+
+
+@given(seeds, inside)
+def test_a_sharp_network_is_linear_between_its_kinks_and_sees_x_twice_as_large(seed, t):
+    """F(x + h) - 2 F(x) + F(x - h) is zero at nearly every x, as it is not for a smooth one."""
+
+    def curvature(sharp):
+        net = awake(MLP(2, 32, 3, sharp=sharp).double(), seed)
+        x, h, times = batch("mlp", 128, seed).double(), torch.full((128, 2), 1e-3).double(), torch.full((128,), t)
+        bend = net(x + h, times, times) - 2 * net(x, times, times) + net(x - h, times, times)
+        return bend.norm(dim=1).median()
+
+    assert curvature(True) < 1e-12 < curvature(False)
+    net, x, seen = awake(MLP(2, 32, 3, sharp=True), seed), batch("mlp", 3, seed), []
+    net.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(x, torch.full((3,), t), torch.full((3,), t))
+    assert torch.equal(seen[0][:, :2], 2 * x)
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(["dit", "unet"]), seeds)
+def test_the_loss_and_one_step_samples_survive_bfloat16(kind, seed):
+    """Weights in bfloat16, data in bfloat16, autocast: every term stays near its float32 value, small dt and all."""
+    net, x, label = awake(KINDS[kind][0](3), seed), batch(kind, 12), torch.arange(12) % 3
+    loss = ttf.TwinFlowLoss(order=4, gain=4.0, clip=10.0, guidance=0.5)
+    half = copy.deepcopy(net).bfloat16()
+    net.load_state_dict({name: value.float() for name, value in half.state_dict().items()})
+
+    def value(net, x):
+        return torch.stack(loss(net, x, label, null=torch.tensor([3]), generator=torch.Generator().manual_seed(seed)))
+
+    def gradients(net, x):
+        total = loss(net, x, label, null=torch.tensor([3]), generator=torch.Generator().manual_seed(seed)).total
+        return torch.autograd.grad(total, net.parameters())
+
+    net.requires_grad_(True)
+    wanted = torch.cat([g.flatten() for g in gradients(net, x)])
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        found = torch.cat([g.flatten() for g in gradients(net, x)])
+    assert torch.cosine_similarity(found, wanted, dim=0) > 0.98
+    net.requires_grad_(False)
+    exact = value(net, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(value(net, x), exact, atol=0.02, rtol=0.1)
+    close(value(half, x), exact, atol=0.02, rtol=0.1)
+    draws = loss.draw(x.bfloat16(), torch.Generator().manual_seed(seed))
+    assert draws.t.dtype == torch.float32
+    sampled = ttf.sample(half, x, 2, cond=label)
+    close(sampled, ttf.sample(net, x, 2, cond=label), atol=0.2, rtol=0.1)

@@ -1,0 +1,272 @@
+"""The loop and the run folder: nothing lost, nothing changed by stopping, nothing bad saved."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinytwinflow import Losses, TwinFlowLoss
+from tinytwinflow.data.points import Points
+from tinytwinflow.files import load
+from tinytwinflow.nets import MLP
+from tinytwinflow.runs.folder import read_log, sampled, trained
+from tinytwinflow.runs.recipes import settings as recipe
+from tinytwinflow.runs.run import continue_run, start
+from tinytwinflow.training import ema
+from tinytwinflow.training.loop import learning_rate, new_state, save, train
+
+SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "base_steps=0", "eval_samples=64"]
+
+
+def config(*changes, seed=0):
+    return {"recipe": "toy", "seed": seed, **recipe("toy", [*SMALL, *changes])}
+
+
+def small_state(seed=0):
+    torch.manual_seed(seed)
+    return new_state(MLP(2, 16, 2), lr=1e-2, seed=seed)
+
+
+def weights(state):
+    return [p for net in (state.net, state.average, state.teacher) for p in net.state_dict().values()]
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 11), st.integers(0, 3))
+def test_interrupted_training_equals_uninterrupted(stop, seed):
+    """Stopped after any step, saved, loaded into fresh objects and continued: every record and weight the same."""
+    batch, loss = Points("moons", 16, seed).batch, TwinFlowLoss()
+    unlabelled = lambda i: (batch(i)[0], None)  # noqa: E731
+    whole = small_state(seed)
+    records = list(train(whole, loss, unlabelled, 12, warmup_steps=4))
+    first, second = small_state(seed), small_state(seed + 10)
+    before = list(itertools.islice(train(first, loss, unlabelled, 12, warmup_steps=4), stop))
+    second.load_state_dict(first.state_dict())
+    second.optimizer.param_groups[0]["initial_lr"] = 1e-2
+    assert before + list(train(second, loss, unlabelled, 12, warmup_steps=4)) == records
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second)))
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_end(tmp_path):
+    """kill -9 again and again, wherever it strikes; the run still ends with the weights and log of a quiet one."""
+    changes = [*SMALL, "steps=300", "checkpoint_every=20"]
+    command = [sys.executable, "-m", "tinytwinflow", "train", "toy", "--set", *changes, "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    subprocess.run([*command, str(quiet)], check=True, env=environment, capture_output=True)
+    killed.mkdir()
+    kills = 0
+    while True:
+        process = subprocess.Popen([*command, str(killed), "--resume"], env=environment, stderr=subprocess.PIPE)
+        log = killed / "log.jsonl"
+        lines = log.read_text().count("\n") if log.exists() else 0
+        while process.poll() is None and kills < 3:
+            if log.exists() and log.read_text().count("\n") > lines + 30:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.wait()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, process.stderr.read().decode()
+    assert kills
+    with open(killed / "log.jsonl", "a") as file:
+        file.write('{"step": 301, "lo')  # where the kill struck while a line was written
+    a, b = load(quiet / "checkpoint.pt"), load(killed / "checkpoint.pt")
+    assert all(torch.equal(a["net"][name], b["net"][name]) for name in a["net"])
+    assert all(torch.equal(a["average"][name], b["average"][name]) for name in a["average"])
+    assert read_log(quiet) == read_log(killed)
+
+
+def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path, state = tmp_path / "checkpoint.pt", small_state()
+    save(path, state.state_dict())
+
+    def cut_short(content, file):
+        file.write(b"half a checkpoint")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", cut_short)
+    with pytest.raises(OSError, match="disk full"):
+        save(path, {**state.state_dict(), "step": 7})
+    assert load(path)["step"] == 0
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(tmp_path):
+    """The weights are untouched, and a checkpoint with a weight that is not finite is never written."""
+    state = small_state()
+    before = [p.clone() for p in weights(state)]
+
+    def batch(step):
+        return torch.full((4, 2), float("nan") if step else 0.0), None
+
+    steps = train(state, TwinFlowLoss(), batch, 5)
+    next(steps)
+    before = [p.clone() for p in weights(state)]
+    with pytest.raises(FloatingPointError, match="step 2: the base loss is nan"):
+        next(steps)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(state)))
+    path = tmp_path / "checkpoint.pt"
+    save(path, state.state_dict())
+    next(state.net.parameters()).data.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="weight layers.0.weight is not finite"):
+        save(path, state.state_dict())
+    assert all(value.isfinite().all() for value in load(path)["net"].values())
+
+
+def test_warm_up_is_flow_matching_and_twins_come_after(tmp_path):
+    start(tmp_path / "run", config("steps=8"))
+    continue_run(tmp_path / "run")
+    log = read_log(tmp_path / "run")
+    assert [r["step"] for r in log] == list(range(1, 9))
+    assert all(r["adversarial"] == r["rectify"] == r["gap"] == 0 for r in log[:4])
+    assert all(r["adversarial"] > 0 for r in log[4:])
+
+
+def test_phases_come_in_order_and_the_teacher_is_the_moving_average():
+    """Steps 1-2 flow matching, 3-5 the base alone, then everything; F^- is state.teacher throughout,
+    and with decay 0 it is the network itself."""
+    seen, state = [], small_state()
+
+    @dataclasses.dataclass
+    class Spy(TwinFlowLoss):
+        def __call__(self, net, x, cond, teacher, null, generator, **alone):
+            seen.append((self.order, self.share))
+            assert net is state.net and teacher is state.teacher and set(alone.values()) == {None}
+            return super().__call__(net, x, cond, teacher, null, generator=generator)
+
+    batch = Points("moons", 16).batch
+    unlabelled = lambda i: (batch(i)[0], None)  # noqa: E731
+    for _ in train(state, Spy(order=3, share=0.5), unlabelled, 8, teacher_ema=0.0, warmup_steps=2, base_steps=3):
+        assert all(torch.equal(a, b) for a, b in zip(state.net.parameters(), state.teacher.parameters()))
+        assert not all(torch.equal(a, b) for a, b in zip(state.net.parameters(), state.average.parameters()))
+    assert seen == [(0, 0.0)] * 2 + [(3, 0.0)] * 3 + [(3, 0.5)] * 3
+
+
+def test_a_run_can_start_from_the_weights_of_another(tmp_path):
+    start(tmp_path / "flow", config("steps=6", "share=0", "order=0"))
+    continue_run(tmp_path / "flow")
+    start(tmp_path / "twin", config("steps=1", "warmup_steps=0", "lr=1e-12", f"init_from={tmp_path / 'flow'}", seed=5))
+    continue_run(tmp_path / "twin")
+    a, b = trained(tmp_path / "flow")[0], trained(tmp_path / "twin")[0]
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(a.parameters(), b.parameters()))
+
+
+@given(st.floats(0, 0.99), st.integers(1, 5))
+def test_moving_average_is_the_weighted_sum_of_the_past(decay, steps):
+    net = torch.nn.Linear(1, 1).double()
+    average, expected = ema.average_of(net), net.weight.item()
+    for i in range(steps):
+        with torch.no_grad():
+            net.weight.fill_(float(i))
+        ema.update(average, net, decay)
+        expected = decay * expected + (1 - decay) * i
+    assert average.weight.item() == pytest.approx(expected)
+    assert not average.weight.requires_grad
+    with pytest.raises(ValueError, match="decay must lie"):
+        ema.update(average, net, 1.0)
+
+
+@given(st.integers(1, 5000))
+def test_learning_rate_rises_then_falls_to_zero(steps):
+    rates = [learning_rate(i, steps) for i in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_conditional_training_learns_with_guidance_and_dropout(tmp_path):
+    start(tmp_path / "run", config("steps=8", "conditional=true", "guidance=0.5"))
+    state = continue_run(tmp_path / "run")
+    assert state.net.classes == 8
+    assert all(value == value for record in read_log(tmp_path / "run") for value in record.values())
+
+
+class Plain(TwinFlowLoss):
+    """A loss without randomness, so that what the engine does with its gradient shows."""
+
+    seen = []
+
+    def __call__(self, net, x, cond, teacher, null, generator, **alone):
+        self.seen.append((cond, torch.is_autocast_enabled("cpu")))
+        one = torch.ones(len(x))
+        total = (net(x, one, one) - x**2).square().mean()
+        return Losses(total, *[total.detach()] * 4)
+
+
+def step_of(**options):
+    """How one step of gradient descent with rate one moves the weights, and its record."""
+    state, x = small_state(), torch.randn(12, 2, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(state.net.out.weight)
+    state.optimizer = torch.optim.SGD(state.net.parameters(), lr=1.0)
+    state.optimizer.param_groups[0]["initial_lr"] = 1.0
+    before = [p.detach().clone() for p in state.net.parameters()]
+    record = next(train(state, Plain(), lambda i: (x, None), 1, **options))
+    return torch.cat([(p - b).flatten() for p, b in zip(state.net.parameters(), before)]) / record["lr"], record
+
+
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_accumulated_parts_give_the_gradient_of_the_whole(parts):
+    (whole, record), (split, record_split) = step_of(), step_of(accumulate=parts)
+    torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-4)
+    assert record_split == pytest.approx(record, rel=1e-4)
+
+
+@given(st.floats(0.01, 3))
+def test_a_long_gradient_is_cut_to_the_norm_and_keeps_its_direction(norm):
+    free, _ = step_of()
+    clipped, _ = step_of(clip_norm=norm)
+    torch.testing.assert_close(clipped, free * min(1, norm / free.norm().item()), atol=1e-4, rtol=1e-3)
+
+
+@settings(max_examples=5)
+@given(st.floats(0.1, 0.9))
+def test_labels_are_dropped_at_the_rate_asked_for_and_else_kept(rate):
+    state, label = small_state(), torch.arange(2000) % 3
+    Plain.seen.clear()
+    next(train(state, Plain(), lambda i: (torch.zeros(2000, 2), label), 1, null=3, label_dropout=rate))
+    (given, _), dropped = Plain.seen[0], Plain.seen[0][0] == 3
+    assert abs(dropped.float().mean() - rate) < 0.05
+    assert torch.equal(given[~dropped], label[~dropped])
+
+
+def test_precision_runs_the_loss_under_autocast():
+    for precision in ("float32", "bf16"):
+        Plain.seen.clear()
+        step_of(precision=precision)
+        assert Plain.seen == [(None, precision == "bf16")]
+
+
+def test_config_is_kept_and_checkpoint_is_plain_data(tmp_path):
+    own = config("steps=3", "warmup_steps=1")
+    start(tmp_path / "run", own)
+    continue_run(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == own
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 3 and saved["data"]["shape"] == [2]
+
+
+@given(st.integers(0, 2**31 - 1))
+@settings(max_examples=10)
+def test_fresh_noise_of_few_step_samples_is_not_the_first_noise(seed):
+    """A network whose clean sample is zero shows, at t = 1/2, half of the noise that is added again."""
+    seen = []
+
+    class Zero(torch.nn.Linear):
+        def forward(self, x, t, r, cond=None):
+            seen.append(x)
+            return x / t[:, None]
+
+    sampled(Zero(1, 1), 500, (2,), 2, "few", seed)
+    first, second = seen
+    assert (first * 2 * second).mean().abs() < 0.2 and abs((2 * second).std() - 1) < 0.1

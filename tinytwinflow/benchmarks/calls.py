@@ -1,0 +1,203 @@
+"""The calls of a loss, made again on a large backbone's real configuration, without weights or a GPU, and counted.
+
+The loss runs on tiny tensors and its calls are written down: on which network, how many rows, with or without
+gradient. Then the calls are made again, in order, on the backbone on the meta device, where tensors have a shape
+and no memory, while all bytes are counted.
+"""
+
+import math
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from unittest.mock import patch
+
+import torch
+from torch.nn import functional as f
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..backbones.velocity import Velocity
+from ..method.losses import TwinFlowLoss
+from ..training.distributed import without_weights
+from .memory import LiveBytes
+
+BACKBONES = {  # diffusers class, its settings where they differ from diffusers' own, latents (C, H, W), tokens of text
+    "qwen-image": ("QwenImageTransformer2DModel", {}, (16, 128, 128), 512),
+    "flux": ("FluxTransformer2DModel", {}, (16, 128, 128), 512),
+    "sd3.5-large": (
+        "SD3Transformer2DModel",
+        {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+         "qk_norm": "rms_norm"},
+        (16, 128, 128), 333,
+    ),
+    "sana-1.6b": ("SanaTransformer2DModel", {}, (32, 32, 32), 300),
+}  # fmt: skip
+
+
+def structure(name, **changes):
+    """A backbone of its real configuration, or with some settings changed, without weights.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}: choose from {', '.join(BACKBONES)}")
+    try:
+        import diffusers
+    except ImportError:
+        raise ValueError("backbones need diffusers: pip install 'tinytwinflow[large]'") from None
+    kind, own, _, _ = BACKBONES[name]
+    with without_weights():
+        return Velocity(getattr(diffusers, kind)(**{**own, **changes}))
+
+
+def backbone(name):
+    """A backbone on the meta device in bfloat16, and the shape of its latents."""
+    return structure(name).to("meta", torch.bfloat16), BACKBONES[name][2]
+
+
+def condition(net, rows, tokens, make=torch.empty, device="meta"):
+    """A condition that fits a network: dict of (rows, ...), by default without values."""
+    widths = {"prompt_embeds": (tokens,), "prompt_mask": (tokens,), "pooled": (), "guidance": ()}
+    found = {}
+    for name, key in net.cond.items():
+        shape = (rows, *widths[name], *([net.model.config[key]] if key else []))
+        kind = torch.bool if name == "prompt_mask" else torch.float32 if name == "guidance" else torch.bfloat16
+        found[name] = make(shape, device=device).to(kind)
+    return found
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that a loss makes: which network, how many rows, whether a gradient will go back through it."""
+
+    network: str
+    rows: int
+    gradient: bool
+
+
+def calls_of(loss, rows, seed=0):
+    """The calls of one step of a loss on so many rows, in order."""
+    made, weight = [], torch.nn.Parameter(torch.ones(()))
+
+    def network(name):
+        def field(x, t, r, cond=None):
+            y = x * weight * math.exp(-0.1 * len(name))
+            made.append(Call(name, len(x), y.requires_grad))
+            return y
+
+        return field
+
+    names = getattr(loss, "helpers", {})
+    x, cond, null = torch.ones(rows, 2), torch.zeros(rows, 1), torch.zeros(1, 1)
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(loss, TwinFlowLoss):
+        more = {"teacher": network("teacher"), "original": network("teacher"), "null": null}
+    else:
+        more = {"progress": 0.5, **{name: network(name) for name in names}}
+        more["teacher" if "teacher" in names else "null"] = more.get("teacher", null)
+    loss(network("net"), x, cond=cond, generator=generator, **more)
+    return made
+
+
+class _Fused(torch.autograd.Function):
+    """Attention as fused kernels hold it: inputs, output and a number a row are kept, no matrix of all pairs."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device))
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def _fused(query, key, value, *_, **__):
+    return _Fused.apply(query, key, value)
+
+
+CASTS = {  # of the functions in torch's lists of what autocast casts on CUDA, those that the backbones call
+    torch.bfloat16: ((f, "linear"), (f, "conv2d"), (f, "scaled_dot_product_attention"), (torch, "matmul"),
+                     (torch, "einsum")),
+    torch.float32: ((f, "layer_norm"), (f, "rms_norm")),
+}  # fmt: skip
+
+
+def _cast(function, dtype, *args, **kwargs):
+    args, kwargs = tree_map(
+        lambda x: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x, (args, kwargs)
+    )
+    return function(*args, **kwargs)
+
+
+@contextmanager
+def as_on_gpu(autocast):
+    """Networks on the meta device hold inside what they would on a GPU: attention is fused, and with autocast tensors
+    are cast as torch.autocast does, which knows no meta device.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(f, "scaled_dot_product_attention", _fused))
+        for dtype, functions in CASTS.items() if autocast else ():
+            for room, name in functions:
+                stack.enter_context(patch.object(room, name, partial(_cast, getattr(room, name), dtype)))
+        yield
+
+
+def _free(parameter):
+    parameter.grad = None
+
+
+def activations(net, shape, tokens, calls, free_gradients=False, autocast=False, others=None):
+    """Most bytes that the calls and their backward pass hold beyond the weights, gradients included.
+
+    net: the backbone, its blocks recomputed, which stands for every network that is called but for others, those that
+    learn beside it, by name: each has gradients of its own. free_gradients: those of weights are let go as soon
+    as they are there. autocast: networks run under autocast in bfloat16.
+    """
+    others = others or {}
+    counter, networks = LiveBytes(), [net, *others.values()]
+    parameters = [p for network in networks for p in network.parameters()]
+    counter.hold([*parameters, *(b for network in networks for b in network.buffers())])
+    start, graphs, hooks = counter.now, [], []
+    if free_gradients:
+        hooks = [p.register_post_accumulate_grad_hook(_free) for p in parameters if p.requires_grad]
+    with counter, as_on_gpu(autocast):
+        for gradient, some in groupby(calls, lambda call: call.gradient):
+            # calls without gradient leave nothing behind: the largest stands for all that follow one another
+            for call in some if gradient else [max(some, key=lambda call: call.rows)]:
+                x, t = torch.empty(call.rows, *shape, device="meta"), torch.empty(call.rows, device="meta")
+                with torch.set_grad_enabled(gradient):
+                    y = others.get(call.network, net)(x, t, t, condition(net, call.rows, tokens))
+                if gradient:
+                    graphs.append(y)
+                del y
+        while graphs:
+            y = graphs.pop()
+            y.backward(torch.empty_like(y))
+            del y
+    for hook in hooks:
+        hook.remove()
+    for parameter in parameters:
+        parameter.grad = None
+    return counter.peak - start
+
+
+def flops(net, shape, tokens):
+    """Floating-point operations of one forward call on one row."""
+    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        net(x, t, t, condition(net, 1, tokens))
+    return counted.get_total_flops()
+
+
+def work(calls, low_rank):
+    """A step in forward calls of one row. A call with gradient is one, one again for its recomputed blocks, one for
+    the gradient of activations and, unless the weights are frozen, one for that of the weights.
+    """
+    return sum(call.rows * ((3 if low_rank else 4) if call.gradient else 1) for call in calls)
+
+
+def nbytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

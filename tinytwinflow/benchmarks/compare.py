@@ -1,0 +1,164 @@
+"""Methods on equal terms: same data, network, steps, batch and seeds; one table and one picture."""
+
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .. import peers
+from ..data.points import Points
+from ..evaluation import pictures
+from ..evaluation.tables import LINE, NFES, floor_of, summary, table
+from ..files import write_json
+from ..runs.evaluate import rows_of, yardstick
+from ..runs.folder import read_config
+from ..runs.recipes import FLOW_MATCHING, RCGM, settings
+from ..runs.run import continue_run, start
+from . import memory
+
+# the network is a smooth one, for sCM and MeanFlow differentiate it in time, and so learns at a higher rate
+EQUAL = ("steps=3000", "batch_size=256", "lr=4e-3", "eval_samples=20000", "checkpoint_every=1000", "sharp=false")
+DATA = ("8gaussians", "checkerboard")
+METHODS = ("flow matching", "rcgm", *peers.METHODS, "twinflow")
+TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutorials/peers.md
+    "consistency training": ("lr=1e-3", "warmup_steps=750", 'peer={"c":null}'),
+    "consistency distillation": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9", 'peer={"steps":12}'),
+    "scm": ("lr=1e-3", "warmup_steps=0"),
+    "scm by differences": ("lr=1e-3", "warmup_steps=0"),
+    "meanflow": ("lr=1e-3", "warmup_steps=0", 'peer={"power":0.5}'),
+    "shortcut": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9"),
+    "progressive distillation": ("lr=4e-3", "warmup_steps=750", "ema=0.99"),
+    "vsd": ("lr=4e-3", "warmup_steps=1500"),
+    "dmd": ("lr=4e-3", "warmup_steps=1500", 'peer={"regression":1.0}'),
+    "dmd2": ("lr=4e-3", "warmup_steps=1500", 'peer={"gan":0.3}'),
+    "sid": ("lr=4e-3", "warmup_steps=750"),
+    "sana-sprint": ("lr=1e-3", "warmup_steps=1500", 'peer={"warm_up":0.5}'),
+}
+
+
+def named(text):
+    """A line's method and the settings after it.  "dmd2 lr=1e-3" -> "dmd2", ["lr=1e-3"]."""
+    words = text.split()
+    return " ".join(word for word in words if "=" not in word), [word for word in words if "=" in word]
+
+
+def entry(text, changes=()):
+    """Settings of one line of the table: a method's name, and settings of its own after it.
+
+    text: "dmd2" or "dmd2 lr=1e-3 warmup_steps=1500". changes: those for all. Later ones win: EQUAL, TUNED, changes,
+    own. Raises ValueError for an unknown method or setting.
+    """
+    name, own = named(text)
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    steps = settings("toy", [change for change in (*EQUAL, *changes, *own) if change.startswith("steps=")])["steps"]
+    given = [*EQUAL, *tuned(name, steps), *changes, *own]
+    if name in peers.METHODS:
+        given = [change for change in given if not change.startswith("base_steps=")]  # only TwinFlow has that phase
+        return {"recipe": "toy", **settings("toy", [f"method={name}", *given])}
+    return {"recipe": "toy", **settings("toy", given), **{"flow matching": FLOW_MATCHING, "rcgm": RCGM}.get(name, {})}
+
+
+def tuned(name, steps):
+    """The settings found for a method, with flow matching at its beginning for the same share of the steps."""
+    of_trials = settings("toy", EQUAL)["steps"]
+    for change in TUNED.get(name, ()):
+        key, _, value = change.partition("=")
+        yield f"{key}={round(int(value) * steps / of_trials)}" if key == "warmup_steps" else change
+
+
+def compare(names, methods, seeds, changes, out, jobs=None):
+    """Train and measure every method on every data set and seed; write metrics.json, table.md, compare.png.
+
+    methods: see `entry`. seeds: the numbers. jobs: processes, each of one thread (default: one a core). Stopped and
+    called again with the same arguments it goes on where it was. A method that diverges is reported as such. Raises
+    ValueError for an unknown data set, method or setting, or if `out` was made with other settings.
+    """
+    began, todo = time.perf_counter(), []
+    for name in names:
+        Points(name, 1)
+    for seed in seeds:
+        for name in names:
+            for method in methods:
+                folder = Path(out) / Path(name).stem / f"seed-{seed}" / method.replace(" ", "-").replace("/", "-")
+                todo.append((folder, {**entry(method, changes), "seed": seed, "data": name}, method))
+    for folder, config, _ in todo:
+        if not (folder / "config.json").exists():
+            start(folder, config)
+        elif read_config(folder) != json.loads(json.dumps(config)):
+            raise ValueError(f"{folder} was made with other settings: choose another --out")
+    left = [(folder, config, method) for folder, config, method in todo if not (folder / "metrics.json").exists()]
+    jobs = min(jobs or os.cpu_count(), max(1, len(left)))
+    if left:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), alone, (os.getpid(),)) as pool:
+            running = [pool.submit(one, *job) for job in left]
+            bar = tqdm(as_completed(running), "compare", len(todo), initial=len(todo) - len(left), disable=None)
+            try:
+                for done in bar:
+                    done.result()
+            except BrokenProcessPool:
+                raise OSError("a process of the comparison was killed; the same command goes on where it was") from None
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # or it would first work off what waits
+                raise
+    results = [json.loads((folder / "metrics.json").read_text()) for folder, _, _ in todo]
+    costs = cost(methods, changes, Path(out) / "cost.json")
+    rows, floors = summary(results, names, methods), {name: floor_of(results, name) for name in names}
+    text = table(rows, floors, names, methods, costs)
+    print(text)
+    content = {"seeds": list(seeds), "seconds": round(time.perf_counter() - began), "device": "cpu"}
+    content |= {"training_seconds": sum(r["seconds"] for r in results), "floor": floors, "cost": costs, "rows": rows}
+    write_json(Path(out) / "metrics.json", content)
+    (Path(out) / "table.md").write_text(text + "\n")
+    pictures.draw_comparison(Path(out) / "compare.png", rows, floors, names, methods)
+    print(f"\n{out}/table.md  {out}/compare.png  {out}/metrics.json")
+
+
+def alone(parent):
+    """Begin a worker: one thread, and an end with Ctrl-C or with its parent, so that no run has two writers."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def one(folder, config, method):
+    """Train and measure one method on one data set with one seed; the result is left in its folder."""
+    began, yard = time.perf_counter(), yardstick(folder, config)
+    try:
+        continue_run(folder, bar=False)
+        rows, _ = rows_of(folder, (*NFES, LINE[1]) if method.startswith(LINE[0]) else NFES, yard)
+        diverged = None
+    except FloatingPointError as error:
+        rows, diverged = [], str(error)
+    about = {"data": config["data"], "seed": config["seed"], "method": method, "diverged": diverged}
+    spent = {"seconds": round(time.perf_counter() - began, 1), "device": "cpu"}
+    rows = [{**row, **about} for row in rows]
+    write_json(Path(folder) / "metrics.json", {**about, **spent, "floor": yard.floor, "rows": rows})
+
+
+def cost(methods, changes, path):
+    """What a step of each method takes, measured once and kept: see `memory.step_cost`."""
+    if path.exists() and json.loads(path.read_text()).keys() == set(methods):
+        return json.loads(path.read_text())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    configs = {method: entry(method, changes) for method in {LINE[0]: None, **dict.fromkeys(methods)}}
+    found = memory.in_two_dimensions(configs)
+    torch.set_num_threads(threads)
+    found = {method: found[method] for method in methods}
+    write_json(path, found)
+    return found

@@ -1,0 +1,143 @@
+"""What a step and a sample cost on this machine: ratios measured in one run, next to the matrix peak."""
+
+import functools
+import resource
+import statistics
+import sys
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..method.losses import TwinFlowLoss
+from ..method.samplers import sample
+from ..nets import MLP, dit
+from ..runs.config import loss_of
+from ..runs.recipes import settings
+from ..training.distributed import compile_as
+from ..training.ema import average_of, update
+from ..training.loop import adamw, autocast
+
+
+def synchronize(device):
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def seconds(run, device, repeats=1):
+    """Seconds of one call."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def in_turn(runs, device, rounds, repeats):
+    """Median seconds of each of several functions, called in turn so that a drift of the machine hits all."""
+    for run in runs.values():
+        seconds(run, device, 3)
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(seconds(run, device, repeats))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def matrix_peak(device, dtype):
+    """Floating-point operations per second of a large matrix product, the best of several."""
+    n = 8192 if str(device).startswith("cuda") else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
+
+
+def peak_memory(step, device):
+    """Most memory held in a step, in bytes: on CUDA by tensors, elsewhere by the process up to now."""
+    cuda = str(device).startswith("cuda")
+    if cuda:
+        step()
+        torch.cuda.reset_peak_memory_stats(device)
+    step()
+    if cuda:
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def training_steps(net, losses, shape, batch_size, device, precision):
+    """Functions that each take one whole training step with one of the losses: forward, backward, optimiser, moving
+    average as teacher. They share one network, so that the memory is that of one."""
+    average = average_of(net)
+    optimizer = adamw(net, lr=1e-6)
+    x = torch.randn(batch_size, *shape, device=device)
+    cond = torch.randint(net.classes, (batch_size,), device=device)
+    null = torch.tensor([net.classes], device=device)
+
+    def step(loss):
+        optimizer.zero_grad()
+        with autocast(device, precision):
+            total = loss(net, x, cond, average, null).total
+        total.backward()
+        optimizer.step()
+        update(average, net, 0.999)
+
+    return {name: functools.partial(step, loss) for name, loss in losses.items()}, average
+
+
+def network(name, device):
+    """A network with labels to measure.  -> net, shape of a sample, what it is, batch size, samples to draw."""
+    if name == "mlp":
+        return MLP(2, classes=8), (2,), "MLP 4 x 256", 512, 10000
+    if not name.startswith("dit-"):
+        raise ValueError(f"unknown net {name!r}: choose mlp, or dit-s-2 ... dit-xl-8")
+    if str(device).startswith("cuda"):
+        return dit(name.removeprefix("dit-")), (4, 32, 32), f"{name}, 32 x 32 x 4 latents", 64, 64
+    with torch.device("meta"):
+        dit(name.removeprefix("dit-"))
+    return dit("s-8"), (4, 32, 32), f"dit-s-8 (on a CPU in place of {name}), 32 x 32 x 4 latents", 16, 16
+
+
+def bench(device="cpu", net="mlp", batch_size=None, points=None, rounds=9, precision=None, compile="none"):
+    """Measure and print. Returns the figures as a dict."""
+    net, shape, title, usual, many = network(net, device)
+    batch_size, points, repeats = batch_size or usual, points or many, 20 if len(shape) == 1 else 2
+    precision = precision or ("bf16" if str(device).startswith("cuda") else "float32")
+    losses = {
+        "flow matching": TwinFlowLoss(order=0, share=0.0),
+        "twinflow": TwinFlowLoss(),
+        "twinflow, guidance 0.5": TwinFlowLoss(guidance=0.5),
+        "twinflow, order 8 (recipes)": loss_of(settings("toy")),
+    }
+    net = net.to(device)
+    steps, average = training_steps(net, losses, shape, batch_size, device, precision)
+    with FlopCounterMode(display=False) as counter:
+        steps["flow matching"]()
+    compile_as(net, compile)
+    compile_as(average, compile)
+    memory = {name: peak_memory(step, device) for name, step in steps.items()}
+    times = in_turn(steps, device, rounds, repeats)
+    peak = matrix_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    share = counter.get_total_flops() / times["flow matching"] / peak
+
+    z = torch.randn(points, *shape, device=device)
+    cond = torch.zeros(points, dtype=torch.long, device=device)
+
+    def draw(n):
+        with autocast(device, precision):
+            sample(average, z, n, cond=cond)
+
+    calls = {n: functools.partial(draw, n) for n in (1, 2, 100)}
+    sampling = in_turn(calls, device, rounds=min(3, rounds), repeats=1)
+
+    where = f"{precision}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{title}, batch {batch_size}, {where}, compile {compile}")
+    print(f"{'training step':<28}{'ms':>10}{'x flow matching':>18}{'peak MiB':>12}")
+    for name, value in times.items():
+        ratio = value / times["flow matching"]
+        print(f"{name:<28}{1e3 * value:>10.2f}{ratio:>18.2f}{memory[name] / 2**20:>12,.0f}")
+    print(f"{f'sampling {points:,}':<28}{'ms':>10}{'x 1 NFE':>18}")
+    for n, value in sampling.items():
+        print(f"{f'{n} NFE':<28}{1e3 * value:>10.1f}{value / sampling[1]:>18.1f}")
+    print(f"matrix peak {peak / 1e9:,.0f} GFLOP/s {precision}; a flow matching step reaches {share:.0%} of it")
+    return {"steps": times, "sampling": sampling, "peak": peak, "share_of_peak": share, "memory": memory}

@@ -1,0 +1,165 @@
+"""What a training step and a sample of a large backbone really cost on this machine, its weights random."""
+
+import gc
+import re
+from functools import partial
+from itertools import islice
+
+import torch
+
+from ..backbones import states
+from ..method.draws import normal
+from ..method.samplers import sample
+from ..runs.config import loss_of
+from ..runs.recipes import FLOW_MATCHING, RCGM, settings
+from ..training.distributed import prepare
+from ..training.loop import WEIGHTS, autocast, train
+from .calls import BACKBONES, condition, structure
+from .compare import entry, named
+from .speed import peak_memory, seconds
+
+CHANGES = {  # of recipe text; see plan.TRAININGS
+    "adapters": (),
+    "in backward": ("lora_rank=0", "optimizer=adafactor"),
+    "float32": ("lora_rank=0", "weights=float32", "precision=bf16"),
+}
+SMALL = {"num_layers": 1, "num_attention_heads": 2}  # on a CPU
+LARGEST = "largest"  # in place of a batch size
+
+
+def with_random_weights(net, dtype, device):
+    """Give a network without weights some: matrices of small numbers, vectors of ones."""
+    net._apply(lambda p: torch.empty(p.shape, dtype=dtype, device=device) if p.is_meta else p.to(device))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
+    return net
+
+
+def loss_for(method, training):
+    """The loss of a method: TwinFlow's and its parts' as recipe text has them, a peer's as `compare` has it.
+
+    Raises ValueError for an unknown method or training, and for two that do not go together.
+    """
+    if training not in CHANGES:
+        raise ValueError(f"training must be one of {', '.join(CHANGES)}, got {training!r}")
+    own = {"twinflow": {}, "rcgm": RCGM, "flow matching": {**FLOW_MATCHING, "guidance": 0.0}}
+    if method in own:
+        return loss_of({**settings("text", CHANGES[training]), **own[method]})
+    if named(method)[0] in own:
+        raise ValueError(f"{method!r}: of {', '.join(own)} the settings are those of recipe text, and no others")
+    loss = loss_of(entry(method))
+    if training != "float32" and set(loss.helpers.values()) - {"average"}:
+        raise ValueError(f"{method} needs networks beside the one that learns: take --training float32")
+    return loss
+
+
+def largest(fits):
+    """The most rows for which fits(rows) is true, found by doubling, then halving; 0 if a single one is too many."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def prepared(name, training, device, method):
+    """A backbone in training.  -> State, settings, batch: rows -> x, cond, and steps: rows -> records without end."""
+    loss, on_gpu = loss_for(method, training), torch.device(device).type == "cuda"
+    config, net = {"seed": 0, **settings("text", CHANGES[training])}, structure(name, **({} if on_gpu else small(name)))
+    _, _, shape, tokens = BACKBONES[name]
+    shape = shape if on_gpu else (shape[0], 16, 16)
+    with_random_weights(net, WEIGHTS[config["weights"]], device)
+    if config["lora_rank"]:
+        states.adapt(net, config["lora_rank"])
+    state = states.state_of(net, config, partial(prepare, recompute=True), getattr(loss, "helpers", None))
+    options = {key: config[key] for key in ("ema", "teacher_ema", "precision")}
+
+    def batch(rows):
+        x = normal(torch.empty(rows, *shape, device=device), torch.Generator(device).manual_seed(0))
+        return x, condition(net, rows, tokens, torch.ones, device)
+
+    def steps(rows):
+        some = batch(rows)
+        null = {key: value[:1] for key, value in some[1].items()}
+        return train(state, loss, lambda step: some, 10**6, null=null, **options)
+
+    return state, config, batch, steps
+
+
+def release():
+    """Give back what only cycles hold, as networks and their hooks are held, and what the allocator keeps of it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def fits(steps, rows):
+    """Whether some steps of so many rows find the memory that they need; many of few, which have not all parts."""
+    release()
+    try:
+        for _ in islice(steps(rows), 24 if rows < 6 else 3):
+            pass
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def bench(name, training="adapters", batch_size=1, device="cpu", method="twinflow"):
+    """Train a backbone of its real configuration for some steps, sample from it, and print what it takes.
+
+    method: as in `compare`; a peer that needs networks beside the one that learns is for training "float32".
+    batch_size: rows, or "largest": as many as the GPU's memory holds. On a CPU one layer of two heads stands for the
+    backbone, on latents of 16 x 16. -> dict of the figures. Raises ValueError for an unknown backbone, training or
+    method, for what does not go together, and if the memory does not suffice.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}: choose from {', '.join(BACKBONES)}")
+    if batch_size == LARGEST and not on_gpu:
+        raise ValueError(f"the largest batch is looked for on a GPU, not on {device}: give --batch-size a number")
+    release()
+    rows = batch_size
+    try:
+        state, config, batch, steps = prepared(name, training, device, method)
+        if batch_size == LARGEST:
+            rows = max(1, largest(partial(fits, steps)))
+        release()
+        records, times, (x, cond) = steps(rows), [], batch(rows)
+        next(records)
+        some = 24 if on_gpu else 2  # taken twice. A step of one row has one part of the loss, the rarest 1 in 6
+        memory = peak_memory(lambda: times.extend(seconds(partial(next, records), device) for _ in range(some)), device)
+        with autocast(device, config["precision"]):
+            draw = partial(sample, state.average, x, cond=cond)
+            draw(1)
+            sampling = {calls: seconds(partial(draw, calls), device) for calls in (1, 2, 100)}
+        if training == "in backward":
+            state.optimizer.stop()
+    except torch.OutOfMemoryError as error:
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        smaller = "" if rows in (1, LARGEST) else "a smaller --batch-size, or "
+        raise ValueError(
+            f"{device} has no memory left for {name}, {training}, {method}, batch {rows} "
+            f"({asked[1] if asked else 'more'} was asked for): "
+            f"try {smaller}--training {' or '.join(other for other in CHANGES if other != training)}"
+        ) from None
+    what = name if on_gpu else f"one layer of two heads (on a CPU in place of {name})"
+    count = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
+    print(f"{what}, {training}, {method}: {count / 1e6:,.1f} M parameters learn, ", end="")
+    print(f"latents {' x '.join(map(str, x.shape[1:]))}, batch {rows}, {device}, torch {torch.__version__}")
+    print(f"training step: mean {sum(times) / len(times):.3f} s of {len(times)}, longest {max(times):.3f} s, ", end="")
+    print(f"peak memory {memory / 2**30:.1f} GiB{'' if on_gpu else ' of the whole process'}")
+    print("sampling: " + ", ".join(f"{calls} NFE {value:.3f} s" for calls, value in sampling.items()))
+    return {"rows": rows, "step": times, "memory": memory, "sampling": sampling, "parameters": count}
+
+
+def small(name):
+    """Settings that make a backbone small without changing its kind."""
+    more = {
+        "QwenImageTransformer2DModel": {},
+        "FluxTransformer2DModel": {"num_single_layers": 1},
+        "SD3Transformer2DModel": {"caption_projection_dim": 128},
+        "SanaTransformer2DModel": {"num_cross_attention_heads": 1, "cross_attention_head_dim": 64,
+                                   "cross_attention_dim": 64},
+    }  # fmt: skip
+    return {**SMALL, **more[BACKBONES[name][0]]}

@@ -1,0 +1,181 @@
+"""The arguments of the command line, and the settings that they amount to."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..backbones.prompts import LAYOUTS
+from ..benchmarks import compare, plan, speed_backbone
+from ..data import images
+from ..data.toys import NAMES
+from ..method.samplers import MODES
+from ..runs.recipes import RECIPES, settings
+from ..training.loop import COMPILE
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for a wrong argument."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def seed(text):
+    """A seed: what all random generators take. Raises ArgumentTypeError for another text."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 to 2^63 - 1, got {text}")
+    return int(text)
+
+
+def rows(text):
+    """A batch size: a number, or "largest". Raises ArgumentTypeError for another text."""
+    if text != speed_backbone.LARGEST and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"a batch has 1 row or more, or is the {speed_backbone.LARGEST}, got {text}")
+    return text if text == speed_backbone.LARGEST else int(text)
+
+
+def parser():
+    about = "TwinFlow: one-step generation with one network."
+    whole = Parser(prog="tinytwinflow", description=about, fromfile_prefix_chars="@")
+    commands = whole.add_subparsers(dest="command", required=True)
+
+    def add(name, does):
+        command = commands.add_parser(name, help=does, description=does)
+        return command
+
+    def add_training(command):
+        command.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
+        command.add_argument("--data", help=f"{', '.join((*NAMES, *images.NAMES))}, FILE.npy, FILE.csv or a folder")
+        command.add_argument("--data-dir", help="folder in which data is looked for")
+        command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+        command.add_argument("--seed", type=seed, help="default 0")
+        command.add_argument("--out", metavar="DIR")
+
+    toy = add("toy", "train TwinFlow and flow matching on 2D data, compare them, draw them (the default)")
+    add_training(toy)
+
+    train = add("train", "train a recipe")
+    train.add_argument("recipe", help=", ".join(RECIPES))
+    add_training(train)
+    train.add_argument("--resume", action="store_true", help="go on with the run in DIR from its last checkpoint")
+    train.add_argument(
+        "--init-from", metavar="RUN", help="run folder, checkpoint, sit:FILE or dit:FILE, for the first weights"
+    )
+
+    draw = add("sample", "sample from a run")
+    draw.add_argument("folder", metavar="RUN")
+    draw.add_argument("--steps", type=int, default=1, help="network calls (default 1)")
+    draw.add_argument("--mode", default="any", help=", ".join(MODES))
+    draw.add_argument("--n", type=int, help="how many (default 5000 points, 64 images)")
+    draw.add_argument("--vae", metavar="DIR", help="diffusers AutoencoderKL, for a run on latents")
+    draw.add_argument("--cond", type=int, help="label, for a conditional run")
+    draw.add_argument("--seed", type=seed, default=0)
+    draw.add_argument("--out", metavar="FILE", help="FILE.png, a picture (default), or FILE.npy, the points")
+    draw.add_argument("--device", default="cpu")
+
+    words = add("embed", "encode prompts, and images if there are any, into a data set for the recipe text")
+    words.add_argument("prompts", help="FILE.txt, FILE.jsonl, or a folder of NAME.txt, with --size of NAME.png too")
+    words.add_argument(
+        "--pipeline", metavar="DIR", required=True, help="diffusers pipeline; its transformer is not read"
+    )
+    words.add_argument("--size", type=int, help="encode the folder's images too, their middle square of this side")
+    words.add_argument("--tokens", type=int, help="length of a prompt (default: the pipeline's)")
+    words.add_argument("--out", metavar="DIR", default="texts")
+    words.add_argument("--device", default="cpu")
+
+    paint = add("paint", "make images of prompts, in the folders that GenEval and DPG-Bench read")
+    paint.add_argument("folder", metavar="RUN", help="a run of the recipe text, or a diffusers flow transformer")
+    paint.add_argument("--prompts", required=True, help="FILE.txt, FILE.jsonl or a folder of NAME.txt")
+    paint.add_argument("--pipeline", metavar="DIR", required=True, help="diffusers pipeline for text and pixels")
+    paint.add_argument("--layout", default="plain", help=", ".join(LAYOUTS))
+    paint.add_argument("--steps", type=int, default=1, help="network calls (default 1)")
+    paint.add_argument("--mode", default="any", help="any (default) or multi")
+    paint.add_argument("--n", type=int, default=4, help="images of a prompt (default 4)")
+    paint.add_argument("--size", type=int, help="side of an image (default: the run's, or 1024)")
+    paint.add_argument("--tokens", type=int, help="length of a prompt (default: the pipeline's)")
+    paint.add_argument("--batch-size", type=int, default=4, metavar="B")
+    paint.add_argument("--seed", type=seed, default=0)
+    paint.add_argument("--out", metavar="DIR", default="images")
+    paint.add_argument("--device", default="cpu")
+
+    give = add("export", "write a trained backbone for diffusers: its adapters' average, or the whole model")
+    give.add_argument("folder", metavar="RUN")
+    give.add_argument("--out", required=True, help="FILE.safetensors of adapters, or a folder for a whole model")
+
+    code = add("encode", "encode a folder of images into latents to train on")
+    code.add_argument("images", metavar="FOLDER", help="images in a folder a class")
+    code.add_argument("--vae", metavar="DIR", required=True, help="diffusers AutoencoderKL")
+    code.add_argument("--size", type=int, default=256, help="side of the square that is encoded (default 256)")
+    code.add_argument("--out", metavar="DIR", default="latents")
+    code.add_argument("--device", default="cpu")
+
+    measure = add("evaluate", "measure a run at 1, 2, 4, 8 and 100 NFE next to flow matching")
+    measure.add_argument("folder", metavar="RUN")
+    measure.add_argument("--device", default="cpu")
+
+    peers = add("compare", "TwinFlow and its peers on equal terms: one table")
+    peers.add_argument("--data", nargs="+", default=list(compare.DATA), metavar="D")
+    known = f"from {', '.join(compare.METHODS)}; with settings of its own: 'dmd2 lr=1e-3'; @FILE reads them, one a line"
+    peers.add_argument("--methods", nargs="+", default=list(compare.METHODS), metavar="M", help=known)
+    peers.add_argument("--seeds", type=int, default=3, metavar="K", help="how many (default 3)")
+    peers.add_argument("--first-seed", type=seed, default=0, metavar="S", help="the first of them (default 0)")
+    peers.add_argument("--jobs", type=int, metavar="J", help="processes of one thread (default: one a core)")
+    peers.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
+    peers.add_argument("--out", default="runs/compare", metavar="DIR")
+
+    count = add("memory", "bytes of a training step of every method, counted")
+    count.add_argument(
+        "--net", default="dit-xl-2", help=f"dit-s-2 ... dit-xl-8 (default dit-xl-2), {', '.join(plan.BACKBONES)}"
+    )
+    count.add_argument("--batch-size", type=int, metavar="B", help="default 64, of a backbone 1")
+    count.add_argument("--methods", nargs="+", metavar="M", help="default all; three of them on a backbone")
+
+    speed = add("bench", "step time, sampling time, memory, and share of the machine's matrix peak")
+    speed.add_argument("--net", default="mlp", help=f"mlp (default), dit-s-2 ... dit-xl-8, {', '.join(plan.BACKBONES)}")
+    speed.add_argument("--training", help=f"of a backbone: {', '.join(plan.TRAININGS)} (default the first)")
+    speed.add_argument("--methods", nargs="+", help="of a backbone: twinflow (default), flow matching, dmd2 ...")
+    speed.add_argument(
+        "--batch-size", type=rows, metavar="B", help="rows, of a backbone 1 by default; or largest: what the GPU holds"
+    )
+    speed.add_argument("--compile", help=f"of another net: {', '.join(COMPILE)}: how torch.compile is called")
+    speed.add_argument("--device", default="cpu")
+    speed.add_argument("--threads", type=int, help="CPU threads")
+    return whole
+
+
+def device_of(name):
+    """The name of a device. Raises ValueError if torch does not know it or it is not on this machine."""
+    try:
+        if torch.device(name).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError(name)
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {name!r} is unknown or not on this machine") from None
+    return name
+
+
+def refuse_graphs(compile, device):
+    """Raise ValueError if CUDA graphs are asked for elsewhere."""
+    if compile == "graphs" and not device.startswith("cuda"):
+        raise ValueError(f"compile graphs is for device cuda, got {device}: choose default there")
+
+
+def config_of(args, recipe):
+    """The settings of a run of a recipe: what is named on the command line, paths from the root."""
+    config = {"recipe": recipe, "seed": args.seed or 0, **settings(recipe, args.changes)}
+    refuse_graphs(config["compile"], args.device)
+    if getattr(args, "init_from", None):
+        config["init_from"] = args.init_from
+    if args.data:
+        config["data"] = args.data
+    if "data_dir" in config:
+        config["data_dir"] = str(Path(args.data_dir or config["data_dir"]).resolve())
+    for key in ("init_from", "features", "vae", "model"):
+        kind, colon, path = str(config.get(key, "")).rpartition(":")
+        if path and path != "classifier":
+            config[key] = kind + colon + str(Path(path).resolve())
+    from_disk = "model" in config or "size" in config and config["data"] not in images.NAMES
+    if from_disk or config["data"].endswith((".npy", ".csv")):
+        config["data"] = str((Path(args.data_dir or ".") / config["data"]).resolve())
+    return config

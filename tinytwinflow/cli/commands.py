@@ -1,0 +1,250 @@
+"""The command line: python -m tinytwinflow [toy | train | sample | evaluate | compare | bench | ...]."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..backbones import captions, lora_files, prompts, velocity
+from ..benchmarks import compare, memory, plan, speed, speed_backbone
+from ..data import images
+from ..data.latents import autoencoder, decode, encode
+from ..data.points import restore
+from ..evaluation import pictures
+from ..files import write_json
+from ..runs.config import loss_of, method_of
+from ..runs.evaluate import evaluate, table
+from ..runs.folder import backbone_of, finished, has_checkpoint, painter, read_config, read_log, sampled, trained
+from ..runs.run import continue_run, start
+from ..training import distributed
+from ..training.loop import COMPILE
+from .arguments import config_of, device_of, parser, refuse_graphs
+
+
+def show(folder, result, kept):
+    """Draw a measured run: real data, one call, flow matching at 100 and at 1, the gap."""
+    config = read_config(folder)
+    method = method_of(config)
+    panels = [("data", kept["data"], pictures.DATA), (f"{method}, 1 NFE", kept[method, 1], pictures.ONE)]
+    for nfe in (100, 1):
+        if ("flow matching", nfe) in kept and method != "flow matching":
+            panels.append((f"flow matching, {nfe} NFE", kept["flow matching", nfe], pictures.FLOW))
+    title = f"{Path(config['data']).name}, {config['steps']} steps, seed {config['seed']}"
+    panels = [(name, x.numpy(), color) for name, x, color in panels]
+    pictures.draw(Path(folder) / "samples.png", panels, read_log(folder), config, title)
+    print(table(result))
+    print(f"\n{folder}/samples.png  {folder}/metrics.json")
+
+
+def run_toy(args):
+    began = time.perf_counter()
+    folder = Path(args.out or "runs/toy")
+    config, device = config_of(args, "toy"), device_of(args.device)
+    start(folder, config, move=True)
+    continue_run(folder, device=device)
+    result, kept = evaluate(folder, nfes=(1, 2, 4), device=device)
+    show(folder, result, kept)
+    print(f"{time.perf_counter() - began:.0f} s on {device}, {torch.get_num_threads()} threads")
+
+
+def run_train(args):
+    folder = Path(args.out or f"runs/{args.recipe}")
+    config = config_of(args, args.recipe)
+    with distributed.joined(args.device, config["seed"]) as world:
+        device = device_of(world.device if world else args.device)
+        if world:
+            world.first(lambda: ready(folder, config, args))
+        else:
+            ready(folder, config, args)
+        measured = (folder / "metrics.json").exists()
+        continue_run(folder, device, world=world)
+    if world is not None and world.rank > 0:
+        return
+    if "model" in config:
+        print(f"{folder}/samples.png: latents as colours; python -m tinytwinflow paint makes images of prompts")
+    elif measured:
+        print(f"{folder} had taken its last step and was measured: python -m tinytwinflow evaluate does so anew")
+    else:
+        result, kept = evaluate(folder, nfes=(1, 2, 4), with_baseline=False, device=device)
+        show(folder, result, kept)
+
+
+def ready(folder, config, args):
+    """Make the run folder, or see that the one to resume is there and has the same settings."""
+    if not args.resume:
+        start(folder, config)
+    elif not folder.is_dir():
+        raise ValueError(f"{folder}: no such run to resume")
+    elif not (folder / "config.json").exists() and not has_checkpoint(folder):
+        start(folder, config)
+    else:
+        own, given = read_config(folder), {change.partition("=")[0] for change in args.changes}
+        given |= {key for key in ("data", "seed", "init_from") if getattr(args, key) is not None}
+        for key in ("recipe", *sorted(given)):
+            if config[key] != own[key]:
+                raise ValueError(f"a resumed run keeps its settings: {key} is {own[key]!r} there, not {config[key]!r}")
+        if args.data_dir and "data_dir" in own:
+            write_json(folder / "config.json", {**own, "data_dir": config["data_dir"]})
+    if (folder / "metrics.json").exists() and not finished(folder):
+        (folder / "metrics.json").unlink()  # of an earlier step; the end of training writes it anew
+
+
+def run_sample(args):
+    if args.n is not None and args.n < 1:
+        raise ValueError(f"--n must be at least 1, got {args.n}")
+    out = Path(args.out or Path(args.folder) / f"samples-{args.steps}.png")
+    if out.suffix not in (".png", ".npy"):
+        raise ValueError(f"--out takes FILE.png or FILE.npy, got {out}")
+    net, config, saved = trained(args.folder, device_of(args.device))
+    about = saved["data"]
+    args.n = args.n or (5000 if len(about["shape"]) == 1 else 64)
+    classes = about["classes"] if config["conditional"] else 0
+    if args.cond is not None and not (classes and 0 <= args.cond < classes):
+        known = f"labels 0 to {classes - 1}" if classes else "no labels, it is not conditional"
+        raise ValueError(f"--cond {args.cond}: this run knows {known}")
+    if args.vae and "scale" not in about:
+        raise ValueError("--vae decodes latents, and this run makes none")
+    vae = autoencoder(args.vae, args.device) if args.vae else None
+    if "scale" in about and vae is None and out.suffix == ".png":
+        raise ValueError("this run makes latents: --vae DIR decodes them, --out FILE.npy keeps them as they are")
+    label = None
+    if classes:
+        label = torch.arange(args.n) % classes if args.cond is None else torch.full((args.n,), args.cond)
+    x = sampled(net, args.n, about["shape"], args.steps, args.mode, args.seed, label)
+    if vae is not None:
+        x = decode(x, vae, about["scale"], about["shift"])
+    x = restore(x, about.get("mean"), about.get("std")).numpy()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npy":
+        np.save(out, x)
+    else:
+        pictures.draw_one(out, x, f"{method_of(config)}, {args.steps} NFE, mode {args.mode}")
+    print(out)
+
+
+def run_encode(args):
+    folder = images.Folder(args.images, args.size)
+    encode(folder, autoencoder(args.vae, device_of(args.device)), args.out)
+    print(f"{len(folder)} images, {folder.classes} classes: {args.out}")
+
+
+def run_evaluate(args):
+    result, kept = evaluate(args.folder, device=device_of(args.device))
+    show(args.folder, result, kept)
+
+
+def run_compare(args):
+    for name, value in (("--seeds", args.seeds), ("--jobs", args.jobs)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    methods = list(dict.fromkeys(" ".join(method.split()) for method in args.methods))
+    compare.compare(args.data, methods, seeds, args.changes, Path(args.out), args.jobs)
+
+
+def is_backbone(name, others):
+    """Whether a net is a backbone. Raises ValueError if it is neither that nor begins as one of the others do."""
+    if name not in plan.BACKBONES and not name.startswith(others):
+        known = [f"{other}s-2 ... {other}xl-8" if other == "dit-" else other for other in others]
+        raise ValueError(f"unknown net {name!r}: choose from {', '.join((*known, *plan.BACKBONES))}")
+    return name in plan.BACKBONES
+
+
+def run_memory(args):
+    on_backbone = is_backbone(args.net, ("dit-",))
+    rows = (1 if on_backbone else 64) if args.batch_size is None else args.batch_size
+    if rows < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {rows}")
+    methods = dict.fromkeys(["flow matching", *(args.methods or (plan.METHODS if on_backbone else compare.METHODS))])
+    if not on_backbone:
+        losses = {method: loss_of(compare.entry(method)) for method in methods}
+        print(f"{args.net}, 32 x 32 x 4 latents, batch {rows}, bf16 autocast, float32 weights, GiB\n")
+        print(memory.table(memory.at_scale(losses, args.net, rows)))
+        return
+    losses = {method: speed_backbone.loss_for(method, "float32") for method in methods}
+    figures = plan.report(args.net, losses, rows)
+    if "twinflow" in losses:
+        plan.spread(args.net, losses["twinflow"], rows, figures["twinflow", "float32"])
+
+
+def run_embed(args):
+    records = captions.read_prompts(args.prompts)
+    pairs = captions.Pairs(args.prompts, args.size) if args.size is not None else None
+    words = pairs.prompts if pairs else [record["prompt"] for record in records]
+    captions.embed(words, prompts.load_pipeline(args.pipeline, device_of(args.device)), args.out, pairs, args.tokens)
+    print(f"{len(words)} prompts{' and images' if pairs else ''}: {args.out}")
+
+
+def run_paint(args):
+    device = device_of(args.device)
+    records = captions.read_prompts(args.prompts)
+    pipeline = prompts.load_pipeline(args.pipeline, device)
+    net, shape, source = painter(args.folder, device)
+    if args.size or not shape:
+        size, factor = args.size or 1024, pipeline.vae_scale_factor
+        if size < factor or size % factor:
+            raise ValueError(f"--size must be a multiple of {factor} for this pipeline, got {size}")
+        side = size // factor
+        shape = (shape[0] if shape else net.channels, side, side)
+    prompts.write_pictures(
+        net, pipeline, records, args.out, shape, source, args.layout, args.n, args.steps, args.mode, args.seed,
+        args.tokens, args.batch_size,
+    )  # fmt: skip
+    print(args.out)
+
+
+def run_export(args):
+    out = Path(args.out)
+    if out.exists():
+        raise ValueError(f"{out} already exists: choose another --out")
+    net, config, _, _ = backbone_of(args.folder)
+    if config["lora_rank"]:
+        lora_files.save(net, out)
+    else:
+        velocity.save(net, out)
+    print(out)
+
+
+def run_bench(args):
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    if args.compile not in (None, *COMPILE):
+        raise ValueError(f"--compile must be one of {', '.join(COMPILE)}, got {args.compile!r}")
+    refuse_graphs(args.compile, args.device)
+    of_backbone, device = is_backbone(args.net, ("mlp", "dit-")), device_of(args.device)
+    for name in ("compile",) if of_backbone else ("training", "methods"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} is not for {args.net}")
+    if args.batch_size == speed_backbone.LARGEST and not of_backbone:
+        raise ValueError(f"--batch-size {speed_backbone.LARGEST} is not for {args.net}")
+    if of_backbone:
+        training, methods = args.training or "adapters", args.methods or ["twinflow"]
+        for method in methods:
+            speed_backbone.loss_for(method, training)  # all are known before the first takes its time
+        for method in methods:
+            speed_backbone.bench(args.net, training, args.batch_size or 1, device, method)
+    else:
+        speed.bench(device, args.net, args.batch_size, compile=args.compile or "none")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = ["toy", *argv]
+    args = parser().parse_args(argv)
+    try:
+        globals()[f"run_{args.command}"](args)
+    except (ValueError, OSError) as error:
+        print(f"tinytwinflow: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"tinytwinflow: training stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("tinytwinflow: stopped; `train ... --resume` or the same `compare` goes on from here", file=sys.stderr)
+        return 130
+    return 0

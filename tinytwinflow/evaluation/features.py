@@ -1,0 +1,92 @@
+"""What images are compared by: features, from a small classifier trained here or from Inception."""
+
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as f
+
+from ..files import aside, load, load_weights
+
+PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation that Inception was trained with
+
+
+class Classifier(nn.Module):
+    """A small convolutional network.  features: (B, C, H, H) -> (B, 128); forward: -> (B, classes)."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        sizes = (channels, 32, 64, 128)
+        self.layers = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip(sizes[:-1], sizes[1:]))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, o) for o in sizes[1:])
+        self.last = nn.Linear(sizes[-1], classes)
+
+    def features(self, x):
+        for layer, norm in zip(self.layers, self.norms):
+            x = f.max_pool2d(f.relu(norm(layer(x))), 2, ceil_mode=True)
+        return x.mean(dim=(2, 3))
+
+    def forward(self, x):
+        return self.last(self.features(x))
+
+
+def train_classifier(data, steps=600, lr=2e-3, device="cpu"):
+    """A classifier for the images of a training set; with 600 batches of it, a minute's work on two cores."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(data.seed)
+        net = Classifier(data.shape[0], data.classes).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        x, label = data.batch(step)
+        optimizer.zero_grad()
+        f.cross_entropy(net(x.to(device)), label.to(device)).backward()
+        optimizer.step()
+        schedule.step()
+    return net.eval().requires_grad_(False)
+
+
+def classifier_of(folder, data, device="cpu"):
+    """The classifier kept in a run folder, trained now if it is not there yet.
+
+    data: the whole set with a seed and batch that do not depend on the run, so that the figures of
+    all runs on one set are in the same features.
+    """
+    path = Path(folder) / "classifier.pt"
+    if path.exists():
+        net = Classifier(data.shape[0], data.classes)
+        load_weights(net, load(path, keys=("net",))["net"], path)
+        return net.to(device).eval().requires_grad_(False)
+    net = train_classifier(data, device=device)
+    with aside(path) as file:
+        torch.save({"net": net.state_dict()}, file)
+    return net
+
+
+class Inception(nn.Module):
+    """Torchvision's Inception v3 from its weights file.  features: RGB in [-1, 1], any size -> (B, 2048)."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.net = torchvision.models.inception_v3(weights=None, init_weights=False)
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file: features are 'classifier' or a file of torchvision's Inception v3")
+        try:
+            self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # whatever a damaged file makes the reader raise
+            raise ValueError(f"{path}: not torchvision's Inception v3 ({str(error).splitlines()[0]})") from None
+        self.net.fc = nn.Identity()
+
+    def features(self, x):
+        if x.shape[1] != 3:
+            raise ValueError(f"Inception takes RGB images, these have {x.shape[1]} channels: --set features=classifier")
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in PIXELS)
+        x = f.interpolate(x, (299, 299), mode="bilinear", antialias=True, align_corners=False)
+        return self.net(((x + 1) / 2 - mean) / std)
+
+
+@torch.no_grad()
+def features_of(net, x, device="cpu", batch_size=500):
+    """Features of many images, a few at a time.  (n, C, H, H) -> (n, D)."""
+    return torch.cat([net.features(some.to(device)).float().cpu() for some in x.split(batch_size)])

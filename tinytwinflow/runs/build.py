@@ -1,0 +1,98 @@
+"""From a run's settings to its data, its network and its State, on one process or many."""
+
+from pathlib import Path
+
+import torch
+
+from ..backbones import states
+from ..training import distributed
+from .config import loss_of
+from ..data.points import Points
+from ..files import load, load_weights
+from ..data.images import Images
+from ..nets import MLP, DiT, UNet, dit, load_published
+from ..backbones.captions import LATENTS, Texts
+from ..training.loop import new_state
+
+
+def data_of(config, world=None):
+    """The training data that a run's settings describe; of each batch, the rows of this process."""
+    part = (world.rank, world.size) if world else (0, 1)
+    if "model" in config:
+        data = Texts(config["data"], config["batch_size"], config["seed"], part, config["latents"] or None)
+        if LATENTS not in data.tensors and not config["data_free"]:
+            raise ValueError(f"{config['data']} holds no latents: --set data_free=true, or embed with --size")
+        return data
+    if "size" not in config:
+        data = Points(config["data"], config["batch_size"], config["seed"], part)
+    else:
+        keys = ("data", "batch_size", "seed", "data_dir", "size", "flip", "subset")
+        data = Images(*(config[key] for key in keys), part=part)
+    if config["conditional"] and not data.classes:
+        raise ValueError(f"{config['data']} has no labels: --set conditional=false")
+    return data
+
+
+def net_of(config, shape, classes):
+    """The network that a run's settings describe, for samples of a shape: (D,) or (C, H, H)."""
+    kind, classes = config["net"], classes if config["conditional"] else 0
+    if (kind == "mlp") != (len(shape) == 1):
+        raise ValueError(
+            f"net {kind!r} does not fit samples of shape {tuple(shape)}: mlp is for points, others for images"
+        )
+    needed = {
+        "mlp": ("width", "depth", "sharp"),
+        "unet": ("width", "depth"),
+        "dit": ("width", "depth", "heads", "patch"),
+    }
+    missing = [key for key in needed.get(kind, ()) if key not in config]
+    if missing:
+        raise ValueError(f"net {kind!r} needs {', '.join(missing)}, which recipe {config['recipe']} does not set")
+    if kind == "mlp":
+        return MLP(shape[0], config["width"], config["depth"], classes, sharp=config["sharp"])
+    channels, size = shape[0], shape[-1]
+    if kind == "unet":
+        return UNet(size, channels, classes, [config["width"] * times for times in (1, 2, 2)], config["depth"])
+    if kind == "dit":
+        return DiT(size, channels, classes, *(config[key] for key in ("width", "depth", "heads", "patch")))
+    if kind.startswith("dit-"):
+        return dit(kind.removeprefix("dit-"), size, channels, classes, config.get("epsilon", False))
+    raise ValueError(f"unknown net {kind!r}: choose from mlp, unet, dit, dit-s-2 ... dit-xl-8")
+
+
+def first_weights(net, source):
+    """Fill a network from a run folder, one of its checkpoints, or "sit:FILE" or "dit:FILE", published weights."""
+    kind, colon, path = str(source).partition(":")
+    if colon and kind in ("sit", "dit"):
+        if not isinstance(net, DiT):
+            raise ValueError(f"{source}: published weights are for a net that is a dit")
+        load_published(net, path, kind)
+    else:
+        path = Path(source) / "checkpoint.pt" if Path(source).is_dir() else Path(source)
+        load_weights(net, load(path)["average"], path)
+
+
+def state_of(config, shape, classes, device, world=None, fresh=True):
+    """The State of a run, on this process's device; fresh=False leaves its weights for a checkpoint to fill."""
+    loss = loss_of(config)
+    if world is not None and config["method"] != "twinflow":
+        raise ValueError(f"method {config['method']} trains on one process: start it without torchrun")
+    if world is not None and config["parallel"] == "ddp" and config.get("optimizer") == "adafactor":
+        raise ValueError("optimizer adafactor steps before ddp has averaged gradients: --set parallel=fsdp")
+
+    def build(weights):
+        torch.manual_seed(config["seed"])
+        if "model" in config:
+            return states.backbone(config, weights)
+        net = net_of(config, shape, classes)
+        if weights and fresh and config["init_from"]:
+            first_weights(net, config["init_from"])
+        return net
+
+    def make(net, place):
+        if "model" in config:
+            return states.state_of(net, config, place)
+        return new_state(net, config["lr"], seed=config["seed"], helpers=getattr(loss, "helpers", None), place=place)
+
+    how = {key: config[key] for key in ("parallel", "precision", "recompute", "compile")}
+    return distributed.start(build, world, device, weights=fresh, make=make, **how)

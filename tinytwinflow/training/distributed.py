@@ -1,0 +1,191 @@
+"""Many processes, one model: DDP for networks that fit on a device, FSDP2 for those that do not.
+
+    torchrun --nproc-per-node 8 -m tinytwinflow train imagenet --device cuda --set parallel=fsdp
+
+Each process works on its own rows of the batch with its own noise. DDP keeps the whole network on every process and
+averages the gradients. FSDP2 keeps a piece of every block on each, gathers a block while it is used, and hands
+each process the mean gradient of its own piece, in float32. parallel=hsdp does so among the processes of one machine
+and averages the gradients of pieces between machines, where the network is slow.
+"""
+
+import os
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from ..method.draws import seeded
+from .loop import new_state
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "timed out")
+
+
+@dataclass
+class World:
+    """The processes of a run and which of them this one is; the loop of `train` asks it where they must agree."""
+
+    rank: int
+    size: int
+    device: str
+    seed: int = 0
+    local: int = 1  # processes on one machine
+
+    def mean(self, values):
+        """The mean over processes of a tensor, the same on all; what is not finite on one is not finite on any."""
+        dist.all_reduce(values)
+        return values / self.size
+
+    def reseed(self, generator, step):
+        """The noise of a step is each process's own. -> together, a generator that is in the same state on all."""
+        generator.manual_seed(seeded(self.seed, 4, step, self.rank, self.size).initial_seed())
+        return torch.Generator(generator.device).manual_seed(seeded(self.seed, 5, step).initial_seed())
+
+    def sync(self, network, last):
+        """Send gradients only after the last part of an accumulated batch."""
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(last)
+        elif isinstance(network, DistributedDataParallel):
+            network.require_backward_grad_sync = last
+
+    def first(self, action):
+        """The first process acts while the others wait. Raises ValueError on all of them if it fails."""
+        error = [None]
+        if self.rank == 0:
+            try:
+                action()
+            except (ValueError, OSError) as raised:
+                error = [str(raised)]
+        dist.broadcast_object_list(error)
+        if error[0] is not None:
+            raise ValueError(error[0])
+
+
+def join(device="cpu", seed=0):
+    """Meet the other processes that torchrun started; None without torchrun. cuda: each takes its own GPU."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    device, local = torch.device(device), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), str(device), seed, int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
+@contextmanager
+def joined(device="cpu", seed=0):
+    """`join` for as long as the context lasts. Raises ConnectionError in one line if another process dies."""
+    world = join(device, seed)
+    try:
+        yield world
+    except RuntimeError as error:
+        if world is None or not any(word in str(error) for word in LOST):
+            raise
+        raise ConnectionError(f"process {world.rank}: another process of the run has ended") from None
+    finally:
+        if world is not None:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def without_weights():
+    """Networks made inside have their parameters on the meta device: shapes without memory. The rest is real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def blocks_of(net):
+    """The layers that repeat, in the order of use: what is gathered, recomputed and compiled one at a time."""
+    blocks = getattr(net, "blocks", ())
+    return list(blocks() if callable(blocks) and not isinstance(blocks, nn.ModuleList) else blocks)
+
+
+def forget(block):
+    """Keep only a block's input for the backward pass, and compute the block again there."""
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compile_as(net, how):
+    """Compile a network's forward in place: "default", or "graphs", which replays its kernels as one CUDA graph."""
+    if how != "none":
+        net.compile(mode="reduce-overhead" if how == "graphs" else None)
+
+
+def prepare(net, world=None, parallel="ddp", precision="float32", recompute=False, compile="none"):
+    """Make a network ready to train on one device or on its share of many, in place.  -> net
+
+    Under FSDP2 the network may be on the meta device and then comes back with memory but without values, see `fill`;
+    precision "bf16" gathers bfloat16 copies of float32 pieces and sums gradients in float32. A network without
+    `blocks` is one piece. Times stay as they are: inputs are not cast.
+    """
+    blocks = blocks_of(net)
+    if recompute and not blocks:
+        raise ValueError(f"recompute needs a network with blocks, {type(net).__name__} has none")
+    if recompute and any(parameter.requires_grad for parameter in net.parameters()):
+        for block in blocks:
+            forget(block)
+    sharded = world is not None and parallel != "ddp"
+    for module in blocks if sharded and blocks else [net]:
+        compile_as(module, compile)
+    if sharded:
+        kind = torch.device(world.device).type
+        sizes = {"pieces": world.size}
+        if parallel == "hsdp":
+            sizes = {"copies": world.size // world.local, "pieces": world.local}
+        mesh = dist.device_mesh.init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        reduced = torch.bfloat16 if precision == "bf16" else None
+        policy = MixedPrecisionPolicy(reduced, reduced and torch.float32, cast_forward_inputs=False)
+        for module in (*blocks, net):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        net._apply(lambda p: torch.empty_like(p, device=world.device) if p.is_meta else p.to(world.device))
+    return net
+
+
+def fill(net, weights):
+    """Give a sharded network its weights: the first process holds them all, the others an empty dict."""
+    set_model_state_dict(net, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def start(build, world=None, device="cpu", parallel="ddp", weights=True, make=new_state, **how):
+    """The State of a new run on one process or many.
+
+    build(weights) makes the network; under FSDP2 every process makes it without weights and the first one once more
+    with them, which it deals out; weights=False leaves them for a checkpoint to fill. make(net, place) gives the State,
+    `place` to be called on each of its networks; how: see `prepare`.
+    """
+    place = partial(prepare, world=world, parallel=parallel, **how)
+    if world is None or parallel == "ddp":
+        state = make(build(True).to(device), place=place)
+        if world is not None:
+            on = [torch.device(device)] if torch.device(device).type == "cuda" else None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # newer torch has another name for the last argument
+                state.call = DistributedDataParallel(state.net, on, broadcast_buffers=False)
+        return state
+    with without_weights():
+        net = build(False)
+    state = make(net, place=place)
+    if weights:
+        fill(state.net, build(True).state_dict() if world.rank == 0 else {})
+        state.restart()
+    return state

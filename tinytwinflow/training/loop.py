@@ -1,0 +1,220 @@
+"""The training loop: a generator that takes one step each time it is asked, and never loses a run.
+
+    state = new_state(net, lr=2e-3)
+    for record in train(state, loss, batch, steps=4000):
+        print(record["step"], record["total"])
+
+`state` is all that training knows: stopped at any step, saved, loaded and continued, it goes on
+bit for bit as if it had never stopped.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..files import aside
+from ..method.conditions import move, replace, take
+from ..method.losses import TwinFlowLoss
+from .ema import average_of, update, warmed_up
+
+PRECISIONS = ("float32", "bf16")
+COMPILE = ("none", "default", "graphs")  # graphs: of CUDA, for small networks, whose kernels are waited for
+PARALLEL = ("ddp", "fsdp", "hsdp")
+WEIGHTS = {"bf16": torch.bfloat16, "float32": torch.float32}
+OPTIMIZERS = ("adamw", "adafactor")
+FLOW_MATCHING = TwinFlowLoss(order=0, share=0.0)
+
+
+@dataclass
+class State:
+    """A network in training: net, two moving averages of it, the optimiser, the noise generator, steps done.
+
+    `average`, the slow one, is the model to sample from; `teacher`, the fast one, is F^-. `helpers`: the networks
+    that a peer's loss needs beside these, by name. `call` is net as the loss calls it, where something stands around
+    it, and `original` the frozen network of guidance and data-free training, where there is one.
+    """
+
+    net: torch.nn.Module
+    average: torch.nn.Module
+    teacher: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    helpers: torch.nn.ModuleDict
+    step: int = 0
+    call: Callable | None = None
+    original: Callable | None = None
+
+    def restart(self):
+        """Set the averages to the network."""
+        for average in dict.fromkeys((self.average, self.teacher)):
+            average.load_state_dict(self.net.state_dict())
+
+    def follow(self, ema, teacher_ema):
+        """Move the averages towards the network."""
+        update(self.average, self.net, warmed_up(ema, self.step))
+        if self.teacher is not self.average:
+            update(self.teacher, self.net, warmed_up(teacher_ema, self.step))
+
+    def weights(self):
+        """All that is trained or follows: tensors by name, by network."""
+        networks = {"net": self.net, "average": self.average, "teacher": self.teacher, "helpers": self.helpers}
+        if self.teacher is self.average:
+            del networks["teacher"]
+        return {name: network.state_dict() for name, network in networks.items()}
+
+    def state_dict(self):
+        return {
+            **self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, saved):
+        for name, tensors in self.weights().items():
+            for key, tensor in tensors.items():
+                tensor.copy_(saved[name][key])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        try:
+            self.generator.set_state(saved["generator"].cpu())
+        except RuntimeError:
+            raise ValueError("the run was trained on another kind of device: go on with it there") from None
+        self.step = saved["step"]
+
+
+def adamw(net, lr, betas=(0.9, 0.99), helpers=()):
+    """AdamW without weight decay (Table 6), for all weights that learn in a few kernels."""
+    how = {"fused": True} if next(net.parameters()).device.type == "cuda" else {"foreach": True}
+    groups = [{"params": [p for p in net.parameters() if p.requires_grad]}]
+    groups += [{"params": list(helper.parameters())} for helper in helpers]
+    for group in groups:
+        group["initial_lr"] = lr
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0, **how)
+
+
+def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None, place=lambda net: net, one_average=False):
+    """Start of training: AdamW, the averages equal to the network.
+
+    helpers: of a peer's loss, name -> kind; see `peers`. one_average: to sample from and to teach. place: what is
+    done to each network before the optimiser is made, see `scale.prepare`.
+    """
+    kinds = {name: kind for name, kind in (helpers or {}).items() if kind != "average"}
+    made = torch.nn.ModuleDict({name: copy.deepcopy(net).requires_grad_(kinds[name] != "frozen") for name in kinds})
+    average = average_of(net)
+    teacher = average if one_average else average_of(net)
+    for network in dict.fromkeys((net, average, teacher, *made.values())):
+        place(network)
+    optimizer = adamw(net, lr, betas, [made[name] for name, kind in kinds.items() if kind != "frozen"])
+    generator = torch.Generator(next(net.parameters()).device).manual_seed(seed)
+    return State(net, average, teacher, optimizer, generator, made)
+
+
+def autocast(device, precision):
+    """The context that networks run in: "bf16" computes in bfloat16 what can be, "float32" changes nothing."""
+    # no cache: older torch reuses casts made without gradient, and those weights would get none
+    on = precision == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=on, cache_enabled=False)
+
+
+def learning_rate(step, steps, warm_up=100):
+    """Factor on the learning rate: a linear rise over the first steps, then a cosine to zero."""
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train(
+    state, loss, batch, steps, ema=0.999, teacher_ema=0.99, warmup_steps=0, base_steps=0, null=None, label_dropout=0.0,
+    accumulate=1, clip_norm=None, precision="float32", world=None,
+):  # fmt: skip
+    """Take training steps up to `steps`, yielding after each a record: step, lr and the loss terms.
+
+    loss: a TwinFlowLoss, or a peer's. For `warmup_steps` only its flow part is trained, which is flow matching;
+    for the next `base_steps` the whole base without the twin parts; then all of it. A peer's frozen and
+    trained networks are filled from the average when flow matching ends.
+    batch(i) gives data and condition (None without) of step i. null: label that stands for no condition, or such a
+    condition of one row; it replaces a share `label_dropout` of the conditions. ema and teacher_ema are the decays
+    of the two averages (Table 6: 0.99 for the teacher). accumulate: the batch is worked through in so
+    many equal parts. clip_norm: longest gradient, or None. precision "bf16": the networks run under autocast.
+    world: the processes that train together, each on its part of the batch, see `scale`.
+    Raises FloatingPointError, before the weights are touched, if a loss term is not finite.
+    """
+    peer = not isinstance(loss, TwinFlowLoss)
+    flow_matching = FLOW_MATCHING if peer else dataclasses.replace(loss, order=0, share=0.0)
+    base = loss if peer else dataclasses.replace(loss, share=0.0)
+    device = next(state.net.parameters()).device
+    null = move(torch.tensor([null]) if isinstance(null, int) else null, device)
+    together = None
+    while state.step < steps:
+        i = state.step
+        if world is not None:
+            together = world.reseed(state.generator, i)
+        x, cond = batch(i)
+        if null is not None and label_dropout:
+            drop = torch.rand(len(x), generator=state.generator, device=device) < label_dropout
+            cond = replace(cond, null, drop)
+        for group in state.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * learning_rate(i, steps)
+        current = flow_matching if i < warmup_steps else base if i < warmup_steps + base_steps else loss
+        if len(x) % accumulate:
+            raise ValueError(f"a batch of {len(x)} does not divide into {accumulate} equal parts")
+        done, total = i - warmup_steps, steps - warmup_steps
+        if peer and done >= 0:
+            fill_helpers(state, loss, done, total)
+        state.optimizer.zero_grad()
+        terms = 0.0
+        for k, part in enumerate(torch.arange(len(x), device=device).chunk(accumulate)):
+            if world is not None:
+                world.sync(state.call or state.net, last=k == accumulate - 1)
+            with autocast(device, precision):
+                out = loss_of_batch(current, state, x[part], take(cond, part), null, done / max(total, 1), together)
+            (out.total / accumulate).backward()
+            terms = terms + torch.stack(out).detach() / accumulate
+        if world is not None:
+            terms = world.mean(terms)
+        record = dict(zip(out._fields, terms.tolist()))
+        for name in sorted(record, key=lambda name: name == "total"):  # a term first, then what they sum to
+            if not math.isfinite(value := record[name]):
+                raise FloatingPointError(f"step {i + 1}: the {name} loss is {value}; lower lr or the term's weight")
+        if clip_norm is not None:
+            for network in (state.net, *state.helpers.values()):
+                torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm, foreach=True)
+        state.optimizer.step()
+        state.follow(ema, teacher_ema)
+        state.step += 1
+        yield {"step": state.step, "lr": state.optimizer.param_groups[0]["lr"], **record}
+
+
+def loss_of_batch(loss, state, x, cond=None, null=None, progress=0.0, together=None):
+    """Call a loss with the networks that it needs; progress counts from the end of flow matching."""
+    if isinstance(loss, TwinFlowLoss):
+        more = {"original": state.original, "together": together}
+    else:
+        more = {"progress": progress, **state.helpers}
+    net = state.call or state.net
+    return loss(net, x, cond=cond, teacher=state.teacher, null=null, generator=state.generator, **more)
+
+
+def fill_helpers(state, loss, done, total):
+    """Fill a peer's networks when its part of the training begins, and its frozen one again where it asks for it."""
+    again = done in [math.ceil(progress * total - 1e-6) for progress in getattr(loss, "refill", ())]
+    for name, helper in state.helpers.items():
+        if done == 0 and loss.helpers[name] != "critic":
+            helper.load_state_dict(state.average.state_dict())
+        elif again and loss.helpers[name] == "frozen":
+            helper.load_state_dict(state.teacher.state_dict())
+
+
+def save(path, content):
+    """Write a checkpoint so that a crash at any moment leaves the old file or the new one, whole.
+
+    Raises FloatingPointError, writing nothing, if a weight is not finite.
+    """
+    for name, value in (*content["net"].items(), *content.get("average", {}).items()):
+        if not value.isfinite().all():
+            raise FloatingPointError(f"step {content['step']}: weight {name} is not finite; the last checkpoint stays")
+    with aside(path) as file:
+        torch.save(content, file)
