@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tinytwinflow.data.images import DEBIAN
+from tinytwinflow.data.readers import DEBIAN
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("[0-9][0-9]_*.ipynb"))

@@ -29,7 +29,7 @@ def write_json(path, content):
         file.write(json.dumps(content, indent=2) + "\n")
 
 
-def load(path, device="cpu", keys=("net", "average", "step")):
+def read_checkpoint(path, device="cpu", keys=("net", "average", "step")):
     """Read a checkpoint. Raises ValueError with one line if it is missing, cut short or lacks a key."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint")

@@ -88,8 +88,8 @@ def expected_rows(answer):
 
 def bytes_of_training(answer):
     net = ttf.nets.MLP(2, width=32)
-    state = ttf.training.loop.new_state(net, one_average=True)
-    list(ttf.training.loop.train(state, ttf.TwinFlowLoss(), lambda i: (torch.randn(64, 2), None), 1))
+    state = ttf.training.new_state(net, one_average=True)
+    list(ttf.training.train(state, ttf.TwinFlowLoss(), lambda i: (torch.randn(64, 2), None), 1))
     tensors = [*net.parameters(), *state.average.parameters(), *(p.grad for p in net.parameters())]
     tensors += [v for moments in state.optimizer.state.values() for v in moments.values() if v.numel() > 1]
     near(answer(sum(p.numel() for p in net.parameters())), sum(v.numel() * v.element_size() for v in tensors), "bytes")

@@ -148,7 +148,7 @@ def test_the_average_follows_the_student(decay, seed):
     """average <- decay * average + (1 - decay) * student, matrices and full modules alike; the student stays."""
     net = stir(adapted(dit(depth=1)), seed)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    lora.update(net, decay)
+    lora.move_average(net, decay)
     for name, value in net.state_dict().items():
         student = name.replace("average_", "lora_")
         if name.startswith("lora_also.average."):
@@ -156,7 +156,7 @@ def test_the_average_follows_the_student(decay, seed):
             student = f"{ALSO[int(i)]}.{rest}"
         close(value, decay * before[name] + (1 - decay) * before[student])
     with pytest.raises(ValueError, match="decay"):
-        lora.update(net, 1.0)
+        lora.move_average(net, 1.0)
 
 
 def test_deep_copies_have_a_switch_of_their_own():
@@ -261,14 +261,14 @@ def test_sharded_blocks(tmp_path):
             close(field(net)(*here), field(plain)(*here))
         for each in (net, plain):
             each(*here).square().mean().backward()
-            lora.update(each, 0.5)
+            lora.move_average(each, 0.5)
         for a, b in zip(lora.parameters(net), lora.parameters(plain)):
             close(a.grad.full_tensor(), b.grad)
         states = lora.adapter_state(net), lora.adapter_state(plain)
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(a.full_tensor(), b) for a, b in zip(*(state.values() for state in states)))
         for each, name in ((net, "pieces"), (plain, "whole")):
-            lora_files.save(each, tmp_path / name)
+            lora_files.save_adapters(each, tmp_path / name)
         pieces, whole = (load_file(tmp_path / name) for name in ("pieces", "whole"))
         assert pieces.keys() == whole.keys() and all(torch.equal(pieces[name], whole[name]) for name in whole)
         student = net(*here)
@@ -316,7 +316,7 @@ def test_a_twinflow_loss_falls(kind):
         optimizer.zero_grad()
         out.total.backward()
         optimizer.step()
-        lora.update(net, 0.9)
+        lora.move_average(net, 0.9)
         totals.append(out.base.item())
     assert sum(totals[-20:]) < 0.7 * sum(totals[:20])
     for name, value in frozen.items():
@@ -346,7 +346,7 @@ def test_merged_is_the_same_function(which):
         lora.unmerge(net)
     lora.merge(net, which)
     close(net(*here), wanted, rtol=1e-4, atol=1e-4)
-    for wrong in (lambda: lora.merge(net), lambda: average(*here), lambda: lora_files.load(net, "none")):
+    for wrong in (lambda: lora.merge(net), lambda: average(*here), lambda: lora_files.load_adapters(net, "none")):
         with pytest.raises(ValueError, match="are merged: unmerge"):
             wrong()
     merged = {name: net.get_submodule(name).weight.detach().double() for name in net.lora.layers}
@@ -407,9 +407,9 @@ def test_a_small_state_resumes():
 def test_a_file_comes_back(which, tmp_path):
     """What was saved is student and average after loading; nothing else is left in the folder."""
     net, here = stir(adapted(alpha=2.0)), inputs()
-    lora_files.save(net, tmp_path / "a.safetensors", which)
+    lora_files.save_adapters(net, tmp_path / "a.safetensors", which)
     other = adapted(alpha=2.0, seed=9)
-    lora_files.load(other, tmp_path / "a.safetensors")
+    lora_files.load_adapters(other, tmp_path / "a.safetensors")
     wanted = (lora.average(net) if which == "average" else net)(*here)
     close(other(*here), wanted, rtol=0, atol=0)
     close(lora.average(other)(*here), wanted, rtol=0, atol=0)
@@ -418,7 +418,7 @@ def test_a_file_comes_back(which, tmp_path):
 
 def test_a_file_of_other_adapters_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
-    lora_files.save(adapted(), path)
+    lora_files.save_adapters(adapted(), path)
     others = {
         r"qkv.lora_A.weight is \(3, 16\) there, \(2, 16\) here": adapted(rank=2),
         r"fc1.lora_A.weight is \(3, 16\) there, None here": adapted(layers=["attn.qkv"]),
@@ -429,15 +429,15 @@ def test_a_file_of_other_adapters_is_refused(tmp_path):
     for message, net in others.items():
         before = {name: value.clone() for name, value in net.state_dict().items()}
         with pytest.raises(ValueError, match=message) as error:
-            lora_files.load(net, path)
+            lora_files.load_adapters(net, path)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     path.write_bytes(path.read_bytes()[:-5])
     for bad in (path, tmp_path / "none"):
         with pytest.raises(ValueError, match="no safetensors file, or a damaged one"):
-            lora_files.load(adapted(), bad)
+            lora_files.load_adapters(adapted(), bad)
     with pytest.raises(ValueError, match="which must be one of student, average, got 'original'"):
-        lora_files.save(adapted(), path, "original")
+        lora_files.save_adapters(adapted(), path, "original")
 
 
 class Wrapper(nn.Module):
@@ -485,7 +485,7 @@ def test_diffusers_reads_our_file(kind, tmp_path):
     net, here = backbone(kind)
     plain, bare = copy.deepcopy(net), copy.deepcopy(net.model)
     lora.add(net, layers, rank=2, alpha=5.0, also=["r_embedder"])
-    lora_files.save(stir(net), tmp_path / "pytorch_lora_weights.safetensors")
+    lora_files.save_adapters(stir(net), tmp_path / "pytorch_lora_weights.safetensors")
     assert torch.equal(lora.original(net)(*here), plain(*here))
     plain.model.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
     theirs = plain(*here)
@@ -494,7 +494,7 @@ def test_diffusers_reads_our_file(kind, tmp_path):
     names = {name for name in names_in(tmp_path) if name.startswith("transformer.")}
     assert {name.rsplit(".", 2)[1] for name in names} == {"lora_A", "lora_B"}
     lora.add(bare, layers, rank=2, alpha=5.0)
-    lora_files.save(bare, tmp_path / "pytorch_lora_weights.safetensors")
+    lora_files.save_adapters(bare, tmp_path / "pytorch_lora_weights.safetensors")
     assert names_in(tmp_path) == names, "a wrapper leaves no trace in the names"
 
 
@@ -514,7 +514,7 @@ def test_a_pipeline_takes_our_file(tmp_path):
     net, here = backbone("sd3")
     plain = copy.deepcopy(net)
     lora.add(net, ["attn.to_q", "attn.to_v"], rank=2, alpha=5.0, also=["r_embedder"])
-    lora_files.save(stir(net), tmp_path / "a.safetensors")
+    lora_files.save_adapters(stir(net), tmp_path / "a.safetensors")
     parts = dict.fromkeys(["vae", "text_encoder", "text_encoder_2", "text_encoder_3"])
     parts |= dict.fromkeys(["tokenizer", "tokenizer_2", "tokenizer_3"])
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()

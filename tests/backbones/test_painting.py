@@ -9,7 +9,7 @@ import torch
 from test_prompts import BACKBONES, FLUX, QWEN, SANA, SD3, TOKENS, Z_IMAGE, kinds, parts_of
 
 from tinytwinflow.backbones.prompts import decode_latents, encode_text, load_pipeline, paint
-from tinytwinflow.backbones.velocity import load
+from tinytwinflow.backbones.velocity import load_velocity
 from tinytwinflow.data.points import seeded
 
 diffusers = pytest.importorskip("diffusers")
@@ -61,7 +61,7 @@ def pipeline_of(kind, folder):
 def test_a_painted_picture_is_the_pipelines_own(kind, tmp_path):
     pipeline, prompts, shape = pipeline_of(kind, tmp_path), ["two black dogs", "the sea"], (4, 16, 16)
     pipeline.save_pretrained(tmp_path / kind)
-    net, own = load(tmp_path / kind), load_pipeline(tmp_path / kind, dtype=torch.float32)
+    net, own = load_velocity(tmp_path / kind), load_pipeline(tmp_path / kind, dtype=torch.float32)
     for parameter in net.r_embedder.parameters():
         torch.nn.init.normal_(parameter)  # in mode multi r = t, where it must not matter
     cond = encode_text(own, prompts, TOKENS[kind])

@@ -32,7 +32,7 @@ from tinytwinflow.backbones.prompts import (
     write_pictures,
 )
 from tinytwinflow.data import points as data
-from tinytwinflow.data.images import to_unit
+from tinytwinflow.data.readers import to_unit
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")

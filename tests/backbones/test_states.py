@@ -14,14 +14,15 @@ from tinytwinflow import TwinFlowLoss
 from tinytwinflow.backbones import lora
 from tinytwinflow.backbones import states as large
 from tinytwinflow.backbones.captions import Texts
-from tinytwinflow.backbones.velocity import Velocity, load
+from tinytwinflow.backbones.velocity import Velocity, load_velocity
 from tinytwinflow.benchmarks import speed_backbone as bench_large
 from tinytwinflow.cli.commands import main
 from tinytwinflow.runs.config import loss_of
 from tinytwinflow.runs.folder import backbone_of, painter
 from tinytwinflow.runs.recipes import settings
 from tinytwinflow.training import sharded
-from tinytwinflow.training.loop import adamw, train
+from tinytwinflow.training.loop import train
+from tinytwinflow.training.state import adamw
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -76,7 +77,7 @@ def numbers(folder):
     for key, value in keys.items():
         if key.startswith("net."):
             content["net"][key.removeprefix("net.")] = torch.empty(value.size, dtype=value.properties.dtype)
-    sharded.read(path, content)
+    sharded.read_pieces(path, content)
     return content["net"]
 
 
@@ -110,7 +111,7 @@ def test_a_run_trains_resumes_bit_for_bit_and_paints(folders, tmp_path, monkeypa
     assert tuple(shape) == (4, 4, 4) and source.endswith("quiet, step 4")
     x, cond = Texts(folders / "texts", 4).batch(0)
     t = torch.full((4,), 0.5)
-    before = load(folders / "model")(x, t, t, cond)
+    before = load_velocity(folders / "model")(x, t, t, cond)
     assert (net(x, t, t, cond) - before).abs().max() > 1e-5
     original, _, where = painter(folders / "model")
     assert where.endswith("model") and (original(x, t, t, cond) - before).abs().max() < 0.05 * before.abs().max()
@@ -127,7 +128,7 @@ def test_pieces_train_as_copies_do(folders, tmp_path, lora_rank):
         out = launched.communicate(timeout=100)[0]
         assert launched.returncode == 0, out
     a, b = numbers(tmp_path / "ddp"), numbers(tmp_path / "fsdp")
-    began = load(folders / "model").state_dict()
+    began = load_velocity(folders / "model").state_dict()
     moved = [name for name in a if name not in began or (a[name] - began[name]).abs().max() > 1e-4]
     assert a.keys() == b.keys() and len(moved) > 20
     for name in a:
@@ -155,15 +156,15 @@ def test_layerwise_training_in_pieces_goes_on_with_as_many(folders, tmp_path, ca
     assert launched.wait(timeout=100) == 0, launched.stdout.read()
     a, b = numbers(quiet), numbers(hurt)
     assert all(value.isfinite().all() for value in b.values()) and a.keys() == b.keys()
-    began = load(folders / "model", torch.bfloat16).state_dict()
+    began = load_velocity(folders / "model", torch.bfloat16).state_dict()
     assert sum(not torch.equal(value, b[name]) for name, value in began.items() if name in b) > 20
 
 
 def test_adapters_learn_and_the_original_stays(folders):
     """Data-free training moves the adapters and the embedders alone; the original's velocity is that of the file."""
     config = settings("text", [f"model={folders / 'model'}", "weights=float32", "lora_rank=2", "data_free=true"])
-    net = large.backbone({"seed": 0, **config})
-    state = large.state_of(net, {"seed": 0, **config}, place=lambda net: net)
+    net = large.build_backbone({"seed": 0, **config})
+    state = large.backbone_state(net, {"seed": 0, **config}, place=lambda net: net)
     x, cond = Texts(folders / "texts", 4).batch(0)
     t = torch.full((4,), 0.5)
     before = net(x, t, t, cond).detach()
@@ -173,7 +174,7 @@ def test_adapters_learn_and_the_original_stays(folders):
     assert records[-1]["step"] == 3
     assert (net(x, t, t, cond) - before).abs().max() > 1e-6
     assert torch.equal(state.original(x, t, t, cond), before)
-    frozen = load(folders / "model").model.state_dict()
+    frozen = load_velocity(folders / "model").model.state_dict()
     assert all(torch.equal(value, net.model.state_dict()[name]) for name, value in frozen.items())
 
 
@@ -195,7 +196,7 @@ def test_what_is_exported_is_read_by_diffusers(folders, tmp_path):
             net = backbone_of(name)[0]
         y = plain(x, cond["prompt_embeds"], cond["pooled"], 1000 * t, return_dict=False)[0]
         torch.testing.assert_close(y, net(x, t, t, cond), atol=1e-5, rtol=1e-4)
-        assert (y - load(folders / "model")(x, t, t, cond)).abs().max() > 1e-4
+        assert (y - load_velocity(folders / "model")(x, t, t, cond)).abs().max() > 1e-4
         assert run("export", name, "--out", out) == 2
 
 
@@ -218,7 +219,7 @@ def test_the_loss_of_adapters_falls(kind):
         optimizer.zero_grad()
         loss(net, x, cond, lora.average(net), generator=draws).total.backward()
         optimizer.step()
-        lora.update(net, 0.5)
+        lora.move_average(net, 0.5)
     assert now().total < 0.9 * before.total
 
 
@@ -248,21 +249,21 @@ def test_methods_are_measured_next_to_it(capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_large, "sample", sample)
         counts = [
-            bench_large.bench("sana-1.6b", "float32", 2, "cpu", method)["parameters"]
+            bench_large.bench_backbone("sana-1.6b", "float32", 2, "cpu", method)["parameters"]
             for method in ("flow matching", "dmd2")
         ]
     assert counts[1] == 3 * counts[0] and drawn == 2 * [(1, True), (1, True), (2, True), (100, True)]
     assert "float32, dmd2: " in capsys.readouterr().out
     for training in ("adapters", "in backward"):
         with pytest.raises(ValueError, match="dmd2 needs networks beside the one that learns: take --training float32"):
-            bench_large.bench("sana-1.6b", training, method="dmd2")
+            bench_large.bench_backbone("sana-1.6b", training, method="dmd2")
     assert run("bench", "--net", "sana-1.6b", "--methods", "twinflow", "gan") == 2
     assert run("bench", "--net", "sana-1.6b", "--methods", "twinflow share=0.5") == 2
     out, error = capsys.readouterr()
     assert "unknown method 'gan'" in error and "and no others" in error and not out
     for words, what in ((("sana-1.6b", "adapters", 1, "cpu", "gan"), "method 'gan'"), (("vit",), "backbone 'vit'")):
         with pytest.raises(ValueError, match=f"unknown {what}: choose from"):
-            bench_large.bench(*words)
+            bench_large.bench_backbone(*words)
 
 
 @given(st.integers(0, 300))
@@ -287,10 +288,10 @@ def test_memory_that_does_not_suffice_ends_in_one_line(monkeypatch, capsys):
     assert "cpu has no memory left for sana-1.6b, adapters, twinflow, batch 3 (2.50 GiB was asked for)" in error
     assert "smaller --batch-size, or --training in backward or float32" in error and len(error.splitlines()) == 1
     with pytest.raises(ValueError, match=r"batch 1 \(2.50 GiB was asked for\): try --training in backward or float32"):
-        bench_large.bench("sana-1.6b")
+        bench_large.bench_backbone("sana-1.6b")
     assert not bench_large.fits(train, 3) and bench_large.fits(lambda rows: iter(range(rows)), 3)
     with pytest.raises(ValueError, match="the largest batch is looked for on a GPU, not on cpu"):
-        bench_large.bench("sana-1.6b", batch_size="largest")
+        bench_large.bench_backbone("sana-1.6b", batch_size="largest")
 
 
 WRONG = {

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tinytwinflow import TwinFlowLoss, generate, sample
 from tinytwinflow.backbones.families import FAMILIES, pack, unpack
-from tinytwinflow.backbones.velocity import EXTRA, Velocity, load, load_extra, save, structure
+from tinytwinflow.backbones.velocity import EXTRA, Velocity, load_extra, load_structure, load_velocity, save_velocity
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -365,25 +365,25 @@ def test_one_step_of_sampling_is_one_jump():
 def test_what_is_saved_is_loaded_bit_for_bit(kind, tmp_path):
     net, x, cond = net_of(kind), latents(2), given_cond(net_of(kind), 2)
     t, r = torch.tensor([0.9, -0.5]), torch.tensor([0.2, 0.1])
-    save(net, tmp_path / "transformer")
-    for again in (load(tmp_path / "transformer"), load(tmp_path)):
+    save_velocity(net, tmp_path / "transformer")
+    for again in (load_velocity(tmp_path / "transformer"), load_velocity(tmp_path)):
         assert not again.training
         with torch.no_grad():
             assert torch.equal(again(x, t, r, cond), net(x, t, r, cond))
     plain = getattr(diffusers, kind).from_pretrained(tmp_path / "transformer")
     with torch.no_grad():
         assert torch.equal(by_hand(plain, x, t.abs(), cond), by_hand(net.model, x, t.abs(), cond))
-    assert load(tmp_path, dtype=torch.bfloat16).r_embedder.state_dict().popitem()[1].dtype == torch.bfloat16
+    assert load_velocity(tmp_path, dtype=torch.bfloat16).r_embedder.state_dict().popitem()[1].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="already exists"):
-        save(net, tmp_path / "transformer")
+        save_velocity(net, tmp_path / "transformer")
     roots = {PUBLISHED[kind].split(".")[0], PUBLISHED[kind].split(".")[0].replace("_2", "_twin")}
     assert {name.split(".")[0] for name in safetensors.load_file(tmp_path / "transformer" / EXTRA)} == roots
 
 
 @kinds
 def test_the_structure_is_what_is_loaded_but_for_its_values(kind, tmp_path):
-    save(net_of(kind), tmp_path / "transformer")
-    empty, whole = structure(tmp_path, torch.bfloat16), load(tmp_path, torch.bfloat16)
+    save_velocity(net_of(kind), tmp_path / "transformer")
+    empty, whole = load_structure(tmp_path, torch.bfloat16), load_velocity(tmp_path, torch.bfloat16)
     about = [{n: (v.shape, v.dtype) for n, v in net.state_dict().items()} for net in (empty, whole)]
     assert about[0] == about[1]
     empty.load_state_dict(whole.state_dict())
@@ -414,7 +414,7 @@ def test_weights_as_the_authors_publish_them(kind, sharded, tmp_path, caplog):
     for name in set(parts.values()):
         mine = {key: extra[key] for key in extra if parts[key] == name}
         safetensors.save_file(safetensors.load_file(tmp_path / name) | mine, tmp_path / name, {"format": "pt"})
-    net, x, cond = load(tmp_path), latents(2), given_cond(net_of(kind), 2)
+    net, x, cond = load_velocity(tmp_path), latents(2), given_cond(net_of(kind), 2)
     t, r = torch.tensor([0.9, 0.5]), torch.tensor([0.2, 0.1])
     with torch.no_grad():
         assert torch.equal(net(x, t, r, cond), net_of(kind)(x, t, r, cond))
@@ -448,12 +448,12 @@ def test_extra_weights_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_folders_that_hold_no_flow_transformer_are_refused(tmp_path):
-    save(Velocity(model_of("SD3Transformer2DModel")), tmp_path / "transformer")
+    save_velocity(Velocity(model_of("SD3Transformer2DModel")), tmp_path / "transformer")
     config = json.loads((tmp_path / "transformer" / "config.json").read_text())
 
     def refused(path, message):
         with pytest.raises(ValueError, match=message) as error:
-            load(path)
+            load_velocity(path)
         assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
     refused(tmp_path / "nowhere", "config.json: not there")
@@ -482,7 +482,7 @@ def test_folders_that_hold_no_flow_transformer_are_refused(tmp_path):
             if message:
                 refused(path, message)
             else:
-                load(path)
+                load_velocity(path)
     file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = safetensors.load_file(file)
     safetensors.save_file({key: weights[key] for key in weights if key != "proj_out.bias"}, file, {"format": "pt"})

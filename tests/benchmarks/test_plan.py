@@ -47,7 +47,7 @@ def test_calls_are_those_that_the_loss_makes():
         Call("teacher", 3, False), Call("teacher", 3, False), Call("net", 6, False),
     ]  # fmt: skip
     assert calls.calls_of(TwinFlowLoss(order=0, share=0.0), 5) == [Call("net", 5, True)]
-    dmd2 = calls.calls_of(peers.METHODS["dmd2"](every=1), 2)
+    dmd2 = calls.calls_of(peers.PEERS["dmd2"](every=1), 2)
     assert [call.network for call in dmd2 if call.gradient] == ["net", "critic", "critic", "fake", "critic"]
     assert [call.network for call in dmd2 if not call.gradient] == ["original", "fake"]
 
@@ -85,7 +85,7 @@ def test_what_is_counted_without_weights_is_what_a_real_step_holds(name, trainin
     autocast = training == "float32"
     dtype = torch.float32 if autocast else torch.bfloat16
     real = tiny_one(monkeypatch, name).to(dtype)
-    net = calls.structure("tiny").to("meta", dtype)
+    net = calls.named_structure("tiny").to("meta", dtype)
     for network in (real, net):
         for block in network.blocks():
             forget(block)
@@ -164,7 +164,7 @@ def test_the_state_of_adafactor_is_counted(name, monkeypatch):
 
 def test_a_call_without_gradient_comes_on_top_of_the_graph(tiny):
     """A graph that waits for its backward pass is held while another call is made."""
-    net, shape = calls.backbone("tiny")
+    net, shape = calls.meta_backbone("tiny")
     alone = calls.activations(net, shape, 6, [Call("net", 64, False)])
     both = calls.activations(net, shape, 6, [Call("net", 64, True), Call("net", 64, False)])
     other = calls.activations(net, shape, 6, [Call("net", 64, False), Call("net", 64, True)])
@@ -173,7 +173,7 @@ def test_a_call_without_gradient_comes_on_top_of_the_graph(tiny):
 
 def test_operations_are_those_of_the_network(tiny):
     """One forward call, counted with weights and without; work: a gradient costs two or three calls more."""
-    net, shape = calls.backbone("tiny")
+    net, shape = calls.meta_backbone("tiny")
     cond = {"prompt_embeds": torch.randn(1, 6, 12).bfloat16(), "prompt_mask": torch.ones(1, 6).bool()}
     # some CPUs' fused attention is not in the counter's list
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted, torch.no_grad():
@@ -195,8 +195,8 @@ def test_parts_of_a_step(tiny):
     assert adapted["weights"] > 2 * count + 2 * 4 * adapted["trained"] - 4 * adapted["trained"]
     for figures in found.values():
         assert figures["peak"] == figures["weights"] + figures["optimiser"] + figures["passing"]
-    three = plan.step_of("tiny", peers.METHODS["dmd2"](every=1), 4, "float32")
-    some = plan.step_of("tiny", peers.METHODS["dmd2"](every=3), 4, "float32")["peak"]
+    three = plan.step_of("tiny", peers.PEERS["dmd2"](every=1), 4, "float32")
+    some = plan.step_of("tiny", peers.PEERS["dmd2"](every=3), 4, "float32")["peak"]
     assert some == pytest.approx(three["peak"], rel=0.05), "but for a table that Qwen-Image's first call leaves"
     assert three["trained"] == 3 * count and three["weights"] == 4 * 5 * count and three["optimiser"] == 3 * 8 * count
 
@@ -217,9 +217,10 @@ class Messages(TorchDispatchMode):
 def traffic_counted(world):
     """The messages of one step of a sharded loss, and the number of calls that were made."""
     from tinytwinflow.training import distributed as scale
-    from tinytwinflow.training.loop import loss_of_batch, new_state
+    from tinytwinflow.training.loop import loss_of_batch
+    from tinytwinflow.training.state import new_state
 
-    state, made = scale.start(small_net, world, parallel="fsdp", recompute=True, make=new_state), []
+    state, made = scale.placed_state(small_net, world, parallel="fsdp", recompute=True, make=new_state), []
     for network in (state.net, state.teacher):
         network.register_forward_hook(lambda *_: made.append(1))
     same = world.reseed(state.generator, 0)
@@ -258,7 +259,7 @@ def test_the_command_prints_the_tables(tiny, capsys):
 def test_qwen_image_is_what_is_published():
     """The real configuration: 60 blocks, 20.43 billion parameters; adapters of rank 64 on attention and MLPs 425
     million; a forward call at 1024 x 1024 costs what a count by hand gives."""
-    net, shape = calls.backbone("qwen-image")
+    net, shape = calls.meta_backbone("qwen-image")
     assert sum(p.numel() for p in net.model.parameters()) == 20_430_401_088 and len(net.blocks()) == 60
     layers = 60 * 2 * (4 * 3072**2 + 2 * 3072 * 12288)
     by_hand = 2 * layers / 2 * (4096 + 512) + 60 * 4 * 4608**2 * 3072

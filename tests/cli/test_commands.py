@@ -77,7 +77,7 @@ def test_train_then_sample(tmp_path, capsys):
 
 def test_a_table_of_an_earlier_step_is_not_taken_for_the_last(tmp_path, monkeypatch, capsys):
     """Stopped, evaluated, resumed, and killed before it was measured: resumed once more it is."""
-    folder, real = tmp_path / "run", runs.save
+    folder, real = tmp_path / "run", runs.write_checkpoint
 
     def stop(path, content):
         real(path, content)
@@ -86,7 +86,7 @@ def test_a_table_of_an_earlier_step_is_not_taken_for_the_last(tmp_path, monkeypa
 
     changes = [*SMALL, "checkpoint_every=3"]
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "save", stop)
+        patch.setattr(runs, "write_checkpoint", stop)
         assert main(["train", "toy", "--set", *changes, "--out", str(folder)]) == 130
     assert main(["evaluate", str(folder)]) == 0
     early = (folder / "metrics.json").read_text()
@@ -318,7 +318,7 @@ def test_a_run_that_diverges_says_where(capsys, tmp_path):
 def test_bench_prints_ratios(capsys):
     from tinytwinflow.benchmarks import speed as bench
 
-    figures = bench.bench(batch_size=32, points=100, rounds=1)
+    figures = bench.bench_steps(batch_size=32, points=100, rounds=1)
     printed = capsys.readouterr().out
     assert "x flow matching" in printed and "matrix peak" in printed
     assert {"steps", "sampling", "peak", "share_of_peak", "memory"} == figures.keys()
@@ -330,10 +330,10 @@ def test_bench_of_a_dit_runs_a_small_one_on_a_cpu(capsys, monkeypatch):
     from tinytwinflow.nets.dit import SIZES
 
     monkeypatch.setitem(SIZES, "s", (64, 1, 2))
-    figures = bench.bench(net="dit-xl-2", batch_size=2, points=2, rounds=1)
+    figures = bench.bench_steps(net="dit-xl-2", batch_size=2, points=2, rounds=1)
     printed = capsys.readouterr().out
     assert "dit-s-8 (on a CPU in place of dit-xl-2), 32 x 32 x 4 latents, batch 2" in printed
     assert figures["steps"].keys() == figures["memory"].keys() and len(figures["steps"]) == 4
     assert figures["sampling"].keys() == {1, 2, 100} and figures["sampling"][100] > 10 * figures["sampling"][1]
     with pytest.raises(ValueError, match="unknown DiT 'xxl-2'"):
-        bench.bench(net="dit-xxl-2")
+        bench.bench_steps(net="dit-xxl-2")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tinytwinflow.data import latents
-from tinytwinflow.data.images import Folder, Images, to_unit
+from tinytwinflow.data.images import Images
+from tinytwinflow.data.readers import Folder, to_unit
 
 close = torch.testing.assert_close
 

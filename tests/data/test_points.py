@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tinytwinflow.data import points as data
 from tinytwinflow.data import toys
 
-names = st.sampled_from(toys.NAMES)
+names = st.sampled_from(toys.TOYS)
 
 
 @settings(max_examples=20)

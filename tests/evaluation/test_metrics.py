@@ -102,13 +102,13 @@ def test_neighbours_tell_what_is_missing_from_what_is_wrong():
     well: nothing missing, a third wrong."""
     at = lambda place, n, seed: gaussian(torch.tensor([10.0 * place, 0.0]).double(), torch.eye(2).double(), n, seed)  # noqa: E731
     real = torch.cat([at(0, 300, 0), at(1, 300, 1)])
-    half = metrics.neighbours(at(0, 600, 2), real)
+    half = metrics.precision_recall_coverage(at(0, 600, 2), real)
     assert half["precision"] > 0.95 and 0.4 < half["recall"] < 0.52 and 0.4 < half["coverage"] < 0.52
-    more = metrics.neighbours(torch.cat([at(place, 300, 3 + place) for place in range(3)]), real)
+    more = metrics.precision_recall_coverage(torch.cat([at(place, 300, 3 + place) for place in range(3)]), real)
     assert 0.6 < more["precision"] < 0.69 and more["recall"] > 0.9 and more["coverage"] > 0.9
-    same = metrics.neighbours(real, real)
+    same = metrics.precision_recall_coverage(real, real)
     assert same == {"precision": 1.0, "recall": 1.0, "coverage": 1.0}
-    point = metrics.neighbours(real[:1].expand(600, 2) + 1e-3 * at(0, 600, 9), real)
+    point = metrics.precision_recall_coverage(real[:1].expand(600, 2) + 1e-3 * at(0, 600, 9), real)
     assert point["recall"] < 0.05 and point["coverage"] < 0.05 and point["precision"] > 0.95, "a collapse shows"
 
 
@@ -126,7 +126,7 @@ def test_diversity_shrinks_with_the_samples_and_sees_classes_apart(x, shrink, or
 def test_wrong_use_of_image_metrics_is_refused():
     x = torch.zeros(4, 2)
     with pytest.raises(ValueError, match="more than k = 5"):
-        metrics.neighbours(x, x)
+        metrics.precision_recall_coverage(x, x)
     with pytest.raises(ValueError, match="a class with two samples"):
         metrics.diversity(x, torch.arange(4))
     with pytest.raises(ValueError, match="a label for each"):

@@ -14,7 +14,7 @@ from scipy.stats import kstest
 from tinytwinflow import GaussianMixture, TwinFlowLoss, Twins, generate
 from tinytwinflow.method import path, reference
 from tinytwinflow.method.draws import split
-from tinytwinflow.method.losses import METRICS
+from tinytwinflow.method.losses import DISTANCES
 from tinytwinflow.nets import MLP
 
 close = torch.testing.assert_close
@@ -93,7 +93,7 @@ settings_of_a_loss = st.fixed_dictionaries(
         "share": shares,
         "one_step_share": st.sampled_from([0.0, 0.5]),
         "flow_share": st.sampled_from([0.0, 0.5, 1.0]),
-        "metric": st.sampled_from(list(METRICS)),
+        "metric": st.sampled_from(list(DISTANCES)),
         "adversarial_weight": st.sampled_from([0.5, 1.0]),
         "rectify_weight": st.sampled_from([0.5, 1.0]),
         "rectify_clip": st.sampled_from([None, 0.1]),
@@ -428,15 +428,15 @@ def test_exact_twin_velocity_minimises_the_adversarial_loss(mixture):
 
 @given(arrays((3, 2)), arrays((3, 2)))
 def test_metrics_equal_the_reference(a, b):
-    close(METRICS["squared"](a, b), reference.squared(a, b))
-    close(METRICS["normalised"](a, b), reference.normalised(a, b))
+    close(DISTANCES["squared"](a, b), reference.squared(a, b))
+    close(DISTANCES["normalised"](a, b), reference.normalised(a, b))
 
 
 def test_normalised_metric_has_a_step_that_does_not_vanish():
     """Its gradient has the length of a root-mean-square error's, whatever the error: 2 / sqrt(D) per sample."""
     for size in (1e-2, 1.0, 10.0):
         a = torch.full((1, 4), size, dtype=torch.float64, requires_grad=True)
-        METRICS["normalised"](a, torch.zeros(1, 4).double()).sum().backward()
+        DISTANCES["normalised"](a, torch.zeros(1, 4).double()).sum().backward()
         assert math.isclose(a.grad.norm(), 2 / 4**0.5, rel_tol=1e-2)
 
 

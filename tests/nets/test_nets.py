@@ -154,10 +154,10 @@ def test_cuda_graphs_train_as_eager_does():
 
     def trained(how):
         torch.manual_seed(0)
-        state = ttf.training.loop.new_state(KINDS["dit"][0](3).cuda(), lr=0.02, place=lambda net: compile_as(net, how))
+        state = ttf.training.new_state(KINDS["dit"][0](3).cuda(), lr=0.02, place=lambda net: compile_as(net, how))
         x, label = batch("dit", 9).cuda(), (torch.arange(9) % 3).cuda()
         loss = ttf.TwinFlowLoss(guidance=0.5)
-        for _ in ttf.training.loop.train(state, loss, lambda i: (x, label), 24, warmup_steps=6, base_steps=6, null=3):
+        for _ in ttf.training.train(state, loss, lambda i: (x, label), 24, warmup_steps=6, base_steps=6, null=3):
             pass
         return [*state.net.parameters(), *state.average.parameters(), ttf.sample(state.average, x, 4, cond=label)]
 

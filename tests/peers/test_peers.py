@@ -14,17 +14,18 @@ from tinytwinflow import generate, peers, sample
 from tinytwinflow.nets import MLP
 from tinytwinflow.peers.common import along, along_differences
 from tinytwinflow.peers.shortcut import two_jumps
-from tinytwinflow.training.loop import new_state, train
+from tinytwinflow.training.loop import train
+from tinytwinflow.training.state import new_state
 
 close = torch.testing.assert_close
 
 SMALL = {"dmd": {"pairs": 64, "steps": 4}, "dmd2": {"every": 1}}
-every_method = pytest.mark.parametrize("name", peers.METHODS)
+every_method = pytest.mark.parametrize("name", peers.PEERS)
 every_distillation = pytest.mark.parametrize("name", ["vsd", "dmd", "dmd2", "sid"])
 
 
 def made(name, **changes):
-    return peers.METHODS[name](**{**SMALL.get(name, {}), **changes})
+    return peers.PEERS[name](**{**SMALL.get(name, {}), **changes})
 
 
 class Gaussian(nn.Module):

@@ -87,7 +87,7 @@ def test_a_recipe_runs_from_files_to_table_and_picture(recipe, home, tmp_path, c
 
 @pytest.mark.parametrize("recipe", RUNS)
 def test_without_data_the_same_command_says_what_is_missing(recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("tinytwinflow.data.images.DEBIAN", {})
+    monkeypatch.setattr("tinytwinflow.data.readers.DEBIAN", {})
     out = tmp_path / "run"
     words = {"fashion": "apt install dataset-fashion-mnist", "cifar": "CIFAR10", "imagenet": "encode"}
     fails(capsys, ["train", recipe, "--data-dir", tmp_path / "no", "--out", out], str(tmp_path / "no"), words[recipe])
@@ -115,9 +115,9 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_the_same(options, home, tm
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main([*command, "--out", str(whole)]) == 0
 
-    from tinytwinflow.training import loop as train
+    from tinytwinflow.training import checkpoints as train
 
-    saved = train.save
+    saved = train.write_checkpoint
     with pytest.MonkeyPatch.context() as patch:
 
         def stop(path, content):
@@ -125,7 +125,7 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_the_same(options, home, tm
             if content["step"] == 2:
                 raise KeyboardInterrupt
 
-        patch.setattr("tinytwinflow.runs.run.save", stop)
+        patch.setattr("tinytwinflow.runs.run.write_checkpoint", stop)
         assert main([*command, "--out", str(parts)]) == 130
     assert main([*command, "--out", str(parts), "--resume"]) == 0
     a, b = trained(whole)[2], trained(parts)[2]

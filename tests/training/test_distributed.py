@@ -21,7 +21,8 @@ from tinytwinflow.data.points import Points
 from tinytwinflow.runs.folder import trained
 from tinytwinflow.training import distributed as scale
 from tinytwinflow.training import sharded
-from tinytwinflow.training.loop import autocast, loss_of_batch, new_state, train
+from tinytwinflow.training.loop import autocast, loss_of_batch, train
+from tinytwinflow.training.state import new_state
 
 ENV = {
     **os.environ,
@@ -101,7 +102,7 @@ def mean_gradients(size, parts=1, n=6, precision="float32"):
 
 def gradients(world, parallel, parts=1, n=6, **how):
     """What one process of many finds."""
-    state = scale.start(small_net, world, parallel=parallel, make=new_state, **how)
+    state = scale.placed_state(small_net, world, parallel=parallel, make=new_state, **how)
     state.teacher.load_state_dict(state.net.state_dict())
     with torch.no_grad():
         for i, parameter in enumerate(state.teacher.parameters()):
@@ -170,11 +171,11 @@ def test_processes_have_their_own_noise_and_the_same_counts():
 
 def trained_in_pieces(world):
     """Three steps sharded; the record, all weights, and weights of the average."""
-    state = scale.start(small_net, world, parallel="fsdp")
+    state = scale.placed_state(small_net, world, parallel="fsdp")
     records = list(train(state, LOSS, lambda i: batch_of(world.rank, i), 3, null=3, world=world, clip_norm=1.0))
-    sharded.save(world.folder, state, {"shape": [1, 4, 4]})
-    again = scale.start(small_net, world, parallel="fsdp", weights=False)
-    data = sharded.load(sharded.newest(world.folder), again)
+    sharded.save_pieces(world.folder, state, {"shape": [1, 4, 4]})
+    again = scale.placed_state(small_net, world, parallel="fsdp", weights=False)
+    data = sharded.load_pieces(sharded.newest(world.folder), again)
     weights = {f"{kind}.{k}": whole(v) for kind, part in state.weights().items() for k, v in part.items()}
     loaded = {f"{kind}.{k}": whole(v) for kind, part in again.weights().items() for k, v in part.items()}
     moments = [whole(again.optimizer.state[p]["exp_avg"]) for p in again.net.parameters()]
@@ -182,8 +183,8 @@ def trained_in_pieces(world):
 
 
 def loaded_again(world):
-    state = scale.start(small_net, world, parallel="fsdp", weights=False)
-    sharded.load(sharded.newest(world.folder), state)
+    state = scale.placed_state(small_net, world, parallel="fsdp", weights=False)
+    sharded.load_pieces(sharded.newest(world.folder), state)
     weights = {f"{kind}.{k}": whole(v) for kind, part in state.weights().items() for k, v in part.items()}
     return {"weights": weights, "moments": [whole(state.optimizer.state[p]["exp_avg"]) for p in state.net.parameters()]}
 
@@ -224,7 +225,7 @@ def test_training_in_pieces_is_training_and_its_checkpoint_loads_on_any_number(t
         assert all(torch.equal(mine["weights"][name], mine["loaded"][name]) for name in mine["weights"])
         assert mine["data"] == {"shape": [1, 4, 4]}
     alone = new_state(moved(small_net()))
-    sharded.load(sharded.newest(tmp_path), alone)
+    sharded.load_pieces(sharded.newest(tmp_path), alone)
     assert alone.step == 3
     for part, tensors in alone.weights().items():
         for name, value in tensors.items():
@@ -256,7 +257,7 @@ def backbone(weights=True):
 def of_adapters(net, place):
     from tinytwinflow.backbones import states as large
 
-    return large.state_of(net, {"lora_rank": 3, "lr": 0.1, "seed": 0}, place)
+    return large.backbone_state(net, {"lora_rank": 3, "lr": 0.1, "seed": 0}, place)
 
 
 def prompts_of(rank, step=0):
@@ -270,7 +271,7 @@ NULL = {"prompt_embeds": torch.zeros(1, 5, 12), "pooled": torch.zeros(1, 10)}
 
 def adapters_in_pieces(world):
     """Three steps of adapters in float32 on pieces of bfloat16; the record and all weights."""
-    state = scale.start(backbone, world, parallel="fsdp", make=of_adapters, recompute=True)
+    state = scale.placed_state(backbone, world, parallel="fsdp", make=of_adapters, recompute=True)
     batch = partial(prompts_of, world.rank)
     records = list(train(state, LOSS, batch, 3, ema=0.9, null=NULL, world=world, clip_norm=1.0))
     return {"records": records, "weights": {name: whole(value) for name, value in state.net.state_dict().items()}}
@@ -298,39 +299,39 @@ def test_adapters_in_float32_learn_on_pieces_of_bfloat16(tmp_path):
 
 def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path):
     state = new_state(small_net())
-    sharded.save(tmp_path, state, {})
+    sharded.save_pieces(tmp_path, state, {})
     other = new_state(ttf.nets.DiT(size=4, channels=1, classes=3, width=32, depth=2, heads=2, patch=2))
     with pytest.raises(ValueError, match=r"holds another network \(blocks.0.* is \(96,\) there, \(192,\) here\)"):
-        sharded.load(sharded.newest(tmp_path), other)
+        sharded.load_pieces(sharded.newest(tmp_path), other)
     piece = next(sharded.newest(tmp_path).glob("*.distcp"))
     piece.write_bytes(piece.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged checkpoint"):
-        sharded.load(sharded.newest(tmp_path), state)
+        sharded.load_pieces(sharded.newest(tmp_path), state)
     (sharded.newest(tmp_path) / ".metadata").write_bytes(b"")
     with pytest.raises(ValueError, match="damaged checkpoint"):
-        sharded.load(sharded.newest(tmp_path), state)
+        sharded.load_pieces(sharded.newest(tmp_path), state)
     (sharded.newest(tmp_path) / "about.json").write_text("{")
     with pytest.raises(ValueError, match="damaged checkpoint"):
-        sharded.load(sharded.newest(tmp_path), state)
+        sharded.load_pieces(sharded.newest(tmp_path), state)
 
 
 def test_a_checkpoint_stays_until_the_next_is_whole(tmp_path, monkeypatch):
     """Stopped while it writes, or weights not finite: the last checkpoint is there and loads."""
     state = new_state(small_net())
-    sharded.save(tmp_path, state, {})
+    sharded.save_pieces(tmp_path, state, {})
     state.step = 1
     with monkeypatch.context() as patch:
         patch.setattr(sharded, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            sharded.save(tmp_path, state, {})
+            sharded.save_pieces(tmp_path, state, {})
     assert sharded.newest(tmp_path).name == "checkpoint-000000"
-    sharded.save(tmp_path, state, {})
+    sharded.save_pieces(tmp_path, state, {})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
     state.step = 2
     with torch.no_grad():
         next(state.net.parameters()).view(-1)[0] = torch.nan
     with pytest.raises(FloatingPointError, match="step 2: weight net.*not finite; the last checkpoint stays"):
-        sharded.save(tmp_path, state, {})
+        sharded.save_pieces(tmp_path, state, {})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
 
 

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 
 from tinytwinflow import Losses, TwinFlowLoss
 from tinytwinflow.data.points import Points
-from tinytwinflow.files import load
+from tinytwinflow.files import read_checkpoint
 from tinytwinflow.nets import MLP
 from tinytwinflow.runs.folder import read_log, sampled, trained
 from tinytwinflow.runs.recipes import settings as recipe
 from tinytwinflow.runs.run import continue_run, start
 from tinytwinflow.training import ema
-from tinytwinflow.training.loop import learning_rate, new_state, save, train
+from tinytwinflow.training.checkpoints import write_checkpoint
+from tinytwinflow.training.loop import learning_rate, train
+from tinytwinflow.training.state import new_state
 
 SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "base_steps=0", "eval_samples=64"]
 
@@ -82,7 +84,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_end(tmp_path):
     assert kills
     with open(killed / "log.jsonl", "a") as file:
         file.write('{"step": 301, "lo')  # where the kill struck while a line was written
-    a, b = load(quiet / "checkpoint.pt"), load(killed / "checkpoint.pt")
+    a, b = read_checkpoint(quiet / "checkpoint.pt"), read_checkpoint(killed / "checkpoint.pt")
     assert all(torch.equal(a["net"][name], b["net"][name]) for name in a["net"])
     assert all(torch.equal(a["average"][name], b["average"][name]) for name in a["average"])
     assert read_log(quiet) == read_log(killed)
@@ -90,7 +92,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_end(tmp_path):
 
 def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path, state = tmp_path / "checkpoint.pt", small_state()
-    save(path, state.state_dict())
+    write_checkpoint(path, state.state_dict())
 
     def cut_short(content, file):
         file.write(b"half a checkpoint")
@@ -98,8 +100,8 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", cut_short)
     with pytest.raises(OSError, match="disk full"):
-        save(path, {**state.state_dict(), "step": 7})
-    assert load(path)["step"] == 0
+        write_checkpoint(path, {**state.state_dict(), "step": 7})
+    assert read_checkpoint(path)["step"] == 0
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(tmp_path):
@@ -117,11 +119,11 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(tmp_path):
         next(steps)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(state)))
     path = tmp_path / "checkpoint.pt"
-    save(path, state.state_dict())
+    write_checkpoint(path, state.state_dict())
     next(state.net.parameters()).data.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="weight layers.0.weight is not finite"):
-        save(path, state.state_dict())
-    assert all(value.isfinite().all() for value in load(path)["net"].values())
+        write_checkpoint(path, state.state_dict())
+    assert all(value.isfinite().all() for value in read_checkpoint(path)["net"].values())
 
 
 def test_warm_up_is_flow_matching_and_twins_come_after(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ..data.batches import mine, rows_of_step
-from ..data.images import Folder
+from ..data.readers import Folder
 from ..files import aside, write_json
 from ..method.conditions import join
 from .prompts import claim, encode_images, encode_text

@@ -102,7 +102,7 @@ def parameters(net):
     return list(weights_of(net, STUDENT).values())
 
 
-def update(net, decay):
+def move_average(net, decay):
     """Move the average towards the student: average <- decay * average + (1 - decay) * student; decay in [0, 1)."""
     students, averages = (nn.ParameterList(weights_of(net, which).values()) for which in (STUDENT, AVERAGE))
     ema.update(averages, students, decay)

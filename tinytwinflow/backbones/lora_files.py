@@ -11,7 +11,7 @@ from .lora import AVERAGE, PAIRS, STUDENT, adapters_of, prefix_of, weights_of
 METADATA = "lora_adapter_metadata"  # where diffusers looks for what PEFT has to know
 
 
-def save(net, path, which=AVERAGE):
+def save_adapters(net, path, which=AVERAGE):
     """Write the average's or the student's adapters as diffusers and PEFT read them: safetensors, alpha inside.
 
     Names are transformer.LAYER.lora_A.weight and lora_B; those of modules trained in full begin with lora_also, and
@@ -32,7 +32,7 @@ def save(net, path, which=AVERAGE):
 
 
 @torch.no_grad()
-def load(net, path):
+def load_adapters(net, path):
     """Read a file of `save` into student and average of a network that has the same adapters, not sharded.
 
     Raises ValueError if it is no such file, or of other layers, another rank or another alpha.

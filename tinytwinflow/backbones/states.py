@@ -4,19 +4,20 @@ import torch
 
 from ..training.ema import warmed_up
 from ..training.in_backward import in_backward
-from ..training.loop import WEIGHTS, State, adamw, new_state
+from ..training.loop import WEIGHT_DTYPES
+from ..training.state import State, adamw, new_state
 from . import lora
-from .velocity import load, structure
+from .velocity import load_structure, load_velocity
 
 
 class LowRank(State):
     """Adapters in training: teacher, average and the frozen original are the same network, its adapters switched."""
 
     def restart(self):
-        lora.update(self.net, 0.0)
+        lora.move_average(self.net, 0.0)
 
     def follow(self, ema, teacher_ema):
-        lora.update(self.net, warmed_up(ema, self.step))
+        lora.move_average(self.net, warmed_up(ema, self.step))
 
     def weights(self):
         return {"net": lora.adapter_state(self.net)}
@@ -35,10 +36,10 @@ class Own(State):
         return {"net": self.net.state_dict()}
 
 
-def backbone(config, weights=True):
+def build_backbone(config, weights=True):
     """The network that the settings of a recipe with a `model` describe; weights=False: its structure only."""
-    dtype = WEIGHTS[config["weights"]]
-    net = load(config["model"], dtype) if weights else structure(config["model"], dtype)
+    dtype = WEIGHT_DTYPES[config["weights"]]
+    net = load_velocity(config["model"], dtype) if weights else load_structure(config["model"], dtype)
     if config["lora_rank"]:
         adapt(net, config["lora_rank"], config["lora_layers"], config["seed"])
     return net
@@ -63,7 +64,7 @@ def linear_layers(net):
     ]
 
 
-def state_of(net, config, place, helpers=None):
+def backbone_state(net, config, place, helpers=None):
     """The State of a backbone in training, as its settings say: adapters, all parameters in float32 with an average,
     or all parameters, stepped and rounded one by one inside the backward pass. helpers: of a peer's loss, see `peers`;
     only where all parameters are in float32 are they made.
@@ -81,7 +82,7 @@ def state_of(net, config, place, helpers=None):
     return new_state(net, config["lr"], seed=config["seed"], helpers=helpers, place=place, one_average=True)
 
 
-def weights_of(net, config):
+def saved_weights(net, config):
     """What a run of a backbone saves of it: its adapters, or all."""
     return lora.adapter_state(net) if config["lora_rank"] else net.state_dict()
 

@@ -17,7 +17,7 @@ from ..files import aside, check_weights
 from ..nets.times import check_times
 from .families import family_of
 
-EXTRA, WEIGHTS = "twinflow.safetensors", "diffusion_pytorch_model.safetensors"
+EXTRA, WEIGHTS_FILE = "twinflow.safetensors", "diffusion_pytorch_model.safetensors"
 
 
 class Velocity(nn.Module):
@@ -122,7 +122,7 @@ class Velocity(nn.Module):
                 raise ValueError(f"{name} must be {kind} of shape {shape}, got {got}")
 
 
-def load(path, dtype=torch.float32):
+def load_velocity(path, dtype=torch.float32):
     """A Velocity from a diffusers transformer folder or a pipeline folder that holds one, and its extra embedders.
 
     These come from `twinflow.safetensors`, see `save`, or from among the weights, where the authors publish them;
@@ -150,7 +150,7 @@ def load(path, dtype=torch.float32):
     return net
 
 
-def structure(path, dtype=torch.float32):
+def load_structure(path, dtype=torch.float32):
     """What `load` gives, its weights not read, for another process to fill.  Raises ValueError as `load` does."""
     diffusers, folder, _ = _found(path)
     config = _read(folder / "config.json")
@@ -186,7 +186,7 @@ def load_extra(net, path):
     _fill(net, weights, path)
 
 
-def save(net, path):
+def save_velocity(net, path):
     """Write a folder that diffusers reads as the plain model, and beside it `twinflow.safetensors`, emb_r and emb_twin.
 
     Raises ValueError if there is something at `path`.
@@ -209,13 +209,13 @@ def _extra(path, family):
     """What a folder or file holds of the extra embedders, by name."""
     from safetensors import safe_open
 
-    index = path / (WEIGHTS + ".index.json")
+    index = path / (WEIGHTS_FILE + ".index.json")
     if path.is_file():
         files = [path]
     elif (path / EXTRA).is_file():
         files = [path / EXTRA]
     else:
-        parts = _read(index)["weight_map"].values() if index.is_file() else [WEIGHTS]
+        parts = _read(index)["weight_map"].values() if index.is_file() else [WEIGHTS_FILE]
         files = [path / name for name in sorted(set(parts)) if (path / name).is_file()]
     weights = {}
     for name in files:

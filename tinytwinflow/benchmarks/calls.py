@@ -35,7 +35,7 @@ BACKBONES = {  # diffusers class, its settings where they differ from diffusers'
 }  # fmt: skip
 
 
-def structure(name, **changes):
+def named_structure(name, **changes):
     """A backbone of its real configuration, or with some settings changed, without weights.
 
     Raises ValueError for an unknown name.
@@ -51,9 +51,9 @@ def structure(name, **changes):
         return Velocity(getattr(diffusers, kind)(**{**own, **changes}))
 
 
-def backbone(name):
+def meta_backbone(name):
     """A backbone on the meta device in bfloat16, and the shape of its latents."""
-    return structure(name).to("meta", torch.bfloat16), BACKBONES[name][2]
+    return named_structure(name).to("meta", torch.bfloat16), BACKBONES[name][2]
 
 
 def condition(net, rows, tokens, make=torch.empty, device="meta"):

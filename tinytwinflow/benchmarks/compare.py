@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .. import peers
 from ..data.points import Points
 from ..evaluation import pictures
-from ..evaluation.tables import LINE, NFES, floor_of, summary, table
+from ..evaluation.tables import LINE, NFES, comparison_table, floor_of, summary
 from ..files import write_json
 from ..runs.evaluate import rows_of, yardstick
 from ..runs.folder import read_config
@@ -26,8 +26,8 @@ from . import memory
 
 # the network is a smooth one, for sCM and MeanFlow differentiate it in time, and so learns at a higher rate
 EQUAL = ("steps=3000", "batch_size=256", "lr=4e-3", "eval_samples=20000", "checkpoint_every=1000", "sharp=false")
-DATA = ("8gaussians", "checkerboard")
-METHODS = ("flow matching", "rcgm", *peers.METHODS, "twinflow")
+COMPARED_SETS = ("8gaussians", "checkerboard")
+METHODS = ("flow matching", "rcgm", *peers.PEERS, "twinflow")
 TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutorials/peers.md
     "consistency training": ("lr=1e-3", "warmup_steps=750", 'peer={"c":null}'),
     "consistency distillation": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9", 'peer={"steps":12}'),
@@ -61,7 +61,7 @@ def entry(text, changes=()):
         raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
     steps = settings("toy", [change for change in (*EQUAL, *changes, *own) if change.startswith("steps=")])["steps"]
     given = [*EQUAL, *tuned(name, steps), *changes, *own]
-    if name in peers.METHODS:
+    if name in peers.PEERS:
         given = [change for change in given if not change.startswith("base_steps=")]  # only TwinFlow has that phase
         return {"recipe": "toy", **settings("toy", [f"method={name}", *given])}
     return {"recipe": "toy", **settings("toy", given), **{"flow matching": FLOW_MATCHING, "rcgm": RCGM}.get(name, {})}
@@ -112,7 +112,7 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     results = [json.loads((folder / "metrics.json").read_text()) for folder, _, _ in todo]
     costs = cost(methods, changes, Path(out) / "cost.json")
     rows, floors = summary(results, names, methods), {name: floor_of(results, name) for name in names}
-    text = table(rows, floors, names, methods, costs)
+    text = comparison_table(rows, floors, names, methods, costs)
     print(text)
     content = {"seeds": list(seeds), "seconds": round(time.perf_counter() - began), "device": "cpu"}
     content |= {"training_seconds": sum(r["seconds"] for r in results), "floor": floors, "cost": costs, "rows": rows}

@@ -12,7 +12,8 @@ from ..data.points import Points
 from ..nets.dit import DiT, dimensions
 from ..runs.build import net_of
 from ..runs.config import loss_of
-from ..training.loop import autocast, loss_of_batch, new_state, train
+from ..training.loop import autocast, loss_of_batch, train
+from ..training.state import new_state
 from .speed import in_turn
 
 
@@ -162,7 +163,7 @@ def carried(corners, key, depth, batch):
     return one + (two - one) * (depth - 1)
 
 
-def table(found):
+def memory_table(found):
     """The figures of `at_scale` as a Markdown table in GiB, with what a method needs beyond flow matching."""
     lines = ["| method | trained / frozen | weights | moments | graph or gradients | a step | beyond flow matching |"]
     lines.append("|---" * 7 + "|")

@@ -8,10 +8,10 @@ import torch
 from ..backbones.states import adapt
 from ..training.distributed import forget
 from ..training.in_backward import as_matrix, in_backward
-from .calls import BACKBONES, activations, backbone, calls_of, flops, nbytes, work
+from .calls import BACKBONES, activations, calls_of, flops, meta_backbone, nbytes, work
 from .memory import LiveBytes
 
-METHODS = ("twinflow", "dmd2", "sana-sprint")
+ON_BACKBONES = ("twinflow", "dmd2", "sana-sprint")
 TRAININGS = {  # what learns, in which precision it is kept, its optimiser
     "adapters": "rank 64 on the linear layers of attention and MLPs (SANA's MLPs are convolutions, which get none), "
     "float32, with their average; AdamW; the backbone bf16, frozen",
@@ -62,7 +62,7 @@ def step_of(name, loss, batch_size, training, rank=64):
     weights: all networks that the loss needs, and averages; optimiser: its state; passing: the most that any step
     makes and lets go, gradients included; peak: their sum; flops: the mean of the steps.
     """
-    net, shape = backbone(name)
+    net, shape = meta_backbone(name)
     tokens, low_rank, layerwise = BACKBONES[name][3], training == "adapters", training == "in backward"
     operations = flops(net, shape, tokens)
     for block in net.blocks():
@@ -123,7 +123,7 @@ def spread(name, loss, batch_size, figures):
 
     figures: of such a step on one GPU, see `step_of`.
     """
-    net, shape = backbone(name)  # in bfloat16, as pieces are gathered
+    net, shape = meta_backbone(name)  # in bfloat16, as pieces are gathered
     steps = steps_of(loss, batch_size)
     calls, block = max(steps, key=len), 2 * max(nbytes(block.parameters()) for block in net.blocks())
     gradients = 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -168,7 +168,7 @@ def report(name, losses, batch_size):
     -> dict (method, training) -> the figures of `step_of`.
     """
     found = {}
-    net, shape = backbone(name)
+    net, shape = meta_backbone(name)
     size = " x ".join(map(str, shape))
     count, operations = sum(p.numel() for p in net.model.parameters()), flops(net, shape, BACKBONES[name][3])
     print(f"{name}: {count / 1e9:.2f} B parameters; latents {size}, {BACKBONES[name][3]} tokens of text, ", end="")

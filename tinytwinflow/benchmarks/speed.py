@@ -16,7 +16,8 @@ from ..runs.config import loss_of
 from ..runs.recipes import settings
 from ..training.distributed import compile_as
 from ..training.ema import average_of, update
-from ..training.loop import adamw, autocast
+from ..training.loop import autocast
+from ..training.state import adamw
 
 
 def synchronize(device):
@@ -98,7 +99,7 @@ def network(name, device):
     return dit("s-8"), (4, 32, 32), f"dit-s-8 (on a CPU in place of {name}), 32 x 32 x 4 latents", 16, 16
 
 
-def bench(device="cpu", net="mlp", batch_size=None, points=None, rounds=9, precision=None, compile="none"):
+def bench_steps(device="cpu", net="mlp", batch_size=None, points=None, rounds=9, precision=None, compile="none"):
     """Measure and print. Returns the figures as a dict."""
     net, shape, title, usual, many = network(net, device)
     batch_size, points, repeats = batch_size or usual, points or many, 20 if len(shape) == 1 else 2

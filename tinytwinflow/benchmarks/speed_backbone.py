@@ -13,8 +13,8 @@ from ..method.samplers import sample
 from ..runs.config import loss_of
 from ..runs.recipes import FLOW_MATCHING, RCGM, settings
 from ..training.distributed import prepare
-from ..training.loop import WEIGHTS, autocast, train
-from .calls import BACKBONES, condition, structure
+from ..training.loop import WEIGHT_DTYPES, autocast, train
+from .calls import BACKBONES, condition, named_structure
 from .compare import entry, named
 from .speed import peak_memory, seconds
 
@@ -67,13 +67,16 @@ def largest(fits):
 def prepared(name, training, device, method):
     """A backbone in training.  -> State, settings, batch: rows -> x, cond, and steps: rows -> records without end."""
     loss, on_gpu = loss_for(method, training), torch.device(device).type == "cuda"
-    config, net = {"seed": 0, **settings("text", CHANGES[training])}, structure(name, **({} if on_gpu else small(name)))
+    config, net = (
+        {"seed": 0, **settings("text", CHANGES[training])},
+        named_structure(name, **({} if on_gpu else small(name))),
+    )
     _, _, shape, tokens = BACKBONES[name]
     shape = shape if on_gpu else (shape[0], 16, 16)
-    with_random_weights(net, WEIGHTS[config["weights"]], device)
+    with_random_weights(net, WEIGHT_DTYPES[config["weights"]], device)
     if config["lora_rank"]:
         states.adapt(net, config["lora_rank"])
-    state = states.state_of(net, config, partial(prepare, recompute=True), getattr(loss, "helpers", None))
+    state = states.backbone_state(net, config, partial(prepare, recompute=True), getattr(loss, "helpers", None))
     options = {key: config[key] for key in ("ema", "teacher_ema", "precision")}
 
     def batch(rows):
@@ -105,7 +108,7 @@ def fits(steps, rows):
     return True
 
 
-def bench(name, training="adapters", batch_size=1, device="cpu", method="twinflow"):
+def bench_backbone(name, training="adapters", batch_size=1, device="cpu", method="twinflow"):
     """Train a backbone of its real configuration for some steps, sample from it, and print what it takes.
 
     method: as in `compare`; a peer that needs networks beside the one that learns is for training "float32".

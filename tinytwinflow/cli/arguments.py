@@ -7,8 +7,8 @@ import torch
 
 from ..backbones.prompts import LAYOUTS
 from ..benchmarks import compare, plan, speed_backbone
-from ..data import images
-from ..data.toys import NAMES
+from ..data.readers import IMAGE_SETS
+from ..data.toys import TOYS
 from ..method.samplers import MODES
 from ..runs.recipes import RECIPES, settings
 from ..training.loop import COMPILE
@@ -46,7 +46,7 @@ def parser():
 
     def add_training(command):
         command.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
-        command.add_argument("--data", help=f"{', '.join((*NAMES, *images.NAMES))}, FILE.npy, FILE.csv or a folder")
+        command.add_argument("--data", help=f"{', '.join((*TOYS, *IMAGE_SETS))}, FILE.npy, FILE.csv or a folder")
         command.add_argument("--data-dir", help="folder in which data is looked for")
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
         command.add_argument("--seed", type=seed, help="default 0")
@@ -115,7 +115,7 @@ def parser():
     measure.add_argument("--device", default="cpu")
 
     peers = add("compare", "TwinFlow and its peers on equal terms: one table")
-    peers.add_argument("--data", nargs="+", default=list(compare.DATA), metavar="D")
+    peers.add_argument("--data", nargs="+", default=list(compare.COMPARED_SETS), metavar="D")
     known = f"from {', '.join(compare.METHODS)}; with settings of its own: 'dmd2 lr=1e-3'; @FILE reads them, one a line"
     peers.add_argument("--methods", nargs="+", default=list(compare.METHODS), metavar="M", help=known)
     peers.add_argument("--seeds", type=int, default=3, metavar="K", help="how many (default 3)")
@@ -175,7 +175,7 @@ def config_of(args, recipe):
         kind, colon, path = str(config.get(key, "")).rpartition(":")
         if path and path != "classifier":
             config[key] = kind + colon + str(Path(path).resolve())
-    from_disk = "model" in config or "size" in config and config["data"] not in images.NAMES
+    from_disk = "model" in config or "size" in config and config["data"] not in IMAGE_SETS
     if from_disk or config["data"].endswith((".npy", ".csv")):
         config["data"] = str((Path(args.data_dir or ".") / config["data"]).resolve())
     return config

@@ -9,13 +9,13 @@ import torch
 
 from ..backbones import captions, lora_files, prompts, velocity
 from ..benchmarks import compare, memory, plan, speed, speed_backbone
-from ..data import images
 from ..data.latents import autoencoder, decode, encode
 from ..data.points import restore
+from ..data.readers import Folder
 from ..evaluation import pictures
 from ..files import write_json
 from ..runs.config import loss_of, method_of
-from ..runs.evaluate import evaluate, table
+from ..runs.evaluate import evaluate, run_table
 from ..runs.folder import backbone_of, finished, has_checkpoint, painter, read_config, read_log, sampled, trained
 from ..runs.run import continue_run, start
 from ..training import distributed
@@ -34,7 +34,7 @@ def show(folder, result, kept):
     title = f"{Path(config['data']).name}, {config['steps']} steps, seed {config['seed']}"
     panels = [(name, x.numpy(), color) for name, x, color in panels]
     pictures.draw(Path(folder) / "samples.png", panels, read_log(folder), config, title)
-    print(table(result))
+    print(run_table(result))
     print(f"\n{folder}/samples.png  {folder}/metrics.json")
 
 
@@ -125,7 +125,7 @@ def run_sample(args):
 
 
 def run_encode(args):
-    folder = images.Folder(args.images, args.size)
+    folder = Folder(args.images, args.size)
     encode(folder, autoencoder(args.vae, device_of(args.device)), args.out)
     print(f"{len(folder)} images, {folder.classes} classes: {args.out}")
 
@@ -157,11 +157,13 @@ def run_memory(args):
     rows = (1 if on_backbone else 64) if args.batch_size is None else args.batch_size
     if rows < 1:
         raise ValueError(f"--batch-size must be at least 1, got {rows}")
-    methods = dict.fromkeys(["flow matching", *(args.methods or (plan.METHODS if on_backbone else compare.METHODS))])
+    methods = dict.fromkeys(
+        ["flow matching", *(args.methods or (plan.ON_BACKBONES if on_backbone else compare.METHODS))]
+    )
     if not on_backbone:
         losses = {method: loss_of(compare.entry(method)) for method in methods}
         print(f"{args.net}, 32 x 32 x 4 latents, batch {rows}, bf16 autocast, float32 weights, GiB\n")
-        print(memory.table(memory.at_scale(losses, args.net, rows)))
+        print(memory.memory_table(memory.at_scale(losses, args.net, rows)))
         return
     losses = {method: speed_backbone.loss_for(method, "float32") for method in methods}
     figures = plan.report(args.net, losses, rows)
@@ -201,9 +203,9 @@ def run_export(args):
         raise ValueError(f"{out} already exists: choose another --out")
     net, config, _, _ = backbone_of(args.folder)
     if config["lora_rank"]:
-        lora_files.save(net, out)
+        lora_files.save_adapters(net, out)
     else:
-        velocity.save(net, out)
+        velocity.save_velocity(net, out)
     print(out)
 
 
@@ -226,9 +228,9 @@ def run_bench(args):
         for method in methods:
             speed_backbone.loss_for(method, training)  # all are known before the first takes its time
         for method in methods:
-            speed_backbone.bench(args.net, training, args.batch_size or 1, device, method)
+            speed_backbone.bench_backbone(args.net, training, args.batch_size or 1, device, method)
     else:
-        speed.bench(device, args.net, args.batch_size, compile=args.compile or "none")
+        speed.bench_steps(device, args.net, args.batch_size, compile=args.compile or "none")
 
 
 def main(argv=None):

@@ -7,7 +7,7 @@ import torch
 
 from ..method.draws import seeded
 from .batches import mine, rows_of_step
-from .toys import NAMES, classes, points
+from .toys import TOYS, count_labels, draw_points
 
 
 def read_points(path):
@@ -72,19 +72,21 @@ class Points:
     def __init__(self, name, batch_size, seed=0, part=(0, 1)):
         self.name, self.batch_size, self.seed, self.part = name, batch_size, seed, part
         self.table, self.mean, self.std = None, None, None
-        if name in NAMES:
-            self.shape, self.classes = (2,), classes(name)
+        if name in TOYS:
+            self.shape, self.classes = (2,), count_labels(name)
         elif str(name).endswith((".npy", ".csv")):
             self.table = read_points(name)
             self.mean, self.std = self.table.mean(0), self.table.std(0)
             self.shape, self.classes = tuple(self.table.shape[1:]), 0
         else:
-            points(name, 1)
+            draw_points(name, 1)
 
     def batch(self, step):
         """Points (batch_size, D) and labels (batch_size,) or None of one step."""
         if self.table is None:
-            return tuple(mine(x, self.part) for x in points(self.name, self.batch_size, seeded(self.seed, 0, step)))
+            return tuple(
+                mine(x, self.part) for x in draw_points(self.name, self.batch_size, seeded(self.seed, 0, step))
+            )
         rows = mine(rows_of_step(len(self.table), self.batch_size, step, self.seed), self.part)
         return self.standardise(self.table[rows]), None
 
@@ -94,7 +96,7 @@ class Points:
         Two draws of a file without replacement are disjoint halves if the file has 2 n points.
         """
         if self.table is None:
-            return points(self.name, n, seeded(self.seed, 1, draw))
+            return draw_points(self.name, n, seeded(self.seed, 1, draw))
         half = torch.randperm(len(self.table), generator=seeded(self.seed, 1))[draw % 2 :: 2]
         return self.standardise(self.table[half[torch.arange(n) % len(half)]]), None
 

@@ -109,7 +109,7 @@ SETS = {
     "scurve": scurve,
     "sine": sine,
 }
-NAMES = (*MIXTURES, *SETS)
+TOYS = (*MIXTURES, *SETS)
 
 
 def mixture(name):
@@ -117,15 +117,15 @@ def mixture(name):
     return MIXTURES[name]() if name in MIXTURES else None
 
 
-def points(name, n, generator=None):
+def draw_points(name, n, generator=None):
     """Draw n points of a named set.  -> x (n, 2) float32, labels (n,). Raises ValueError for another name."""
     if name in MIXTURES:
         return MIXTURES[name]().sample(n, generator, dtype=torch.float32, labels=True)
     if name not in SETS:
-        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(NAMES)}, or a FILE.npy or FILE.csv")
+        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(TOYS)}, or a FILE.npy or FILE.csv")
     return SETS[name](n, generator)
 
 
-def classes(name):
+def count_labels(name):
     """Number of labels of a named set."""
-    return int(points(name, 4096, torch.Generator().manual_seed(0))[1].max()) + 1
+    return int(draw_points(name, 4096, torch.Generator().manual_seed(0))[1].max()) + 1

@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as f
 
-from ..files import aside, load, load_weights
+from ..files import aside, load_weights, read_checkpoint
 
 PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation that Inception was trained with
 
@@ -56,7 +56,7 @@ def classifier_of(folder, data, device="cpu"):
     path = Path(folder) / "classifier.pt"
     if path.exists():
         net = Classifier(data.shape[0], data.classes)
-        load_weights(net, load(path, keys=("net",))["net"], path)
+        load_weights(net, read_checkpoint(path, keys=("net",))["net"], path)
         return net.to(device).eval().requires_grad_(False)
     net = train_classifier(data, device=device)
     with aside(path) as file:

@@ -100,7 +100,7 @@ def _any_near(x, y, radius):
     return torch.cat([(torch.cdist(some, y) <= r).any(1) for some, r in zip(x.split(1024), radius.split(1024))])
 
 
-def neighbours(x, y, k=5):
+def precision_recall_coverage(x, y, k=5):
     """Precision, recall and coverage of samples x against real y by balls to the k-th nearest neighbour.
 
     precision: share of samples inside the ball of a real one; recall: share of real ones inside the

@@ -6,13 +6,13 @@ from statistics import mean, pstdev
 
 NFES = (1, 2, 4, 8)
 LINE = ("flow matching", 100)  # what one step is compared with
-METRICS = ("sliced_wasserstein", "energy_distance", "coverage", "diversity")
+COLUMNS = ("sliced_wasserstein", "energy_distance", "coverage", "diversity")
 
 
 def floor_of(results, name):
     """Each metric between two sets of real data, mean over the runs on one data set."""
     own = [r["floor"] for r in results if r["data"] == name]
-    return {metric: mean(floor[metric] for floor in own) for metric in METRICS if metric in own[0]}
+    return {metric: mean(floor[metric] for floor in own) for metric in COLUMNS if metric in own[0]}
 
 
 def summary(results, names, methods):
@@ -25,14 +25,14 @@ def summary(results, names, methods):
             rows = [row for r in own for row in r["rows"]]
             for nfe in sorted({row["nfe"] for row in rows}) or NFES:
                 out.append({"data": name, "method": method, "nfe": nfe, "diverged": diverged})
-                for metric in METRICS:
+                for metric in COLUMNS:
                     values = [row[metric] for row in rows if row["nfe"] == nfe and metric in row]
                     if values:
                         out[-1] |= {metric: mean(values), f"{metric}_spread": pstdev(values)}
     return out
 
 
-def table(rows, floors, names, methods, costs):
+def comparison_table(rows, floors, names, methods, costs):
     """Two Markdown tables: what each method costs, and what it gives, a row a method, at 1, 2, 4, 8 NFE."""
     lines = ["| method | auxiliary networks, trained / frozen | weights held | step time | peak memory of a step |"]
     lines.append("|---|---|---|---|---|")

@@ -23,21 +23,21 @@ from .path import expand, interpolate, jump, same_shape, velocity
 from .twin import gap, generate
 
 
-def squared(a, b):
+def squared_error(a, b):
     """Mean over a sample's elements of (a - b)^2, the default metric.  (B, *D), (B, *D) -> (B,)."""
     return (a - b).square().flatten(1).mean(1)
 
 
-def normalised(a, b, c=1e-3):
+def normalised_error(a, b, c=1e-3):
     """The released code's metric: d / sqrt(d + c^2), d the squared metric, without gradient through the root.
 
     Its gradient has the length of a root-mean-square error's, so a step does not vanish with the error.
     """
-    d = squared(a, b)
+    d = squared_error(a, b)
     return d / (d.detach() + c**2).sqrt()
 
 
-METRICS = {"squared": squared, "normalised": normalised}
+DISTANCES = {"squared": squared_error, "normalised": normalised_error}
 
 
 class Losses(NamedTuple):
@@ -114,7 +114,7 @@ class TwinFlowLoss:
             two = isinstance(pair, tuple | list) and [isinstance(a, int | float) for a in pair] == [True, True]
             need(two, f"{name} must be two numbers, got {pair!r}")
         need(min(self.times) > 0, f"times must be two positive numbers, got {self.times!r}")
-        need(self.metric in METRICS, f"unknown metric {self.metric!r}: choose from {', '.join(METRICS)}")
+        need(self.metric in DISTANCES, f"unknown metric {self.metric!r}: choose from {', '.join(DISTANCES)}")
         for name in ("adversarial_weight", "rectify_weight", "guidance"):
             need(0 <= getattr(self, name) < math.inf, f"{name} must be a number >= 0, got {getattr(self, name)!r}")
         for name in ("gain", "clip", "rectify_clip"):
@@ -202,13 +202,13 @@ class TwinFlowLoss:
             dv = self._gap_at_fakes(draws, rectify, F_sg[rectify], net, cond)
             target = torch.cat([F_sg[any_step] - correction, u[flow], u_fake, F_sg[rectify] + dv])
 
-        d = METRICS[self.metric](F, target)
+        d = DISTANCES[self.metric](F, target)
         expected = [len(x) * share for share in self.shares()]
         base_loss = mean(d[base], expected[0] + expected[1])
         adversarial_loss = self.adversarial_weight * mean(d[adversarial], expected[2])
         rectify_loss = self.rectify_weight * mean(d[rectify], expected[3])
         total = base_loss + adversarial_loss + rectify_loss
-        gap_size = mean(squared(dv, torch.zeros_like(dv)), expected[3])
+        gap_size = mean(squared_error(dv, torch.zeros_like(dv)), expected[3])
         return Losses(total, base_loss.detach(), adversarial_loss.detach(), rectify_loss.detach(), gap_size)
 
     def _base_pairs(self, draws, base, net, x, cond, null, original):

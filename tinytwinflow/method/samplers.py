@@ -11,7 +11,7 @@ import operator
 import torch
 
 from .path import denoise, interpolate, jump, noise
-from .twin import times
+from .twin import same_time
 
 MODES = ("any", "few", "multi")
 
@@ -88,8 +88,8 @@ def sample(net, z, steps=1, mode="any", order=1, cond=None, stochastic=None, ext
     grid = time_grid(len(calls), shape, gaps)
     x_t, previous, states = z, None, [z]
     for n_calls, t, t_next in zip(calls, grid[:-1], grid[1:]):
-        time, time_next = times(t, z), times(t_next, z)
-        r = {"any": time_next, "few": times(0, z), "multi": time}[mode]
+        time, time_next = same_time(t, z), same_time(t_next, z)
+        r = {"any": time_next, "few": same_time(0, z), "multi": time}[mode]
         F = net(x_t, time, r, cond)
         if n_calls == 2:
             ahead = jump(x_t, F, time, time_next)

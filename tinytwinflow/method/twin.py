@@ -14,14 +14,14 @@ from .conditions import join
 from .path import jump
 
 
-def times(t, x):
+def same_time(t, x):
     """The same time t, a Python number, for each row of x, in float32 or better.  -> (B,)."""
     return torch.full(x.shape[:1], float(t), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
 def generate(net, z, cond=None):
     """One-step sample x = z - F(z, 1, 0), the jump from noise to data.  (B, *D) -> (B, *D)."""
-    one, zero = times(1, z), times(0, z)
+    one, zero = same_time(1, z), same_time(0, z)
     return jump(z, net(z, one, zero, cond), one, zero)
 
 

@@ -34,7 +34,7 @@ class Attention(nn.Module):
         return self.proj(f.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -48,7 +48,7 @@ class Block(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.attn, self.mlp = Attention(width, heads), MLP(width)
+        self.attn, self.mlp = Attention(width, heads), FeedForward(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):

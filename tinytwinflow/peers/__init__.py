@@ -29,7 +29,7 @@ from .shortcut import Shortcut
 from .sid import SiD
 from .vsd import VSD
 
-METHODS = {
+PEERS = {
     "consistency training": ConsistencyTraining,
     "consistency distillation": ConsistencyDistillation,
     "scm": SCM,

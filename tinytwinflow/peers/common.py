@@ -9,11 +9,11 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..method.draws import normal
-from ..method.losses import squared
+from ..method.losses import squared_error
 from ..method.path import denoise, expand, interpolate, velocity
 
 
-def neighbours(u, intervals):
+def grid_neighbours(u, intervals):
     """Points n / intervals and (n - 1) / intervals of even time grids, n uniform in 1..intervals for u in [0, 1)."""
     n = (u * intervals).floor() + 1
     return n / intervals, (n - 1) / intervals
@@ -67,12 +67,12 @@ def fixed(net):
 
 def fake_score(fake, x_t, t, u, cond=None):
     """Flow matching of the auxiliary network on fakes, which makes it the fakes' velocity field."""
-    return squared(fake(x_t, t, t, cond), u).mean()
+    return squared_error(fake(x_t, t, t, cond), u).mean()
 
 
 def moved(x, gradient):
     """A loss whose gradient in x is `gradient`, up to the mean over all elements: half of |x - sg(x - gradient)|^2."""
-    return 0.5 * squared(x, (x - gradient).detach()).mean()
+    return 0.5 * squared_error(x, (x - gradient).detach()).mean()
 
 
 def along(net, x_t, t, r, u, cond=None):

@@ -12,7 +12,7 @@ import torch
 
 from ..method.draws import normal, uniform
 from ..method.path import interpolate, jump
-from .common import clean, neighbours, terms
+from .common import clean, grid_neighbours, terms
 
 
 def pseudo_huber(a, b, c):
@@ -40,7 +40,7 @@ class ConsistencyTraining:
 
     def __call__(self, net, x, cond=None, generator=None, progress=0.0, **_):
         z = normal(x, generator)
-        t, s = neighbours(uniform(x, generator), self.intervals(progress))
+        t, s = grid_neighbours(uniform(x, generator), self.intervals(progress))
         x_t = interpolate(x, z, t)
         with torch.no_grad():
             target = clean(net, interpolate(x, z, s), s, cond)
@@ -67,7 +67,7 @@ class ConsistencyDistillation:
     mode: ClassVar = "few"
 
     def __call__(self, net, x, original, cond=None, teacher=None, generator=None, **_):
-        t, s = neighbours(uniform(x, generator), self.steps)
+        t, s = grid_neighbours(uniform(x, generator), self.steps)
         x_t = interpolate(x, normal(x, generator), t)
         with torch.no_grad():
             v = original(x_t, t, t, cond)

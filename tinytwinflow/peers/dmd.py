@@ -7,7 +7,7 @@ import torch
 
 from ..method.conditions import take
 from ..method.draws import normal, uniform
-from ..method.losses import squared
+from ..method.losses import squared_error
 from ..method.path import denoise, expand
 from ..method.samplers import sample
 from ..method.twin import generate
@@ -57,6 +57,6 @@ class DMD:
         z, target = self.some_pairs(x[part], take(cond, part), original, generator)
         return terms(
             generator=moved(x_fake, matching(x_fake, x_t, t, original, fake, cond)),
-            regression=self.regression * squared(generate(net, z, take(cond, part)), target).mean(),
+            regression=self.regression * squared_error(generate(net, z, take(cond, part)), target).mean(),
             fake=fake_score(fake, x_t, t, u, cond),
         )

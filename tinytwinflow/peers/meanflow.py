@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from ..method.draws import normal, uniform
-from ..method.losses import squared
+from ..method.losses import squared_error
 from ..method.path import expand, interpolate, velocity
 from .common import along, terms
 
@@ -30,5 +30,5 @@ class MeanFlow:
         r = torch.where(flow, t, r)
         x_t, u = interpolate(x, z, t), velocity(x, z)
         _, dF = along(net, x_t, t, r, u, cond)
-        d = squared(net(x_t, t, r, cond), u - expand(t - r, x) * dF)
+        d = squared_error(net(x_t, t, r, cond), u - expand(t - r, x) * dF)
         return terms(average_velocity=(d / (d.detach() + 1e-3) ** self.power).mean())

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 
 from ..method.draws import normal, uniform
-from ..method.losses import squared
+from ..method.losses import squared_error
 from ..method.path import expand, interpolate
-from .common import neighbours, terms
+from .common import grid_neighbours, terms
 from .shortcut import two_jumps
 
 STAGES = 7  # 64, 32, ..., 1 steps; the first teacher takes 128 steps of its velocity
@@ -34,11 +34,11 @@ class Progressive:
         earlier = (uniform(x, generator) * stage).floor()
         old = uniform(x, generator) < self.rehearse if stage else torch.zeros(len(x), dtype=torch.bool, device=x.device)
         intervals = 2.0 ** (STAGES - 1 - torch.where(old, earlier, stage))
-        t, r = neighbours(uniform(x, generator), intervals)
+        t, r = grid_neighbours(uniform(x, generator), intervals)
         x_t = interpolate(x, normal(x, generator), t)
         with torch.no_grad():
             target = two_jumps(original, x_t, t, r, intervals == 2 ** (STAGES - 1), cond)
             if old.any():
                 target = torch.where(expand(old, x) > 0, original(x_t, t, r, cond), target)
         weight = t**2 * torch.maximum(torch.ones_like(t), ((1 - t) / t) ** 2) if self.truncated else 1.0
-        return terms(distillation=(weight * squared(net(x_t, t, r, cond), target)).mean())
+        return terms(distillation=(weight * squared_error(net(x_t, t, r, cond), target)).mean())

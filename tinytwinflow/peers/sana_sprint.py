@@ -8,10 +8,10 @@ from torch.nn.functional import relu
 
 from ..method.conditions import join
 from ..method.draws import normal, uniform
-from ..method.losses import squared
+from ..method.losses import squared_error
 from ..method.path import denoise, interpolate
 from .common import fixed, renoise, terms
-from .scm import normalised, tangent
+from .scm import bounded, tangent
 
 
 @dataclass
@@ -44,7 +44,7 @@ class SanaSprint:
         judged = critic(torch.cat([x_real, seen.detach()]), s.repeat(2), s.repeat(2), join(cond, cond))
         real, fake = judged.chunk(2)
         return terms(
-            consistency=squared(F, F_sg + normalised(g)).mean(),
+            consistency=squared_error(F, F_sg + bounded(g)).mean(),
             adversarial=-self.gan * fixed(critic)(seen, s, s, cond).mean(),
             critic=relu(1 - real).mean() + relu(1 + fake).mean(),
         )

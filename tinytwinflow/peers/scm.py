@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from ..method.draws import normal, uniform
-from ..method.losses import squared
+from ..method.losses import squared_error
 from ..method.path import expand, interpolate, velocity
 from .common import along, along_differences, terms
 
@@ -22,7 +22,7 @@ def tangent(net, x_t, t, u, cond, warm, derivative):
     return F, u - F - warm * expand(t, x_t) * dF
 
 
-def normalised(g, c=0.1):
+def bounded(g, c=0.1):
     """A tangent shortened to at most unit root-mean-square, g / (|g| + c), as sCM does."""
     length = g.square().flatten(1).mean(1).sqrt()
     return g / expand(length + c, g)
@@ -47,5 +47,5 @@ class SCM:
         z, t = normal(x, generator), uniform(x, generator)
         x_t, u = interpolate(x, z, t), velocity(x, z)
         F_sg, g = tangent(net, x_t, t, u, cond, min(1.0, progress / self.warm_up), self.derivative)
-        target = F_sg + (normalised(g) if self.normalise else g)
-        return terms(consistency=squared(net(x_t, t, torch.zeros_like(t), cond), target).mean())
+        target = F_sg + (bounded(g) if self.normalise else g)
+        return terms(consistency=squared_error(net(x_t, t, torch.zeros_like(t), cond), target).mean())

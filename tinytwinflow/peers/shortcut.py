@@ -7,9 +7,9 @@ import torch
 
 from ..method.conditions import take
 from ..method.draws import normal, uniform
-from ..method.losses import squared
+from ..method.losses import squared_error
 from ..method.path import interpolate, jump, velocity
-from .common import neighbours, terms
+from .common import grid_neighbours, terms
 
 
 @dataclass
@@ -32,12 +32,12 @@ class Shortcut:
         doublings = self.finest.bit_length() - 1
         intervals = 2.0 ** (uniform(x, generator)[:k] * doublings).floor()  # 1 ... finest / 2 jumps of length 2d
         r = t.clone()
-        t[:k], r[:k] = neighbours(t[:k], intervals)
+        t[:k], r[:k] = grid_neighbours(t[:k], intervals)
         x_t = interpolate(x, z, t)
         with torch.no_grad():
             target, some = velocity(x, z), take(cond, slice(0, k))
             target[:k] = two_jumps(teacher, x_t[:k], t[:k], r[:k], intervals == self.finest / 2, some)
-        d = squared(net(x_t, t, r, cond), target)
+        d = squared_error(net(x_t, t, r, cond), target)
         return terms(bootstrap=d[:k].sum() / len(x), flow=d[k:].sum() / len(x))
 
 

@@ -8,11 +8,11 @@ from ..backbones import states
 from ..training import distributed
 from .config import loss_of
 from ..data.points import Points
-from ..files import load, load_weights
+from ..files import read_checkpoint, load_weights
 from ..data.images import Images
 from ..nets import MLP, DiT, UNet, dit, load_published
 from ..backbones.captions import LATENTS, Texts
-from ..training.loop import new_state
+from ..training.state import new_state
 
 
 def data_of(config, world=None):
@@ -69,7 +69,7 @@ def first_weights(net, source):
         load_published(net, path, kind)
     else:
         path = Path(source) / "checkpoint.pt" if Path(source).is_dir() else Path(source)
-        load_weights(net, load(path)["average"], path)
+        load_weights(net, read_checkpoint(path)["average"], path)
 
 
 def state_of(config, shape, classes, device, world=None, fresh=True):
@@ -83,7 +83,7 @@ def state_of(config, shape, classes, device, world=None, fresh=True):
     def build(weights):
         torch.manual_seed(config["seed"])
         if "model" in config:
-            return states.backbone(config, weights)
+            return states.build_backbone(config, weights)
         net = net_of(config, shape, classes)
         if weights and fresh and config["init_from"]:
             first_weights(net, config["init_from"])
@@ -91,8 +91,8 @@ def state_of(config, shape, classes, device, world=None, fresh=True):
 
     def make(net, place):
         if "model" in config:
-            return states.state_of(net, config, place)
+            return states.backbone_state(net, config, place)
         return new_state(net, config["lr"], seed=config["seed"], helpers=getattr(loss, "helpers", None), place=place)
 
     how = {key: config[key] for key in ("parallel", "precision", "recompute", "compile")}
-    return distributed.start(build, world, device, weights=fresh, make=make, **how)
+    return distributed.placed_state(build, world, device, weights=fresh, make=make, **how)

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 from .. import peers
 from ..method.losses import TwinFlowLoss
-from ..training.loop import COMPILE, OPTIMIZERS, PARALLEL, PRECISIONS, WEIGHTS
+from ..training.loop import COMPILE, OPTIMIZERS, PARALLEL, PRECISIONS, WEIGHT_DTYPES
 
 
 def check(config):
@@ -49,7 +49,7 @@ def check(config):
 
 def check_backbone(config):
     """Raise ValueError for settings of a pretrained backbone that do not go together."""
-    for key, known in (("weights", WEIGHTS), ("optimizer", OPTIMIZERS)):
+    for key, known in (("weights", WEIGHT_DTYPES), ("optimizer", OPTIMIZERS)):
         if config[key] not in known:
             raise ValueError(f"{key} must be one of {', '.join(known)}, got {config[key]!r}")
     if not config["conditional"]:
@@ -71,14 +71,14 @@ def check_backbone(config):
 
 def loss_of(config):
     """The loss that a run's settings describe."""
-    if config["method"] in peers.METHODS:
+    if config["method"] in peers.PEERS:
         try:
-            return peers.METHODS[config["method"]](**config["peer"])
+            return peers.PEERS[config["method"]](**config["peer"])
         except TypeError as error:
             raise ValueError(f"peer: {config['method']} has no such setting ({error})") from None
     if config["method"] != "twinflow" or config["peer"]:
         raise ValueError(
-            f"method must be one of twinflow, {', '.join(peers.METHODS)}, and peer is for all but the first; "
+            f"method must be one of twinflow, {', '.join(peers.PEERS)}, and peer is for all but the first; "
             f"got {config['method']!r} and {config['peer']}"
         )
     return TwinFlowLoss(**{f.name: config[f.name] for f in fields(TwinFlowLoss) if f.name in config})
@@ -86,7 +86,7 @@ def loss_of(config):
 
 def method_of(config):
     """What a run's settings amount to: a peer, "twinflow", "rcgm" (the any-step base alone) or "flow matching"."""
-    if config["method"] in peers.METHODS:
+    if config["method"] in peers.PEERS:
         return config["method"]
     if config["share"] > 0:
         return "twinflow"
@@ -96,4 +96,4 @@ def method_of(config):
 def mode_of(config):
     """How a run's model samples in several steps; None if it makes one step only."""
     method = method_of(config)
-    return peers.METHODS[method]().mode if method in peers.METHODS else "multi" if method == "flow matching" else "any"
+    return peers.PEERS[method]().mode if method in peers.PEERS else "multi" if method == "flow matching" else "any"

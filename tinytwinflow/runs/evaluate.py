@@ -44,7 +44,7 @@ def measure_images(x, label, real, net=None):
     Neighbours on the first 5,000 of each; with labels, diversity within a class, and, given the classifier
     `net`, accuracy: the share that it gives the label they were made for.
     """
-    values = {"frechet": metrics.frechet(x, real), **metrics.neighbours(x[:5000], real[:5000])}
+    values = {"frechet": metrics.frechet(x, real), **metrics.precision_recall_coverage(x[:5000], real[:5000])}
     if label is not None:
         values["diversity"] = metrics.diversity(x, label)
     if label is not None and net is not None:
@@ -156,7 +156,7 @@ def evaluate(folder, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=T
     return result, kept
 
 
-def table(result):
+def run_table(result):
     """The rows of metrics.json as text."""
     names = list(result["floor"])
     lines = [f"{'method':<16}{'mode':<8}{'NFE':>5}" + "".join(f"{name:>20}" for name in names)]

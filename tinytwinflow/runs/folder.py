@@ -10,8 +10,8 @@ from ..training import sharded
 from .build import net_of
 from .config import check
 from ..method.draws import seeded
-from ..files import fill, load, load_weights
-from ..backbones.velocity import load as load_backbone
+from ..files import fill, read_checkpoint, load_weights
+from ..backbones.velocity import load_velocity as load_backbone
 from .recipes import RECIPES
 from ..method.samplers import sample
 from ..method.conditions import move, take
@@ -42,7 +42,7 @@ def finished(folder):
     if not has_checkpoint(folder):
         return False
     path = sharded.newest(folder)
-    step = sharded.about(path)["step"] if path else load(Path(folder) / "checkpoint.pt")["step"]
+    step = sharded.about(path)["step"] if path else read_checkpoint(Path(folder) / "checkpoint.pt")["step"]
     return step >= read_config(folder)["steps"]
 
 
@@ -73,11 +73,11 @@ def trained(folder, device="cpu"):
     if path is not None:
         saved = sharded.about(path)
         net = net_of(config, saved["data"]["shape"], saved["data"]["classes"])
-        sharded.read(path, {"average": net.state_dict()})
+        sharded.read_pieces(path, {"average": net.state_dict()})
         net.to(device)
     else:
         path = Path(folder) / "checkpoint.pt"
-        saved = load(path, device, keys=("average", "step", "data"))
+        saved = read_checkpoint(path, device, keys=("average", "step", "data"))
         net = net_of(config, saved["data"]["shape"], saved["data"]["classes"]).to(device)
         load_weights(net, saved["average"], path)
     return net.requires_grad_(False), config, saved
@@ -92,14 +92,14 @@ def backbone_of(folder):
     config, path = read_config(folder), sharded.newest(folder)
     if "model" not in config:
         raise ValueError(f"{folder} is no run of a backbone: python -m tinytwinflow sample draws from it")
-    net = states.backbone(config)
-    own = states.weights_of(net, config)
+    net = states.build_backbone(config)
+    own = states.saved_weights(net, config)
     if path is not None:
         saved = sharded.about(path)
-        sharded.read(path, {"net": own})
+        sharded.read_pieces(path, {"net": own})
     else:
         path = folder / "checkpoint.pt"
-        saved = load(path, keys=("net", "step", "data"))
+        saved = read_checkpoint(path, keys=("net", "step", "data"))
         fill(own, saved["net"], path)
     return net.requires_grad_(False), config, tuple(saved["data"]["shape"]), saved["step"]
 

@@ -16,13 +16,14 @@ from ..training import sharded
 from .build import data_of, first_weights, net_of, state_of
 from .config import loss_of
 from ..evaluation.features import Inception
-from ..files import aside, check_weights, load, write_json
+from ..files import aside, check_weights, read_checkpoint, write_json
 from .folder import has_checkpoint, read_config, read_log, sampled
 from ..data.latents import autoencoder
 from ..evaluation.pictures import draw_one
 from .recipes import ENGINE, PLACING
 from ..training.distributed import blocks_of, without_weights
-from ..training.loop import autocast, save, train
+from ..training.loop import autocast, train
+from ..training.checkpoints import write_checkpoint
 from ..method.conditions import move, take
 
 
@@ -58,7 +59,7 @@ def start(folder, config, move=False):
     data = data_of(config)
     if "model" in config:
         with without_weights():
-            net = states.backbone(config, weights=False)
+            net = states.build_backbone(config, weights=False)
         x, cond = data.batch(0)
         net.check(x, cond), net.check(x[:1], data.null)
     else:
@@ -114,18 +115,18 @@ def continue_run(folder, device="cpu", bar=True, world=None):
     state = state_of(config, data.shape, data.classes, device, world, fresh)
     about_data = {"shape": list(data.shape), "classes": data.classes, **data.scaling}
 
-    def write_checkpoint():
+    def write():
         if in_pieces:
-            sharded.save(folder, state, about_data)
+            sharded.save_pieces(folder, state, about_data)
         elif writes:
-            save(checkpoint, {**state.state_dict(), "data": about_data})
+            write_checkpoint(checkpoint, {**state.state_dict(), "data": about_data})
 
     if fresh:
-        write_checkpoint()
+        write()
     elif in_pieces:
-        sharded.load(sharded.newest(folder), state)
+        sharded.load_pieces(sharded.newest(folder), state)
     else:
-        saved = load(checkpoint, keys=(*state.state_dict(), "data"))
+        saved = read_checkpoint(checkpoint, keys=(*state.state_dict(), "data"))
         for name, weights in state.weights().items():
             check_weights(weights, saved[name], checkpoint)
         state.load_state_dict(saved)
@@ -163,7 +164,7 @@ def continue_run(folder, device="cpu", bar=True, world=None):
                     draw_one(folder / name, x.numpy(), f"step {state.step}, 1 NFE")
             if record["step"] % config["checkpoint_every"] == 0 or record["step"] == config["steps"]:
                 file.flush()
-                write_checkpoint()
+                write()
     pool.shutdown(cancel_futures=True)
     return state
 

@@ -1,9 +1,14 @@
-"""Training: the loop, its state and its checkpoints, on one process or many.
+"""Training: the loop, what it knows and how that is kept, on one process or many.
 
-Rooms, in reading order: ema, loop, in_backward, distributed, sharded.
+Rooms, in reading order: ema, state, loop, checkpoints, in_backward, distributed, sharded.
 May import: method, files.
 """
 
-from . import distributed, ema, in_backward, loop, sharded
+from . import checkpoints, distributed, ema, in_backward, loop, sharded, state
+from .loop import train
+from .state import State, new_state
 
-__all__ = ["distributed", "ema", "in_backward", "loop", "sharded"]
+__all__ = [
+    "State", "new_state", "train",
+    "checkpoints", "distributed", "ema", "in_backward", "loop", "sharded", "state",
+]  # fmt: skip

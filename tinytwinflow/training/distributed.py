@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ..method.draws import seeded
-from .loop import new_state
+from .state import new_state
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "timed out")
 
@@ -68,7 +68,7 @@ class World:
             raise ValueError(error[0])
 
 
-def join(device="cpu", seed=0):
+def meet(device="cpu", seed=0):
     """Meet the other processes that torchrun started; None without torchrun. cuda: each takes its own GPU."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
@@ -85,7 +85,7 @@ def join(device="cpu", seed=0):
 @contextmanager
 def joined(device="cpu", seed=0):
     """`join` for as long as the context lasts. Raises ConnectionError in one line if another process dies."""
-    world = join(device, seed)
+    world = meet(device, seed)
     try:
         yield world
     except RuntimeError as error:
@@ -161,12 +161,12 @@ def prepare(net, world=None, parallel="ddp", precision="float32", recompute=Fals
     return net
 
 
-def fill(net, weights):
+def deal_out(net, weights):
     """Give a sharded network its weights: the first process holds them all, the others an empty dict."""
     set_model_state_dict(net, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
-def start(build, world=None, device="cpu", parallel="ddp", weights=True, make=new_state, **how):
+def placed_state(build, world=None, device="cpu", parallel="ddp", weights=True, make=new_state, **how):
     """The State of a new run on one process or many.
 
     build(weights) makes the network; under FSDP2 every process makes it without weights and the first one once more
@@ -186,6 +186,6 @@ def start(build, world=None, device="cpu", parallel="ddp", weights=True, make=ne
         net = build(False)
     state = make(net, place=place)
     if weights:
-        fill(state.net, build(True).state_dict() if world.rank == 0 else {})
+        deal_out(state.net, build(True).state_dict() if world.rank == 0 else {})
         state.restart()
     return state

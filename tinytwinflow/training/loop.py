@@ -8,110 +8,20 @@
 bit for bit as if it had never stopped.
 """
 
-import copy
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from ..files import aside
 from ..method.conditions import move, replace, take
 from ..method.losses import TwinFlowLoss
-from .ema import average_of, update, warmed_up
 
 PRECISIONS = ("float32", "bf16")
 COMPILE = ("none", "default", "graphs")  # graphs: of CUDA, for small networks, whose kernels are waited for
 PARALLEL = ("ddp", "fsdp", "hsdp")
-WEIGHTS = {"bf16": torch.bfloat16, "float32": torch.float32}
+WEIGHT_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 OPTIMIZERS = ("adamw", "adafactor")
 FLOW_MATCHING = TwinFlowLoss(order=0, share=0.0)
-
-
-@dataclass
-class State:
-    """A network in training: net, two moving averages of it, the optimiser, the noise generator, steps done.
-
-    `average`, the slow one, is the model to sample from; `teacher`, the fast one, is F^-. `helpers`: the networks
-    that a peer's loss needs beside these, by name. `call` is net as the loss calls it, where something stands around
-    it, and `original` the frozen network of guidance and data-free training, where there is one.
-    """
-
-    net: torch.nn.Module
-    average: torch.nn.Module
-    teacher: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    generator: torch.Generator
-    helpers: torch.nn.ModuleDict
-    step: int = 0
-    call: Callable | None = None
-    original: Callable | None = None
-
-    def restart(self):
-        """Set the averages to the network."""
-        for average in dict.fromkeys((self.average, self.teacher)):
-            average.load_state_dict(self.net.state_dict())
-
-    def follow(self, ema, teacher_ema):
-        """Move the averages towards the network."""
-        update(self.average, self.net, warmed_up(ema, self.step))
-        if self.teacher is not self.average:
-            update(self.teacher, self.net, warmed_up(teacher_ema, self.step))
-
-    def weights(self):
-        """All that is trained or follows: tensors by name, by network."""
-        networks = {"net": self.net, "average": self.average, "teacher": self.teacher, "helpers": self.helpers}
-        if self.teacher is self.average:
-            del networks["teacher"]
-        return {name: network.state_dict() for name, network in networks.items()}
-
-    def state_dict(self):
-        return {
-            **self.weights(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "step": self.step,
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, saved):
-        for name, tensors in self.weights().items():
-            for key, tensor in tensors.items():
-                tensor.copy_(saved[name][key])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        try:
-            self.generator.set_state(saved["generator"].cpu())
-        except RuntimeError:
-            raise ValueError("the run was trained on another kind of device: go on with it there") from None
-        self.step = saved["step"]
-
-
-def adamw(net, lr, betas=(0.9, 0.99), helpers=()):
-    """AdamW without weight decay (Table 6), for all weights that learn in a few kernels."""
-    how = {"fused": True} if next(net.parameters()).device.type == "cuda" else {"foreach": True}
-    groups = [{"params": [p for p in net.parameters() if p.requires_grad]}]
-    groups += [{"params": list(helper.parameters())} for helper in helpers]
-    for group in groups:
-        group["initial_lr"] = lr
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0, **how)
-
-
-def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None, place=lambda net: net, one_average=False):
-    """Start of training: AdamW, the averages equal to the network.
-
-    helpers: of a peer's loss, name -> kind; see `peers`. one_average: to sample from and to teach. place: what is
-    done to each network before the optimiser is made, see `scale.prepare`.
-    """
-    kinds = {name: kind for name, kind in (helpers or {}).items() if kind != "average"}
-    made = torch.nn.ModuleDict({name: copy.deepcopy(net).requires_grad_(kinds[name] != "frozen") for name in kinds})
-    average = average_of(net)
-    teacher = average if one_average else average_of(net)
-    for network in dict.fromkeys((net, average, teacher, *made.values())):
-        place(network)
-    optimizer = adamw(net, lr, betas, [made[name] for name, kind in kinds.items() if kind != "frozen"])
-    generator = torch.Generator(next(net.parameters()).device).manual_seed(seed)
-    return State(net, average, teacher, optimizer, generator, made)
 
 
 def autocast(device, precision):
@@ -208,13 +118,3 @@ def fill_helpers(state, loss, done, total):
             helper.load_state_dict(state.teacher.state_dict())
 
 
-def save(path, content):
-    """Write a checkpoint so that a crash at any moment leaves the old file or the new one, whole.
-
-    Raises FloatingPointError, writing nothing, if a weight is not finite.
-    """
-    for name, value in (*content["net"].items(), *content.get("average", {}).items()):
-        if not value.isfinite().all():
-            raise FloatingPointError(f"step {content['step']}: weight {name} is not finite; the last checkpoint stays")
-    with aside(path) as file:
-        torch.save(content, file)

@@ -18,7 +18,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from ..files import check_weights, write_json
-from ..files import load as load_file
+from ..files import read_checkpoint as load_file
 from .in_backward import InBackward
 
 ABOUT, PREFIX, ASIDE = "about.json", "checkpoint-", "writing-"
@@ -39,7 +39,7 @@ def about(path):
         raise ValueError(f"{path}: damaged checkpoint ({error})") from None
 
 
-def save(folder, state, data):
+def save_pieces(folder, state, data):
     """Write a checkpoint of a State, all processes together, and remove the one before it.
 
     data: what is to be known of the data without reading it. Raises FloatingPointError on all processes, writing
@@ -69,7 +69,7 @@ def save(folder, state, data):
     _wait()
 
 
-def load(path, state):
+def load_pieces(path, state):
     """Fill a State from a checkpoint, written by any number of processes.  -> data, as given to `save`.
 
     Raises ValueError if the checkpoint is damaged or holds another network, or if it is of another number of
@@ -85,14 +85,14 @@ def load(path, state):
     elif note["step"]:
         optimizer = get_optimizer_state_dict(state.net, state.optimizer)
         content["optimizer"] = optimizer["state"]
-    read(path, content)
+    read_pieces(path, content)
     if optimizer:
         set_optimizer_state_dict(state.net, state.optimizer, {**optimizer, "state": content["optimizer"]})
     state.step = note["step"]
     return note["data"]
 
 
-def read(path, content):
+def read_pieces(path, content):
     """Read the tensors of a nested dict from a checkpoint, in place, all processes together or one alone."""
     try:
         there = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
