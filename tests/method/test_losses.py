@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from scipy.stats import kstest
 
 from tinytwinflow import GaussianMixture, TwinFlowLoss, Twins, generate
 from tinytwinflow.method import path, reference
-from tinytwinflow.method.draws import split
+from tinytwinflow.method.draws import draw_for, split
 from tinytwinflow.method.losses import DISTANCES
 from tinytwinflow.nets import MLP
 
 close = torch.testing.assert_close
+printed = partial(TwinFlowLoss.paper, flow_share=0.5)
 
 orders = st.sampled_from([0, 1, 2, 3, 8])
 shares = st.sampled_from([0.0, 0.2, 1 / 3, 0.5, 1.0])
@@ -114,8 +116,8 @@ def test_fast_loss_equals_the_reference_in_value_and_gradient(kwargs, B, seed, o
     """For every split, order, metric and guidance: the same total and the same gradient."""
     net, teacher, original = network(seed, 3), network(seed + 1, 3), network(seed + 2, 3)
     x, cond = torch.randn(B, 2).double(), torch.randint(3, (B,))
-    loss, null = TwinFlowLoss(**kwargs), torch.tensor([3])
-    draws = loss.draw(x)
+    loss, null = printed(**kwargs), torch.tensor([3])
+    draws = draw_for(loss, x)
     others = {"teacher": None if own_teacher else teacher, "null": null, "original": None if own_original else original}
     fast = loss.evaluate(draws, net, x, cond, **others)
     slow = by_the_book(loss, draws, net, x, cond, **others)
@@ -129,7 +131,7 @@ def test_only_the_network_gets_gradient(kwargs, B, seed):
     """Teacher and original are evaluated without gradient, and nothing flows back into the data."""
     net, teacher, original = network(seed, 3), network(seed + 1, 3), network(seed + 2, 3)
     x = torch.randn(B, 2).double().requires_grad_()
-    out = TwinFlowLoss(**kwargs)(net, x, torch.randint(3, (B,)), teacher, torch.tensor([3]), original)
+    out = printed(**kwargs)(net, x, torch.randint(3, (B,)), teacher, torch.tensor([3]), original)
     out.total.backward()
     assert all(p.grad is None for other in (teacher, original) for p in other.parameters())
     assert x.grad is None
@@ -140,9 +142,9 @@ def test_only_the_network_gets_gradient(kwargs, B, seed):
 def test_parts_add_up_to_the_batch(B, seed, share, flow_share, order):
     """For every batch size and share: parts sum to B, each is within one row of its share, and in the
     mean over draws it is its share exactly."""
-    loss = TwinFlowLoss(order=order, share=share, flow_share=flow_share)
+    loss = printed(order=order, share=share, flow_share=flow_share)
     generator = torch.Generator().manual_seed(seed)
-    draws = loss.draw(torch.zeros(B, 2), generator)
+    draws = draw_for(loss, torch.zeros(B, 2), generator)
     assert sum(draws.counts) == B and min(draws.counts) >= 0
     assert sorted(draws.rows.tolist()) == list(range(B))
     assert all(abs(n - B * s) < 1 for n, s in zip(draws.counts, loss.shares()))
@@ -150,7 +152,7 @@ def test_parts_add_up_to_the_batch(B, seed, share, flow_share, order):
 
 @given(st.integers(1, 40), shares)
 def test_parts_have_their_share_in_expectation(B, share):
-    wanted = TwinFlowLoss(share=share).shares()
+    wanted = printed(share=share).shares()
     generator = torch.Generator().manual_seed(0)
     counts = np.mean([split(B, wanted, generator) for _ in range(2000)], axis=0)
     assert np.allclose(counts, np.array(wanted) * B, atol=0.06)
@@ -164,7 +166,7 @@ def test_batch_of_one_has_the_gradient_of_a_large_batch_in_expectation(seed):
     All random numbers are made equal: row i of the large batch and batch i hold the same sample, so
     only the drawing of parts and its weights are tested.
     """
-    net, loss, n = network(seed), TwinFlowLoss(order=1, clip=100.0), 1000
+    net, loss, n = network(seed), printed(order=1, clip=100.0), 1000
     x = torch.randn(1, 2).double()
     generator = torch.Generator().manual_seed(seed)
     single = torch.stack([gradients(loss(net, x, generator=generator).total, net) for _ in range(n)])
@@ -177,9 +179,9 @@ def test_batch_of_one_has_the_gradient_of_a_large_batch_in_expectation(seed):
 @given(settings_of_a_loss, st.integers(2, 12), seeds)
 def test_order_of_the_batch_does_not_matter(kwargs, B, seed):
     """Permuting samples and labels together with the rows that take them leaves the loss as it is."""
-    net, loss = network(seed, 3), TwinFlowLoss(**kwargs)
+    net, loss = network(seed, 3), printed(**kwargs)
     x, cond, order = torch.randn(B, 2).double(), torch.randint(3, (B,)), torch.randperm(B)
-    draws = loss.draw(x)
+    draws = draw_for(loss, x)
     before = loss.evaluate(draws, net, x, cond, null=torch.tensor([3])).total
     moved = copy.copy(draws)
     moved.rows = order.argsort()[draws.rows]
@@ -189,8 +191,8 @@ def test_order_of_the_batch_does_not_matter(kwargs, B, seed):
 @given(seeds, sizes)
 def test_order_zero_is_flow_matching(seed, B):
     net = network(seed)
-    x, loss = torch.randn(B, 2).double(), TwinFlowLoss(order=0, share=0.0)
-    draws = loss.draw(x)
+    x, loss = torch.randn(B, 2).double(), printed(order=0, share=0.0)
+    draws = draw_for(loss, x)
     x = x[draws.rows]
     x_t = draws.t[:, None] * draws.z + (1 - draws.t[:, None]) * x
     close(loss.evaluate(draws, net, x[draws.rows.argsort()]).total,
@@ -201,8 +203,8 @@ def test_order_zero_is_flow_matching(seed, B):
 @given(orders, seeds)
 def test_times_of_the_any_step_rows_fall_from_t_to_r(order, seed):
     assume(order > 0)
-    loss = TwinFlowLoss(order=order, share=0.0, flow_share=0.0)
-    draws = loss.draw(torch.zeros(50, 1).double(), torch.Generator().manual_seed(seed))
+    loss = printed(order=order, share=0.0, flow_share=0.0)
+    draws = draw_for(loss, torch.zeros(50, 1).double(), torch.Generator().manual_seed(seed))
     path_of_times = [draws.t, draws.t - loss.dt, *draws.inner, draws.r]
     assert len(draws.inner) == order - 1
     assert all((a >= b - 1e-12).all() for a, b in zip(path_of_times[:-1], path_of_times[1:]))
@@ -213,8 +215,10 @@ def test_times_of_the_any_step_rows_fall_from_t_to_r(order, seed):
 @given(st.floats(0.5, 3), st.floats(0.5, 3), seeds)
 def test_times_follow_the_kumaraswamy_law(a, b, seed):
     """P(t <= s) = 1 - (1 - s^a)^b in the base rows; the twin parts draw t' uniformly (Kolmogorov-Smirnov)."""
-    draws = TwinFlowLoss(times=(a, b), share=0.5, flow_share=1.0).draw(
-        torch.zeros(4000, 1).double(), torch.Generator().manual_seed(seed)
+    draws = draw_for(
+        printed(times=(a, b), share=0.5, flow_share=1.0),
+        torch.zeros(4000, 1).double(),
+        torch.Generator().manual_seed(seed),
     )
     t = draws.t.numpy()
     assert kstest(t[:2000], lambda s: 1 - (1 - s**a) ** b).statistic < 0.06
@@ -223,8 +227,8 @@ def test_times_follow_the_kumaraswamy_law(a, b, seed):
 
 @given(st.integers(1, 6), seeds)
 def test_even_inner_times_cut_the_jump_in_equal_parts(order, seed):
-    loss = TwinFlowLoss(order=order, share=0.0, flow_share=0.0, even_inner=True)
-    draws = loss.draw(torch.zeros(5, 1).double(), torch.Generator().manual_seed(seed))
+    loss = printed(order=order, share=0.0, flow_share=0.0, even_inner=True)
+    draws = draw_for(loss, torch.zeros(5, 1).double(), torch.Generator().manual_seed(seed))
     steps = torch.stack([draws.t - loss.dt, *draws.inner, draws.r]).diff(dim=0)
     close(steps, steps.mean(0).expand_as(steps))
 
@@ -232,8 +236,8 @@ def test_even_inner_times_cut_the_jump_in_equal_parts(order, seed):
 @given(st.sampled_from([0.0, 1.0]), seeds)
 def test_one_step_rows_are_the_jump_from_noise_to_data(share, seed):
     """All any-step rows sit at t = 1, r = 0 when the share is 1, none (almost surely) when it is 0."""
-    loss = TwinFlowLoss(share=0.0, flow_share=0.5, one_step_share=share)
-    draws = loss.draw(torch.zeros(40, 1).double(), torch.Generator().manual_seed(seed))
+    loss = printed(share=0.0, flow_share=0.5, one_step_share=share)
+    draws = draw_for(loss, torch.zeros(40, 1).double(), torch.Generator().manual_seed(seed))
     rows = draws.slices()[0]
     assert ((draws.t[rows] == 1) & (draws.r[rows] == 0)).double().mean() == share
     assert not (draws.r[draws.slices()[1]] == 0).any()
@@ -245,8 +249,8 @@ def test_gain_bounds_the_weight_of_a_jump_and_keeps_its_fixed_point(seed, gain):
     net = network(seed)
     x = torch.randn(6, 2).double()
     kwargs = {"share": 0.0, "flow_share": 0.0, "clip": 1e9}
-    loss, paper = TwinFlowLoss(gain=gain, **kwargs), TwinFlowLoss(**kwargs)
-    draws = loss.draw(x)
+    loss, paper = printed(gain=gain, **kwargs), printed(**kwargs)
+    draws = draw_for(loss, x)
     u, x_t = (draws.z - x[draws.rows]), path.interpolate(x[draws.rows], draws.z, draws.t)
     F = net(x_t, draws.t, draws.r).detach()
     rows = draws.slices()[0]
@@ -331,9 +335,9 @@ def test_real_and_fake_velocities_agree_exactly_when_the_distributions_do(mixtur
 @given(seeds, sizes, st.sampled_from([None, 0.05]))
 def test_rectification_gradient_is_minus_the_gap_times_the_jacobian(seed, B, clip):
     """d L_rectify / d theta = -(2 / D) mean of dv . dF(z, 1, 0) / d theta: descent moves F along dv."""
-    net, loss = network(seed), TwinFlowLoss(share=1.0, adversarial_weight=0.0, rectify_clip=clip)
+    net, loss = network(seed), printed(share=1.0, adversarial_weight=0.0, rectify_clip=clip)
     x = torch.randn(2 * B, 2).double()
-    draws = loss.draw(x)
+    draws = draw_for(loss, x)
     rows = draws.slices()[3]
     z, t, one = draws.z[rows], draws.t[rows], torch.ones(B).double()
     x_t = path.interpolate(generate(net, z), draws.z_new[rows], t).detach()
@@ -385,7 +389,7 @@ def test_adversarial_loss_gives_the_generator_no_gradient(seed, B):
     def net(x, t, r, cond=None):
         return torch.where((t < 0)[:, None], twin_net(x, t, r), generator_net(x, t, r))
 
-    loss = TwinFlowLoss(share=1.0, rectify_weight=0.0)
+    loss = printed(share=1.0, rectify_weight=0.0)
     loss(net, torch.randn(2 * B, 2).double()).total.backward()
     assert all(p.grad is None or not p.grad.any() for p in generator_net.parameters())
     assert any(p.grad.any() for p in twin_net.parameters())
@@ -400,7 +404,7 @@ def test_rectification_gives_the_twin_no_gradient(seed, B):
         one_step = ((t == 1) & (r == 0))[:, None]
         return torch.where(one_step, generator_net(x, t, r), velocity_net(x, t, r))
 
-    loss = TwinFlowLoss(share=1.0, adversarial_weight=0.0)
+    loss = printed(share=1.0, adversarial_weight=0.0)
     loss(net, torch.randn(2 * B, 2).double()).total.backward()
     assert all(p.grad is None or not p.grad.any() for p in velocity_net.parameters())
     assert any(p.grad.any() for p in generator_net.parameters())
@@ -451,28 +455,28 @@ def test_images_and_dicts_of_conditions_fit(case, seed):
         assert len(cond["a"]) == len(cond["b"]) == len(t) == len(r) == len(x)
         return 0.1 * x + cond["a"].sum(1).view(-1, 1, 1, 1) * t.view(-1, 1, 1, 1)
 
-    out = TwinFlowLoss(guidance=0.5)(net, x, cond, null=null, generator=torch.Generator().manual_seed(seed))
+    out = printed(guidance=0.5)(net, x, cond, null=null, generator=torch.Generator().manual_seed(seed))
     assert out.total.isfinite()
 
 
 @given(seeds, st.integers(1, 8))
 def test_a_null_condition_of_its_own_for_each_sample_follows_its_sample(seed, B):
     """null of leading dimension 1 repeated by hand is the same null; one that differs goes with its row."""
-    net, loss = network(seed, 3), TwinFlowLoss(guidance=0.7)
+    net, loss = network(seed, 3), printed(guidance=0.7)
     x, cond = torch.randn(B, 2).double(), torch.randint(3, (B,))
-    draws = loss.draw(x)
+    draws = draw_for(loss, x)
     one, each = (
         loss.evaluate(draws, net, x, cond, null=null).total for null in (torch.tensor([3]), torch.full((B,), 3))
     )
     close(one, each)
-    close(loss.evaluate(draws, net, x, cond, null=cond).total, TwinFlowLoss().evaluate(draws, net, x, cond).total)
+    close(loss.evaluate(draws, net, x, cond, null=cond).total, printed().evaluate(draws, net, x, cond).total)
 
 
 @given(seeds, sizes)
 def test_data_free_training_never_reads_the_data(seed, B):
     net, original = network(seed), network(seed + 1)
-    loss = TwinFlowLoss(data_free=True)
-    draws = loss.draw(torch.zeros(B, 2).double())
+    loss = printed(data_free=True)
+    draws = draw_for(loss, torch.zeros(B, 2).double())
     values = [
         loss.evaluate(draws, net, x.double(), original=original).total
         for x in (torch.zeros(B, 2), torch.full((B, 2), float("nan")))
@@ -489,7 +493,7 @@ def test_network_calls_of_one_loss():
         calls.append((len(x), torch.is_grad_enabled()))
         return 0.1 * x
 
-    loss = TwinFlowLoss(order=2, share=1 / 3, guidance=0.5)
+    loss = printed(order=2, share=1 / 3, guidance=0.5)
     loss(net, torch.randn(96, 2), torch.zeros(96, 1), null=torch.zeros(1, 1))
     assert [n for n, grad in calls if grad] == [96]
     assert sorted(n for n, grad in calls if not grad) == sorted([32, 32, 16, 32, 128])
@@ -503,43 +507,43 @@ def test_wrong_use_says_what_is_allowed():
         ({"flow_share": -0.1}, "flow_share must lie"),
         ({"one_step_share": 2}, "one_step_share must lie"),
         ({"dt": 0.0}, r"dt must lie in \(0, 1\)"),
-        ({"metric": "lpips"}, "unknown metric 'lpips': choose from squared, normalised"),
+        ({"metric": "lpips"}, "metric must be one of squared, normalised, got 'lpips'"),
         ({"rectify_weight": -1.0}, "rectify_weight must be"),
         ({"guidance": float("inf")}, "guidance must be"),
         ({"guidance_range": (0.9, 0.1)}, "guidance_range must be"),
-        ({"guidance_range": 0.5}, "guidance_range must be two numbers, got 0.5"),
-        ({"times": (0.0, 1.0)}, "times must be two positive numbers"),
-        ({"times": 1.0}, "times must be two numbers, got 1.0"),
-        ({"times": (1.0, 1.0, 1.0)}, "times must be two numbers"),
+        ({"guidance_range": 0.5}, r"guidance_range must be 2 numbers in \[0, 1\], got 0.5"),
+        ({"times": (0.0, 1.0)}, r"times must be 2 numbers in \(0, inf\), got \(0.0, 1.0\)"),
+        ({"times": 1.0}, "times must be 2 numbers in .* got 1.0"),
+        ({"times": (1.0, 1.0, 1.0)}, "times must be 2 numbers"),
         ({"gain": 0.0}, "gain must be"),
         ({"clip": 0.0}, "clip must be"),
         ({"rectify_clip": 0.0}, "rectify_clip must be"),
     ]:
         with pytest.raises(ValueError, match=message):
-            TwinFlowLoss(**kwargs)
+            printed(**kwargs)
     net = network(0)
     for x in (torch.zeros(3, dtype=torch.long), torch.zeros(3), torch.zeros(0, 2)):
         with pytest.raises(ValueError, match="x must be a floating-point batch"):
-            TwinFlowLoss()(net, x)
+            printed()(net, x)
     with pytest.raises(ValueError, match="guidance > 0 needs cond and null"):
-        TwinFlowLoss(guidance=1.0)(net, torch.zeros(3, 2).double())
+        printed(guidance=1.0)(net, torch.zeros(3, 2).double())
     with pytest.raises(ValueError, match="data_free needs original"):
-        TwinFlowLoss(data_free=True)(net, torch.zeros(3, 2).double())
+        printed(data_free=True)(net, torch.zeros(3, 2).double())
     with pytest.raises(ValueError, match="cond has 2 rows, x has 3"):
-        TwinFlowLoss()(net, torch.zeros(3, 2).double(), torch.zeros(2))
+        printed()(net, torch.zeros(3, 2).double(), torch.zeros(2))
     x, label = torch.zeros(3, 2).double(), torch.zeros(3)
     for cond, null in ((label, torch.zeros(2)), ({"a": label}, {"a": torch.zeros(2)})):
         with pytest.raises(ValueError, match=r"null has shape \(2,\), but x has 3 rows"):
-            TwinFlowLoss(guidance=1.0)(net, x, cond, null=null)
+            printed(guidance=1.0)(net, x, cond, null=null)
 
     def narrow(x, t, r, cond):
         return x[:, :1]
 
     for name, loss, fields in [
-        ("net", TwinFlowLoss(order=0, share=0.0), {}),
-        ("teacher", TwinFlowLoss(flow_share=0.0), {"teacher": narrow}),
-        ("original", TwinFlowLoss(data_free=True), {"original": narrow}),
-        ("original", TwinFlowLoss(guidance=1.0), {"original": narrow, "cond": label, "null": label[:1]}),
+        ("net", printed(order=0, share=0.0), {}),
+        ("teacher", printed(flow_share=0.0), {"teacher": narrow}),
+        ("original", printed(data_free=True), {"original": narrow}),
+        ("original", printed(guidance=1.0), {"original": narrow, "cond": label, "null": label[:1]}),
     ]:
         with pytest.raises(ValueError, match=rf"{name}'s answer and x must have the same shape, got \(\d+, 1\)"):
             loss(narrow if name == "net" else lambda x, t, r, cond=None: net(x, t, r), x, **fields)

@@ -3,6 +3,13 @@
 import torch
 
 
+def check_rows(cond, n):
+    """Raise ValueError unless every tensor of a condition has n rows."""
+    for name, value in cond.items() if isinstance(cond, dict) else [("cond", cond)]:
+        if value is not None and len(value) != n:
+            raise ValueError(f"{name} has {len(value)} rows, x has {n}")
+
+
 def take(cond, rows):
     """Rows of a condition: None, a tensor, or a dict of tensors."""
     if cond is None:

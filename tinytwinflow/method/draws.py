@@ -1,4 +1,4 @@
-"""How a batch is divided among the parts of the loss, and everything random in it."""
+"""Everything random: seeded streams, how a batch is divided among the parts of the loss, and what is drawn for it."""
 
 from dataclasses import dataclass
 
@@ -59,3 +59,44 @@ class Draws:
     def slices(self):
         ends = [sum(self.counts[:i]) for i in range(5)]
         return [slice(a, b) for a, b in zip(ends[:-1], ends[1:])]
+
+
+def draw_for(loss, x, generator=None, together=None):
+    """Draw everything random for a `TwinFlowLoss` and a batch like x.  (B, *D) -> Draws.
+
+    together: a generator that is in the same state on all processes of a sharded network, for they must make the same
+    calls: it draws how many rows each part has.
+    """
+
+    def rand(rows):
+        return uniform(x[rows], generator)
+
+    B = len(x)
+    counts = split(B, loss.shares(), generator if together is None else together, x.device)
+    any_step, twin = slice(0, counts[0]), slice(counts[0] + counts[1], B)
+    a, b = loss.times
+    t = (1 - rand(slice(B)) ** (1 / b)) ** (1 / a)
+    t[twin] = rand(twin)
+    one_step = rand(any_step) < loss.one_step_share
+    t[any_step] = torch.where(one_step, 1.0, loss.dt + (1 - loss.dt) * t[any_step])
+    r = t.clone()
+    r[any_step] = torch.where(one_step, 0.0, rand(any_step) * (t[any_step] - loss.dt))
+    inner, t_i = [], t[any_step] - loss.dt
+    for i in range(1, loss.order):
+        step = 1 / (loss.order - i + 1) if loss.even_inner else rand(any_step)
+        t_i = t_i - step * (t_i - r[any_step])
+        inner.append(t_i)
+    rows = torch.randperm(B, generator=generator, device=x.device)
+    return Draws(counts, rows, normal(x, generator), normal(x, generator), t, r, inner, together is not None)
+
+
+def guided_rows(t, between, together):
+    """The rows that guidance acts on, those with t in an interval.  (n,) -> their numbers (m,), their weights (m,).
+
+    together: one row of weight 0 where there is none, for other processes make a call there.
+    """
+    acts = (t >= between[0]) & (t <= between[1])
+    on = acts.nonzero()[:, 0]
+    if together and not len(on):
+        on = torch.arange(min(1, len(t)), device=t.device)
+    return on, acts[on]

@@ -11,14 +11,14 @@ Every row of the batch carries one part of the loss, and one forward with gradie
 `reference.py` computes the same numbers with one forward per symbol; the tests hold the two together.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from .conditions import join, repeat, take
-from .draws import Draws, mean, normal, split, uniform
+from ..ranges import as_field, settings_of
+from .conditions import check_rows, join, repeat, take
+from .draws import draw_for, guided_rows, mean
 from .path import expand, interpolate, jump, same_shape, velocity
 from .twin import gap, generate
 
@@ -55,73 +55,65 @@ class Losses(NamedTuple):
 class TwinFlowLoss:
     """The TwinFlow loss.  loss(net, x, cond, teacher) -> Losses.
 
-    Defaults are the paper's but for flow_share. The toy recipe departs further; README says why.
+    The defaults are what we recommend, and what the recipes train with; `TwinFlowLoss.paper()` is what is printed. What
+    each setting means is written beside it, and `python -m tinytwinflow settings` lists them all.
 
-    order          N of Eq. 1: teacher jumps after the small step; 0 is flow matching alone
-    share          the paper's lambda: share of the batch in the two twin parts, half each
-    flow_share     share of the base rows with r = t. In the paper they are only those with t - r < dt,
-                   1 in 20; but the gap is read from the velocity, so it must be good. All other base
-                   rows have t - r >= dt here. Released code: 1/3 within 5 % of r = t
-    one_step_share share of the any-step rows put at t = 1, r = 0, the jump that one-step sampling makes;
-                   0 in the paper, 1/2 in the released code
-    dt             length of the small true step
-    times          (a, b) > 0 of the Kumaraswamy law of t in the base rows; (1, 1) is uniform
-    even_inner     teacher's times evenly spaced (released code), not t_i ~ U(r, t_{i-1}) (paper)
-    metric         "squared" (mean over elements) or "normalised" (released code), see `distance`
-    adversarial_weight, rectify_weight   1 in the paper; released code: rectify_weight 0.5
-    rectify_clip   clips dv elementwise; None in the paper, 1 in the released code
-    gain           bounds (t - r) / dt, the weight that the error of F gets in the regression form of
-                   Eq. 1; no bound in the paper. With one, long jumps need no clip and escape its bias
-                   (a clip draws the mean of what is clipped, u's noise, towards its median)
-    clip           clips the any-step correction elementwise
-    guidance       w: u becomes u + w (v(x_t, t, c) - v(x_t, t, null)) in the base rows; read from the network's
-                   own average, whose v is guided already, it comes to rest at the weight w / (1 - w)
-    guidance_range times t where guidance acts
-    data_free      never read x, only its shape: see `_base_pairs`
+    setting          here    paper                         released code
+    order            8       2                             2
+    flow_share       1/2     rows with t - r < dt, 1 in 20 1/3, within 5 % of r = t
+    one_step_share   0.3     0                             1/2
+    even_inner       yes     no                            yes
+    gain, clip       4, 10   no bound, 1                   no bound, 1
+    twin weights     0.3     1, 1                          1, and 0.5 for the rectification
+    rectify_clip     none    none                          1
+    metric           squared "a metric"                    normalised
+
+    With a gain, long jumps need no clip and escape its bias: a clip draws the mean of what is clipped, u's noise,
+    towards its median.
 
     Each part is a sum over its rows divided by the rows expected in it, share * B. Where that is not whole the numbers
     of rows are drawn at random around it, so the expected gradient is the same for every batch size, 1 included.
+    Raises ValueError for a setting out of its range.
     """
 
-    order: int = 2
-    share: float = 1 / 3
-    flow_share: float = 0.5
-    one_step_share: float = 0.0
-    dt: float = 0.01
-    times: tuple = (1.0, 1.0)
-    even_inner: bool = False
-    metric: str = "squared"
-    adversarial_weight: float = 1.0
-    rectify_weight: float = 1.0
-    rectify_clip: float | None = None
-    gain: float = math.inf
-    clip: float = 1.0
-    guidance: float = 0.0
-    guidance_range: tuple = (0.0, 1.0)
-    data_free: bool = False
+    order: int = as_field(8, "N of Eq. 1: teacher jumps after the small step; 0 is flow matching alone", "[0, inf)")
+    share: float = as_field(1 / 3, "the paper's lambda: share of the batch in the two twin parts, half each", "[0, 1]")
+    flow_share: float = as_field(0.5, "share of the base rows with r = t; the gap is read off their velocity", "[0, 1]")
+    one_step_share: float = as_field(
+        0.3, "share of the any-step rows at t = 1, r = 0, the jump of one-step sampling", "[0, 1]"
+    )
+    dt: float = as_field(0.01, "length of the small true step; any-step rows have t - r >= dt", "(0, 1)")
+    times: tuple = as_field(
+        (1.0, 1.0), "a, b of the Kumaraswamy law of t in the base rows; 1, 1 is uniform", "(0, inf)", length=2
+    )
+    even_inner: bool = as_field(True, "teacher's times evenly spaced, not t_i ~ U(r, t_{i-1})")
+    metric: str = as_field("squared", "distance of an answer to its target, over elements", choices=tuple(DISTANCES))
+    adversarial_weight: float = as_field(0.3, "weight of the self-adversarial term", "[0, inf)")
+    rectify_weight: float = as_field(0.3, "weight of the rectification", "[0, inf)")
+    rectify_clip: float | None = as_field(None, "clips dv elementwise", "(0, inf]", kind=float, none=True)
+    gain: float = as_field(
+        4.0, "bounds (t - r) / dt, the weight that the error of F has in the regression form of Eq. 1", "(0, inf]"
+    )
+    clip: float = as_field(10.0, "clips the any-step correction elementwise", "(0, inf]")
+    guidance: float = as_field(
+        0.0, "w: u becomes u + w (v(x_t, t, c) - v(x_t, t, null)) in base rows; it rests at w / (1 - w)", "[0, inf)"
+    )
+    guidance_range: tuple = as_field((0.0, 1.0), "times t where guidance acts", "[0, 1]", length=2)
+    data_free: bool = as_field(False, "never read x, only its shape: see `_base_pairs`")
+
+    @classmethod
+    def paper(cls, **changes):
+        """What the paper prints, with changes: one base row in twenty at r = t, those with t - r < dt; no gain."""
+        printed = {"order": 2, "flow_share": 0.05, "one_step_share": 0.0, "even_inner": False, "gain": float("inf")}
+        printed |= {"clip": 1.0, "adversarial_weight": 1.0, "rectify_weight": 1.0}
+        return cls(**printed | changes)
 
     def __post_init__(self):
-        def need(ok, what):
-            if not ok:
-                raise ValueError(what)
-
-        need(isinstance(self.order, int) and self.order >= 0, f"order must be a whole number >= 0, got {self.order!r}")
-        for name in ("share", "flow_share", "one_step_share"):
-            need(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
-        need(0 < self.dt < 1, f"dt must lie in (0, 1), got {self.dt!r}")
-        for name in ("times", "guidance_range"):
-            pair = getattr(self, name)
-            two = isinstance(pair, tuple | list) and [isinstance(a, int | float) for a in pair] == [True, True]
-            need(two, f"{name} must be two numbers, got {pair!r}")
-        need(min(self.times) > 0, f"times must be two positive numbers, got {self.times!r}")
-        need(self.metric in DISTANCES, f"unknown metric {self.metric!r}: choose from {', '.join(DISTANCES)}")
-        for name in ("adversarial_weight", "rectify_weight", "guidance"):
-            need(0 <= getattr(self, name) < math.inf, f"{name} must be a number >= 0, got {getattr(self, name)!r}")
-        for name in ("gain", "clip", "rectify_clip"):
-            value = getattr(self, name)
-            need(value is None and name == "rectify_clip" or value > 0, f"{name} must be > 0, got {value!r}")
+        for name, setting in settings_of(type(self)).items():
+            setting.check(name, getattr(self, name))
         low, high = self.guidance_range
-        need(0 <= low <= high <= 1, f"guidance_range must be two times 0 <= low <= high <= 1, got {low}, {high}")
+        if low > high:
+            raise ValueError(f"guidance_range must be two times low <= high, got {low}, {high}")
 
     def shares(self):
         """Expected share of the batch in each part: any-step, flow, adversarial, rectify."""
@@ -134,45 +126,18 @@ class TwinFlowLoss:
         net, teacher, original: velocity fields net(x, t, r, cond). teacher is F^-, used without gradient (default: net
         itself; in practice its EMA). original gives the velocities of guidance and of data-free training (default:
         teacher). x (B, *D). cond: None, tensor or dict, leading dimension B; null: the same for "no condition",
-        leading dimension 1 or B, needed for guidance. generator: on the device of x. together: a generator that is in
-        the same state on all processes of a sharded network, for they must make the same calls: it draws how many rows
-        each part has. Returns Losses. Raises ValueError if x is not a floating-point batch, cond or null has another
-        length, null is missing, or an answer of net, teacher or original has another shape than x.
+        leading dimension 1 or B, needed for guidance. generator: on the device of x. together: see `draws.draw_for`.
+        Returns Losses. Raises ValueError if x is not a floating-point batch, cond or null has another length, null is
+        missing, or an answer of net, teacher or original has another shape than x.
         """
         if not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
             raise ValueError(f"x must be a floating-point batch (B, *D), got {x.dtype} of shape {tuple(x.shape)}")
+        check_rows(cond, len(x))
         if self.guidance and (cond is None or null is None):
             raise ValueError("guidance > 0 needs cond and null, the condition that stands for none")
-        for name, value in cond.items() if isinstance(cond, dict) else [("cond", cond)]:
-            if value is not None and len(value) != len(x):
-                raise ValueError(f"{name} has {len(value)} rows, x has {len(x)}")
         if self.data_free and original is None and teacher is None:
             raise ValueError("data_free needs original, the frozen network whose velocity is learnt from")
-        return self.evaluate(self.draw(x, generator, together), net, x, cond, teacher, null, original)
-
-    def draw(self, x, generator=None, together=None):
-        """Draw everything random for a batch like x.  (B, *D) -> Draws."""
-
-        def rand(rows):
-            return uniform(x[rows], generator)
-
-        B = len(x)
-        counts = split(B, self.shares(), generator if together is None else together, x.device)
-        any_step, base = slice(0, counts[0]), slice(counts[0] + counts[1], B)
-        a, b = self.times
-        t = (1 - rand(slice(B)) ** (1 / b)) ** (1 / a)
-        t[base] = rand(base)
-        one_step = rand(any_step) < self.one_step_share
-        t[any_step] = torch.where(one_step, 1.0, self.dt + (1 - self.dt) * t[any_step])
-        r = t.clone()
-        r[any_step] = torch.where(one_step, 0.0, rand(any_step) * (t[any_step] - self.dt))
-        inner, t_i = [], t[any_step] - self.dt
-        for i in range(1, self.order):
-            step = 1 / (self.order - i + 1) if self.even_inner else rand(any_step)
-            t_i = t_i - step * (t_i - r[any_step])
-            inner.append(t_i)
-        rows = torch.randperm(B, generator=generator, device=x.device)
-        return Draws(counts, rows, normal(x, generator), normal(x, generator), t, r, inner, together is not None)
+        return self.evaluate(draw_for(self, x, generator, together), net, x, cond, teacher, null, original)
 
     def evaluate(self, draws, net, x, cond=None, teacher=None, null=None, original=None):
         """The loss for given draws.  See `__call__`."""
@@ -224,16 +189,12 @@ class TwinFlowLoss:
         else:
             x_t, u = interpolate(x[base], z, t), velocity(x[base], z)
         if self.guidance:
-            low, high = self.guidance_range
-            acts = (t >= low) & (t <= high)
-            on = acts.nonzero()[:, 0]
-            if draws.together and not len(on):
-                on = torch.arange(min(1, len(t)), device=t.device)  # a call of no effect, for others make one
+            on, acts = guided_rows(t, self.guidance_range, draws.together)
             if len(on):
                 both = join(take(cond, on), take(repeat(null, len(x)), draws.rows[base][on]))
                 x_on, t_on = torch.cat([x_t[on], x_t[on]]), t[on].repeat(2)
                 v, v_null = same_shape(original(x_on, t_on, t_on, both), x_on, "original's answer and x").chunk(2)
-                u[on] += self.guidance * expand(acts[on], v) * (v - v_null)
+                u[on] += self.guidance * expand(acts, v) * (v - v_null)
         return x_t, u
 
     def _fakes(self, draws, rows, net, cond):

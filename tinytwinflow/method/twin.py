@@ -37,8 +37,8 @@ def twin_velocities(net, x_t, t, cond=None):
 def gap(net, x_t, t, cond=None):
     """Velocity gap dv = v - v_fake at x_t (Sec. 3.2): zero where fakes and data agree.
 
-    At a noised fake, -dv is the direction in which KL(p_fake || p_real) grows, up to the weight
-    (1 - t)^2 / t (Eqs. 3-8), so moving F(z, 1, 0) by dv moves the fakes onto the data.
+    At a noised fake, dv is the direction in which KL(p_fake || p_real) grows, up to the weight (1 - t)^2 / t
+    (Eqs. 3-8): the fake must move along -dv. It is z - F(z, 1, 0), so F must move along +dv (Eq. 9).
     x_t (B, *D), t (B,) in [0, 1] -> (B, *D).
     """
     v, v_fake = twin_velocities(net, x_t, t, cond)

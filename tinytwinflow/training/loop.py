@@ -116,5 +116,3 @@ def fill_helpers(state, loss, done, total):
             helper.load_state_dict(state.average.state_dict())
         elif again and loss.helpers[name] == "frozen":
             helper.load_state_dict(state.teacher.state_dict())
-
-
