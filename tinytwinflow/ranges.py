@@ -15,6 +15,7 @@ class Setting:
 
     kind: int, float, bool, str, list or dict. within: an interval such as "[0, 1)" or "(0, inf)", of a list the one
     for each number. length: of a list of numbers. choices: all values there are. none: whether None is one too.
+    unit: what it counts.
     """
 
     default: object
@@ -24,6 +25,7 @@ class Setting:
     length: int = 0
     choices: tuple = ()
     none: bool = False
+    unit: str = ""
 
     @property
     def range(self):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tinytwinflow.runs.config import loss_of
 
 from tinytwinflow import TwinFlowLoss
 from tinytwinflow.backbones import lora
@@ -17,7 +18,6 @@ from tinytwinflow.backbones.captions import Texts
 from tinytwinflow.backbones.velocity import Velocity, load_velocity
 from tinytwinflow.benchmarks import speed_backbone as bench_large
 from tinytwinflow.cli.commands import main
-from tinytwinflow.runs.config import loss_of
 from tinytwinflow.runs.folder import backbone_of, painter
 from tinytwinflow.runs.recipes import settings
 from tinytwinflow.training import sharded

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tinytwinflow.cli.commands import main
-from tinytwinflow.runs import run as runs
+from tinytwinflow.runs.folder import read_config
+from tinytwinflow.training import checkpoints
 
 SMALL = ["width=16", "depth=2", "batch_size=16", "steps=6", "warmup_steps=2", "base_steps=1", "eval_samples=64"]
 
@@ -77,7 +78,7 @@ def test_train_then_sample(tmp_path, capsys):
 
 def test_a_table_of_an_earlier_step_is_not_taken_for_the_last(tmp_path, monkeypatch, capsys):
     """Stopped, evaluated, resumed, and killed before it was measured: resumed once more it is."""
-    folder, real = tmp_path / "run", runs.write_checkpoint
+    folder, real = tmp_path / "run", checkpoints.write_checkpoint
 
     def stop(path, content):
         real(path, content)
@@ -86,12 +87,12 @@ def test_a_table_of_an_earlier_step_is_not_taken_for_the_last(tmp_path, monkeypa
 
     changes = [*SMALL, "checkpoint_every=3"]
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_checkpoint", stop)
+        patch.setattr(checkpoints, "write_checkpoint", stop)
         assert main(["train", "toy", "--set", *changes, "--out", str(folder)]) == 130
     assert main(["evaluate", str(folder)]) == 0
     early = (folder / "metrics.json").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("tinytwinflow.cli.commands.evaluate", lambda *_, **__: runs.read_config("killed here"))
+        patch.setattr("tinytwinflow.cli.commands.evaluate", lambda *_, **__: read_config("killed here"))
         assert main(["train", "toy", "--resume", "--out", str(folder)]) == 2
     assert main(["train", "toy", "--resume", "--out", str(folder)]) == 0
     assert (folder / "metrics.json").read_text() != early
@@ -197,17 +198,17 @@ def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
     fails(capsys, ["draw"], "draw", "sample", "evaluate")
     fails(capsys, ["train", "cifar100", "--out", tmp_path / "a"], "unknown recipe 'cifar100'", "toy")
     fails(capsys, ["train", "toy", "--data", "blobs", "--out", tmp_path / "a"], "unknown data set 'blobs'", "moons")
-    fails(capsys, ["--set", "learning_rate=1", "--out", tmp_path / "b"], "unknown key 'learning_rate'", "lr")
+    fails(capsys, ["--set", "learning_rate=1", "--out", tmp_path / "b"], "unknown setting 'learning_rate'", "lr")
     fails(capsys, ["--set", "lr", "--out", tmp_path / "b"], "key=value")
-    fails(capsys, ["--set", "steps=many", "--out", tmp_path / "b"], "steps takes int", "'many'")
-    fails(capsys, ["--set", "steps=1.5", "--out", tmp_path / "b"], "steps takes int")
-    fails(capsys, ["--set", "conditional=7", "--out", tmp_path / "b"], "conditional takes bool")
+    fails(capsys, ["--set", "steps=many", "--out", tmp_path / "b"], "steps must be at least 1", "'many'")
+    fails(capsys, ["--set", "steps=1.5", "--out", tmp_path / "b"], "steps must be at least 1, got 1.5")
+    fails(capsys, ["--set", "conditional=7", "--out", tmp_path / "b"], "conditional must be true or false, got 7")
     fails(capsys, ["--set", "steps=0", "--out", tmp_path / "b"], "steps must be at least 1")
     fails(capsys, ["--set", "share=2", "--out", tmp_path / "b"], "share must lie in [0, 1]")
     fails(capsys, ["--set", "metric=lpips", "--out", tmp_path / "b"], "squared, normalised")
     fails(capsys, ["--set", "steps=10", "warmup_steps=10", "--out", tmp_path / "b"], "the method never starts")
     fails(capsys, ["--set", "guidance=1", "--out", tmp_path / "b"], "guidance needs labels")
-    fails(capsys, ["--set", "times=[1]", "--out", tmp_path / "b"], "times must be two numbers")
+    fails(capsys, ["--set", "times=[1]", "--out", tmp_path / "b"], "times must be 2 numbers")
     fails(capsys, ["--device", "abacus", "--out", tmp_path / "b"], "device 'abacus'")
     fails(capsys, ["sample", run, "--mode", "fast"], "unknown mode 'fast': choose from any, few, multi")
     fails(capsys, ["sample", run, "--steps", "0"], "steps must be a whole number of network calls >= 1")
@@ -218,10 +219,10 @@ def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
     fails(capsys, ["compare", "--seeds", "0", "--out", tmp_path / "c"], "--seeds must be at least 1")
     fails(capsys, ["compare", "--jobs", "0", "--out", tmp_path / "c"], "--jobs must be at least 1")
     fails(capsys, ["compare", "--methods", "gan", "--out", tmp_path / "c"], "unknown method 'gan'", "dmd2", "twinflow")
-    fails(capsys, ["compare", "--methods", "dmd rate=1", "--out", tmp_path / "c"], "unknown key 'rate'")
+    fails(capsys, ["compare", "--methods", "dmd rate=1", "--out", tmp_path / "c"], "unknown setting 'rate'")
     fails(capsys, ["--set", "method=gan", "--out", tmp_path / "b"], "method must be one of", "sana-sprint", "'gan'")
     fails(capsys, ["--set", "method=vsd", 'peer={"alpha":1}', "--out", tmp_path / "b"], "vsd has no such setting")
-    fails(capsys, ["--set", 'peer={"alpha":1}', "--out", tmp_path / "b"], "peer is for all but the first")
+    fails(capsys, ["--set", 'peer={"alpha":1}', "--out", tmp_path / "b"], "peer is for all methods but twinflow")
     fails(
         capsys, ["--set", "method=sid", "base_steps=5", "--out", tmp_path / "b"], "base_steps are for method twinflow"
     )

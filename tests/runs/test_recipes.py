@@ -125,7 +125,7 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_the_same(options, home, tm
             if content["step"] == 2:
                 raise KeyboardInterrupt
 
-        patch.setattr("tinytwinflow.runs.run.write_checkpoint", stop)
+        patch.setattr("tinytwinflow.training.checkpoints.write_checkpoint", stop)
         assert main([*command, "--out", str(parts)]) == 130
     assert main([*command, "--out", str(parts), "--resume"]) == 0
     a, b = trained(whole)[2], trained(parts)[2]
@@ -142,7 +142,7 @@ def test_published_weights_start_a_run(home, tmp_path, capsys):
         command = ["train", "imagenet", "--data-dir", str(home), "--init-from", f"{kind}:{tmp_path / 'weights.pt'}"]
         changes = [*engine, *RUNS["imagenet"], f"epsilon={epsilon}"]
         assert main([*command, "--set", *changes, "--out", str(tmp_path / kind)]) == 0
-        net, _, _ = trained(tmp_path / kind)
+        net = trained(tmp_path / kind).net
         torch.testing.assert_close(net.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
     changes = [*engine, *RUNS["fashion"]]
     command = ["train", "fashion", "--data-dir", str(home), "--set", *changes, "--out", str(tmp_path / "other")]
@@ -167,11 +167,11 @@ def test_wrong_settings_are_answered_in_one_line(home, vae, tmp_path, capsys):
     refused("fashion", "compile must be one of none, default", changes=["compile=yes"])
     refused("fashion", "graphs overwrite gradients", changes=["compile=graphs", "accumulate=2"])
     refused("fashion", "graphs overwrite gradients", changes=["compile=graphs", "parallel=fsdp"])
-    refused("fashion", "clip_norm must be > 0", changes=["clip_norm=0"])
+    refused("fashion", "clip_norm must be a number > 0, or None", changes=["clip_norm=0"])
     refused("toy", "net 'unet' does not fit", changes=["net=unet"])
     refused("cifar", "net 'dit' needs heads, patch, which recipe cifar does not set", changes=["net=dit"])
-    refused("fashion", "times must be two numbers", changes=['times=["a",1]'])
-    refused("fashion", "guidance_range must be two numbers", changes=["guidance_range=[1]"])
+    refused("fashion", "times must be 2 numbers", changes=['times=["a",1]'])
+    refused("fashion", "guidance_range must be 2 numbers", changes=["guidance_range=[1]"])
     refused("fashion", "subset must be at least 0", changes=["subset=-1"])
     refused("fashion", "eval_samples must be at least 6", changes=["eval_samples=4"])
     refused("fashion", "lr must be a number > 0", changes=["lr=Infinity"])

@@ -19,8 +19,8 @@ from tinytwinflow.data.points import Points
 from tinytwinflow.files import read_checkpoint
 from tinytwinflow.nets import MLP
 from tinytwinflow.runs.folder import read_log, sampled, trained
-from tinytwinflow.runs.recipes import settings as recipe
-from tinytwinflow.runs.run import continue_run, start
+from tinytwinflow.runs.recipes import configured
+from tinytwinflow.runs.run import begin, finish
 from tinytwinflow.training import ema
 from tinytwinflow.training.checkpoints import write_checkpoint
 from tinytwinflow.training.loop import learning_rate, train
@@ -30,7 +30,7 @@ SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "base_steps=0
 
 
 def config(*changes, seed=0):
-    return {"recipe": "toy", "seed": seed, **recipe("toy", [*SMALL, *changes])}
+    return configured("toy", [*SMALL, *changes], seed=seed)
 
 
 def small_state(seed=0):
@@ -127,8 +127,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(tmp_path):
 
 
 def test_warm_up_is_flow_matching_and_twins_come_after(tmp_path):
-    start(tmp_path / "run", config("steps=8"))
-    continue_run(tmp_path / "run")
+    finish(begin(config("steps=8"), tmp_path / "run"))
     log = read_log(tmp_path / "run")
     assert [r["step"] for r in log] == list(range(1, 9))
     assert all(r["adversarial"] == r["rectify"] == r["gap"] == 0 for r in log[:4])
@@ -156,10 +155,12 @@ def test_phases_come_in_order_and_the_teacher_is_the_moving_average():
 
 
 def test_a_run_can_start_from_the_weights_of_another(tmp_path):
-    start(tmp_path / "flow", config("steps=6", "share=0", "order=0"))
-    continue_run(tmp_path / "flow")
-    start(tmp_path / "twin", config("steps=1", "warmup_steps=0", "lr=1e-12", f"init_from={tmp_path / 'flow'}", seed=5))
-    continue_run(tmp_path / "twin")
+    finish(begin(config("steps=6", "share=0", "order=0"), tmp_path / "flow"))
+    finish(
+        begin(
+            config("steps=1", "warmup_steps=0", "lr=1e-12", f"init_from={tmp_path / 'flow'}", seed=5), tmp_path / "twin"
+        )
+    )
     a, b = trained(tmp_path / "flow")[0], trained(tmp_path / "twin")[0]
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(a.parameters(), b.parameters()))
 
@@ -188,9 +189,8 @@ def test_learning_rate_rises_then_falls_to_zero(steps):
 
 
 def test_conditional_training_learns_with_guidance_and_dropout(tmp_path):
-    start(tmp_path / "run", config("steps=8", "conditional=true", "guidance=0.5"))
-    state = continue_run(tmp_path / "run")
-    assert state.net.classes == 8
+    run = finish(begin(config("steps=8", "conditional=true", "guidance=0.5"), tmp_path / "run"))
+    assert run.state.net.classes == 8
     assert all(value == value for record in read_log(tmp_path / "run") for value in record.values())
 
 
@@ -251,8 +251,7 @@ def test_precision_runs_the_loss_under_autocast():
 
 def test_config_is_kept_and_checkpoint_is_plain_data(tmp_path):
     own = config("steps=3", "warmup_steps=1")
-    start(tmp_path / "run", own)
-    continue_run(tmp_path / "run")
+    finish(begin(own, tmp_path / "run"))
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == own
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 3 and saved["data"]["shape"] == [2]

@@ -4,8 +4,7 @@ import torch
 
 from ..training.ema import warmed_up
 from ..training.in_backward import in_backward
-from ..training.loop import WEIGHT_DTYPES
-from ..training.state import State, adamw, new_state
+from ..training.state import WEIGHT_DTYPES, State, adamw, new_state
 from . import lora
 from .velocity import load_structure, load_velocity
 

@@ -1,5 +1,5 @@
 """Benchmarks: what methods give and what they cost.
 
 Rooms, in reading order: speed, memory, calls, plan, compare, speed_backbone.
-May import: runs, backbones, evaluation, training, data, peers, nets, method, files.
+May import: runs, backbones, evaluation, training, data, peers, nets, method, files, ranges.
 """

@@ -13,66 +13,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import peers
 from ..data.points import Points
 from ..evaluation import pictures
 from ..evaluation.tables import LINE, NFES, comparison_table, floor_of, summary
 from ..files import write_json
 from ..runs.evaluate import rows_of, yardstick
-from ..runs.folder import read_config
-from ..runs.recipes import FLOW_MATCHING, RCGM, settings
-from ..runs.run import continue_run, start
+from ..runs.folder import read_config, trained
+from ..runs.methods import entry
+from ..runs.run import finish, make_folder, refuse_misfits, resume
 from . import memory
 
-# the network is a smooth one, for sCM and MeanFlow differentiate it in time, and so learns at a higher rate
-EQUAL = ("steps=3000", "batch_size=256", "lr=4e-3", "eval_samples=20000", "checkpoint_every=1000", "sharp=false")
 COMPARED_SETS = ("8gaussians", "checkerboard")
-METHODS = ("flow matching", "rcgm", *peers.PEERS, "twinflow")
-TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutorials/peers.md
-    "consistency training": ("lr=1e-3", "warmup_steps=750", 'peer={"c":null}'),
-    "consistency distillation": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9", 'peer={"steps":12}'),
-    "scm": ("lr=1e-3", "warmup_steps=0"),
-    "scm by differences": ("lr=1e-3", "warmup_steps=0"),
-    "meanflow": ("lr=1e-3", "warmup_steps=0", 'peer={"power":0.5}'),
-    "shortcut": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9"),
-    "progressive distillation": ("lr=4e-3", "warmup_steps=750", "ema=0.99"),
-    "vsd": ("lr=4e-3", "warmup_steps=1500"),
-    "dmd": ("lr=4e-3", "warmup_steps=1500", 'peer={"regression":1.0}'),
-    "dmd2": ("lr=4e-3", "warmup_steps=1500", 'peer={"gan":0.3}'),
-    "sid": ("lr=4e-3", "warmup_steps=750"),
-    "sana-sprint": ("lr=1e-3", "warmup_steps=1500", 'peer={"warm_up":0.5}'),
-}
-
-
-def named(text):
-    """A line's method and the settings after it.  "dmd2 lr=1e-3" -> "dmd2", ["lr=1e-3"]."""
-    words = text.split()
-    return " ".join(word for word in words if "=" not in word), [word for word in words if "=" in word]
-
-
-def entry(text, changes=()):
-    """Settings of one line of the table: a method's name, and settings of its own after it.
-
-    text: "dmd2" or "dmd2 lr=1e-3 warmup_steps=1500". changes: those for all. Later ones win: EQUAL, TUNED, changes,
-    own. Raises ValueError for an unknown method or setting.
-    """
-    name, own = named(text)
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    steps = settings("toy", [change for change in (*EQUAL, *changes, *own) if change.startswith("steps=")])["steps"]
-    given = [*EQUAL, *tuned(name, steps), *changes, *own]
-    if name in peers.PEERS:
-        given = [change for change in given if not change.startswith("base_steps=")]  # only TwinFlow has that phase
-        return {"recipe": "toy", **settings("toy", [f"method={name}", *given])}
-    return {"recipe": "toy", **settings("toy", given), **{"flow matching": FLOW_MATCHING, "rcgm": RCGM}.get(name, {})}
-
-
-def tuned(name, steps):
-    """The settings found for a method, with flow matching at its beginning for the same share of the steps."""
-    of_trials = settings("toy", EQUAL)["steps"]
-    for change in TUNED.get(name, ()):
-        key, _, value = change.partition("=")
-        yield f"{key}={round(int(value) * steps / of_trials)}" if key == "warmup_steps" else change
 
 
 def compare(names, methods, seeds, changes, out, jobs=None):
@@ -83,8 +34,7 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     ValueError for an unknown data set, method or setting, or if `out` was made with other settings.
     """
     began, todo = time.perf_counter(), []
-    for name in names:
-        Points(name, 1)
+    sets = {name: Points(name, 1) for name in names}
     for seed in seeds:
         for name in names:
             for method in methods:
@@ -92,7 +42,8 @@ def compare(names, methods, seeds, changes, out, jobs=None):
                 todo.append((folder, {**entry(method, changes), "seed": seed, "data": name}, method))
     for folder, config, _ in todo:
         if not (folder / "config.json").exists():
-            start(folder, config)
+            refuse_misfits(config, sets[config["data"]], folder=folder)
+            make_folder(folder, config)
         elif read_config(folder) != json.loads(json.dumps(config)):
             raise ValueError(f"{folder} was made with other settings: choose another --out")
     left = [(folder, config, method) for folder, config, method in todo if not (folder / "metrics.json").exists()]
@@ -137,10 +88,10 @@ def alone(parent):
 
 def one(folder, config, method):
     """Train and measure one method on one data set with one seed; the result is left in its folder."""
-    began, yard = time.perf_counter(), yardstick(folder, config)
+    began, yard = time.perf_counter(), yardstick(config, folder=folder)
     try:
-        continue_run(folder, bar=False)
-        rows, _ = rows_of(folder, (*NFES, LINE[1]) if method.startswith(LINE[0]) else NFES, yard)
+        finish(resume(folder), bar=False)
+        rows, _ = rows_of(trained(folder), (*NFES, LINE[1]) if method.startswith(LINE[0]) else NFES, yard)
         diverged = None
     except FloatingPointError as error:
         rows, diverged = [], str(error)

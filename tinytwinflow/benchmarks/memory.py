@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from ..data.points import Points
 from ..nets.dit import DiT, dimensions
 from ..runs.build import net_of
-from ..runs.config import loss_of
+from ..runs.settings import loss_of
 from ..training.loop import autocast, loss_of_batch, train
 from ..training.state import new_state
 from .speed import in_turn

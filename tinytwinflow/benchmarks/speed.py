@@ -12,8 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..method.losses import TwinFlowLoss
 from ..method.samplers import sample
 from ..nets import MLP, dit
-from ..runs.config import loss_of
-from ..runs.recipes import settings
 from ..training.distributed import compile_as
 from ..training.ema import average_of, update
 from ..training.loop import autocast
@@ -106,9 +104,9 @@ def bench_steps(device="cpu", net="mlp", batch_size=None, points=None, rounds=9,
     precision = precision or ("bf16" if str(device).startswith("cuda") else "float32")
     losses = {
         "flow matching": TwinFlowLoss(order=0, share=0.0),
-        "twinflow": TwinFlowLoss(),
-        "twinflow, guidance 0.5": TwinFlowLoss(guidance=0.5),
-        "twinflow, order 8 (recipes)": loss_of(settings("toy")),
+        "twinflow, order 2": TwinFlowLoss(order=2),
+        "twinflow, order 2, guidance 0.5": TwinFlowLoss(order=2, guidance=0.5),
+        "twinflow, order 8": TwinFlowLoss(),
     }
     net = net.to(device)
     steps, average = training_steps(net, losses, shape, batch_size, device, precision)

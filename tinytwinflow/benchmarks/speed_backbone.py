@@ -10,12 +10,13 @@ import torch
 from ..backbones import states
 from ..method.draws import normal
 from ..method.samplers import sample
-from ..runs.config import loss_of
-from ..runs.recipes import FLOW_MATCHING, RCGM, settings
+from ..runs.methods import FLOW_MATCHING, RCGM, entry, named
+from ..runs.recipes import configured
+from ..runs.settings import loss_of
 from ..training.distributed import prepare
-from ..training.loop import WEIGHT_DTYPES, autocast, train
+from ..training.loop import autocast, train
+from ..training.state import WEIGHT_DTYPES
 from .calls import BACKBONES, condition, named_structure
-from .compare import entry, named
 from .speed import peak_memory, seconds
 
 CHANGES = {  # of recipe text; see plan.TRAININGS
@@ -44,7 +45,7 @@ def loss_for(method, training):
         raise ValueError(f"training must be one of {', '.join(CHANGES)}, got {training!r}")
     own = {"twinflow": {}, "rcgm": RCGM, "flow matching": {**FLOW_MATCHING, "guidance": 0.0}}
     if method in own:
-        return loss_of({**settings("text", CHANGES[training]), **own[method]})
+        return loss_of(configured("text", CHANGES[training]) | own[method])
     if named(method)[0] in own:
         raise ValueError(f"{method!r}: of {', '.join(own)} the settings are those of recipe text, and no others")
     loss = loss_of(entry(method))
@@ -68,7 +69,7 @@ def prepared(name, training, device, method):
     """A backbone in training.  -> State, settings, batch: rows -> x, cond, and steps: rows -> records without end."""
     loss, on_gpu = loss_for(method, training), torch.device(device).type == "cuda"
     config, net = (
-        {"seed": 0, **settings("text", CHANGES[training])},
+        configured("text", CHANGES[training]),
         named_structure(name, **({} if on_gpu else small(name))),
     )
     _, _, shape, tokens = BACKBONES[name]

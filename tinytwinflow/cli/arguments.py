@@ -10,8 +10,9 @@ from ..benchmarks import compare, plan, speed_backbone
 from ..data.readers import IMAGE_SETS
 from ..data.toys import TOYS
 from ..method.samplers import MODES
-from ..runs.recipes import RECIPES, settings
-from ..training.loop import COMPILE
+from ..runs.methods import METHODS
+from ..runs.recipes import RECIPES, configured
+from ..training.distributed import COMPILE
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +63,9 @@ def parser():
     train.add_argument(
         "--init-from", metavar="RUN", help="run folder, checkpoint, sit:FILE or dit:FILE, for the first weights"
     )
+
+    told = add("settings", "every setting: what it means, what it may be, its value in a recipe")
+    told.add_argument("recipe", nargs="?", help=f"{', '.join(RECIPES)} (default: the defaults)")
 
     draw = add("sample", "sample from a run")
     draw.add_argument("folder", metavar="RUN")
@@ -116,8 +120,8 @@ def parser():
 
     peers = add("compare", "TwinFlow and its peers on equal terms: one table")
     peers.add_argument("--data", nargs="+", default=list(compare.COMPARED_SETS), metavar="D")
-    known = f"from {', '.join(compare.METHODS)}; with settings of its own: 'dmd2 lr=1e-3'; @FILE reads them, one a line"
-    peers.add_argument("--methods", nargs="+", default=list(compare.METHODS), metavar="M", help=known)
+    known = f"from {', '.join(METHODS)}; with settings of its own: 'dmd2 lr=1e-3'; @FILE reads them, one a line"
+    peers.add_argument("--methods", nargs="+", default=list(METHODS), metavar="M", help=known)
     peers.add_argument("--seeds", type=int, default=3, metavar="K", help="how many (default 3)")
     peers.add_argument("--first-seed", type=seed, default=0, metavar="S", help="the first of them (default 0)")
     peers.add_argument("--jobs", type=int, metavar="J", help="processes of one thread (default: one a core)")
@@ -163,7 +167,7 @@ def refuse_graphs(compile, device):
 
 def config_of(args, recipe):
     """The settings of a run of a recipe: what is named on the command line, paths from the root."""
-    config = {"recipe": recipe, "seed": args.seed or 0, **settings(recipe, args.changes)}
+    config = configured(recipe, args.changes, **({} if args.seed is None else {"seed": args.seed}))
     refuse_graphs(config["compile"], args.device)
     if getattr(args, "init_from", None):
         config["init_from"] = args.init_from

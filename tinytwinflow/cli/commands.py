@@ -13,13 +13,16 @@ from ..data.latents import autoencoder, decode, encode
 from ..data.points import restore
 from ..data.readers import Folder
 from ..evaluation import pictures
+from ..evaluation.tables import run_table
 from ..files import write_json
-from ..runs.config import loss_of, method_of
-from ..runs.evaluate import evaluate, run_table
-from ..runs.folder import backbone_of, finished, has_checkpoint, painter, read_config, read_log, sampled, trained
-from ..runs.run import continue_run, start
-from ..training import distributed
-from ..training.loop import COMPILE
+from ..runs.evaluate import evaluate
+from ..runs.folder import backbone_of, painter, read_config, read_log, sampled, trained
+from ..runs.methods import METHODS, entry
+from ..runs.recipes import configured
+from ..runs.run import begin, finish, resume
+from ..runs.settings import listed, loss_of, method_of
+from ..training.checkpoints import has_checkpoint
+from ..training.distributed import COMPILE, first, joined
 from .arguments import config_of, device_of, parser, refuse_graphs
 
 
@@ -42,24 +45,25 @@ def run_toy(args):
     began = time.perf_counter()
     folder = Path(args.out or "runs/toy")
     config, device = config_of(args, "toy"), device_of(args.device)
-    start(folder, config, move=True)
-    continue_run(folder, device=device)
-    result, kept = evaluate(folder, nfes=(1, 2, 4), device=device)
+    run = finish(begin(config, folder, device, replace=True))
+    result, kept = evaluate(run.trained(), nfes=(1, 2, 4), device=device)
     show(folder, result, kept)
     print(f"{time.perf_counter() - began:.0f} s on {device}, {torch.get_num_threads()} threads")
 
 
 def run_train(args):
-    folder = Path(args.out or f"runs/{args.recipe}")
-    config = config_of(args, args.recipe)
-    with distributed.joined(args.device, config["seed"]) as world:
+    folder, config = Path(args.out or f"runs/{args.recipe}"), config_of(args, args.recipe)
+    with joined(args.device, config["seed"]) as world:
         device = device_of(world.device if world else args.device)
-        if world:
-            world.first(lambda: ready(folder, config, args))
+        if args.resume and not folder.is_dir():
+            raise ValueError(f"{folder}: no such run to resume")
+        if args.resume and ((folder / "config.json").exists() or has_checkpoint(folder)):
+            first(world, lambda: keeps_settings(folder, config, args))
+            run = resume(folder, device, world)
         else:
-            ready(folder, config, args)
+            run = begin(config, folder, device, world)
         measured = (folder / "metrics.json").exists()
-        continue_run(folder, device, world=world)
+        finish(run)
     if world is not None and world.rank > 0:
         return
     if "model" in config:
@@ -67,28 +71,23 @@ def run_train(args):
     elif measured:
         print(f"{folder} had taken its last step and was measured: python -m tinytwinflow evaluate does so anew")
     else:
-        result, kept = evaluate(folder, nfes=(1, 2, 4), with_baseline=False, device=device)
-        show(folder, result, kept)
+        own = trained(folder, device)._replace(data=run.data if world is None else None)
+        show(folder, *evaluate(own, nfes=(1, 2, 4), with_baseline=False, device=device))
 
 
-def ready(folder, config, args):
-    """Make the run folder, or see that the one to resume is there and has the same settings."""
-    if not args.resume:
-        start(folder, config)
-    elif not folder.is_dir():
-        raise ValueError(f"{folder}: no such run to resume")
-    elif not (folder / "config.json").exists() and not has_checkpoint(folder):
-        start(folder, config)
-    else:
-        own, given = read_config(folder), {change.partition("=")[0] for change in args.changes}
-        given |= {key for key in ("data", "seed", "init_from") if getattr(args, key) is not None}
-        for key in ("recipe", *sorted(given)):
-            if config[key] != own[key]:
-                raise ValueError(f"a resumed run keeps its settings: {key} is {own[key]!r} there, not {config[key]!r}")
-        if args.data_dir and "data_dir" in own:
-            write_json(folder / "config.json", {**own, "data_dir": config["data_dir"]})
-    if (folder / "metrics.json").exists() and not finished(folder):
-        (folder / "metrics.json").unlink()  # of an earlier step; the end of training writes it anew
+def keeps_settings(folder, config, args):
+    """See that the run to resume has the settings that are given; where its data lie may have changed."""
+    own, given = read_config(folder), {change.partition("=")[0] for change in args.changes}
+    given |= {key for key in ("data", "seed", "init_from") if getattr(args, key) is not None}
+    for key in ("recipe", *sorted(given)):
+        if config[key] != own[key]:
+            raise ValueError(f"a resumed run keeps its settings: {key} is {own[key]!r} there, not {config[key]!r}")
+    if args.data_dir and "data_dir" in own:
+        write_json(folder / "config.json", {**own, "data_dir": config["data_dir"]})
+
+
+def run_settings(args):
+    print(listed(configured(args.recipe) if args.recipe else None))
 
 
 def run_sample(args):
@@ -97,7 +96,7 @@ def run_sample(args):
     out = Path(args.out or Path(args.folder) / f"samples-{args.steps}.png")
     if out.suffix not in (".png", ".npy"):
         raise ValueError(f"--out takes FILE.png or FILE.npy, got {out}")
-    net, config, saved = trained(args.folder, device_of(args.device))
+    net, config, saved, *_ = trained(args.folder, device_of(args.device))
     about = saved["data"]
     args.n = args.n or (5000 if len(about["shape"]) == 1 else 64)
     classes = about["classes"] if config["conditional"] else 0
@@ -131,8 +130,8 @@ def run_encode(args):
 
 
 def run_evaluate(args):
-    result, kept = evaluate(args.folder, device=device_of(args.device))
-    show(args.folder, result, kept)
+    device = device_of(args.device)
+    show(args.folder, *evaluate(trained(args.folder, device), device=device))
 
 
 def run_compare(args):
@@ -157,11 +156,9 @@ def run_memory(args):
     rows = (1 if on_backbone else 64) if args.batch_size is None else args.batch_size
     if rows < 1:
         raise ValueError(f"--batch-size must be at least 1, got {rows}")
-    methods = dict.fromkeys(
-        ["flow matching", *(args.methods or (plan.ON_BACKBONES if on_backbone else compare.METHODS))]
-    )
+    methods = dict.fromkeys(["flow matching", *(args.methods or (plan.ON_BACKBONES if on_backbone else METHODS))])
     if not on_backbone:
-        losses = {method: loss_of(compare.entry(method)) for method in methods}
+        losses = {method: loss_of(entry(method)) for method in methods}
         print(f"{args.net}, 32 x 32 x 4 latents, batch {rows}, bf16 autocast, float32 weights, GiB\n")
         print(memory.memory_table(memory.at_scale(losses, args.net, rows)))
         return

@@ -1,7 +1,7 @@
 """Data: what is dealt out to training steps.
 
 Rooms, in reading order: batches, toys, points, readers, latents, images.
-May import: method, files.
+May import: method, files, ranges.
 """
 
 from . import batches, images, latents, points, readers, toys

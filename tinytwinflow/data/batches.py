@@ -1,10 +1,66 @@
-"""What is dealt out to training steps."""
+"""Batches: what a data set is to a training step, and how rows are dealt out so that nothing has to be stored."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
 from ..method.draws import seeded
+
+
+class DataSet(Protocol):
+    """The contract of a data set: training data as a function of the step. No base class, no registry.
+
+    shape     of one sample, (D,) or (C, H, W)
+    classes   how many labels there are, 0 without; the null label, "no class", is `classes` itself
+    scaling   dict of what maps a sample back to the units of the data, kept in checkpoints; {} for none
+    on_disk   whether a batch takes time to read, so that the next one is read while a step is taken
+    batch     step -> x (B, *shape) in float32 of about unit spread, and labels (B,), other conditions, or None.
+              The same step gives the same batch whenever and wherever it is asked, so that a run resumes where it was
+    fresh     n, draw -> x, labels to measure against, not more than n; draws 0 and 1 have no sample in common
+
+    A set of your own, given to `fit` or to `runs.run.begin`:
+
+    >>> class Ring:
+    ...     shape, classes, scaling, on_disk = (2,), 0, {}, False
+    ...     def draw(self, n, *key):
+    ...         angle = 6.2832 * torch.rand(n, generator=seeded(*key))
+    ...         return torch.stack([angle.cos(), angle.sin()], 1), None
+    ...     def batch(self, step):
+    ...         return self.draw(64, 0, step)
+    ...     def fresh(self, n, draw=0):
+    ...         return self.draw(n, 1, draw)
+    """
+
+    shape: tuple
+    classes: int
+    scaling: dict
+    on_disk: bool
+
+    def batch(self, step): ...
+
+    def fresh(self, n, draw=0): ...
+
+
+@contextmanager
+def read_ahead(data):
+    """data.batch, the next batch of a set on disk being read while a step is taken."""
+    if not data.on_disk:
+        yield data.batch
+        return
+    pool, coming = ThreadPoolExecutor(1), {}
+
+    def batch(step):
+        now = coming.pop(step).result() if step in coming else data.batch(step)
+        coming[step + 1] = pool.submit(data.batch, step + 1)
+        return now
+
+    try:
+        yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @functools.lru_cache(maxsize=2)

@@ -48,19 +48,20 @@ def train_classifier(data, steps=600, lr=2e-3, device="cpu"):
 
 
 def classifier_of(folder, data, device="cpu"):
-    """The classifier kept in a run folder, trained now if it is not there yet.
+    """The classifier kept in a run folder, trained now if it is not there yet, or if there is no folder.
 
     data: the whole set with a seed and batch that do not depend on the run, so that the figures of
     all runs on one set are in the same features.
     """
-    path = Path(folder) / "classifier.pt"
-    if path.exists():
+    path = None if folder is None else Path(folder) / "classifier.pt"
+    if path is not None and path.exists():
         net = Classifier(data.shape[0], data.classes)
         load_weights(net, read_checkpoint(path, keys=("net",))["net"], path)
         return net.to(device).eval().requires_grad_(False)
     net = train_classifier(data, device=device)
-    with aside(path) as file:
-        torch.save({"net": net.state_dict()}, file)
+    if path is not None:
+        with aside(path) as file:
+            torch.save({"net": net.state_dict()}, file)
     return net
 
 

@@ -131,3 +131,33 @@ def diversity(x, label):
     if not means:
         raise ValueError("diversity needs a class with two samples")
     return torch.stack(means).mean().item()
+
+
+def measure_points(samples, real, mixture=None):
+    """All metrics of a set of points.  (n, D), (n, D) -> dict.
+
+    The energy distance is taken on the first 5,000 of each; diversity is the mean distance of two of the first 5,000
+    samples, to be set against that of real data; coverage is given where the mixture is known.
+    """
+    values = {
+        "sliced_wasserstein": sliced_wasserstein(samples, real),
+        "energy_distance": energy_distance(samples[:5000], real[:5000]),
+        "diversity": torch.pdist(samples[:5000]).mean().item(),
+    }
+    if mixture is not None:
+        values["coverage"] = coverage(samples, mixture)
+    return values
+
+
+def measure_images(x, label, real, net=None):
+    """All metrics of a set of images from their features.  (n, D), (n,) or None, (m, D) -> dict.
+
+    Neighbours on the first 5,000 of each; with labels, diversity within a class, and, given the classifier
+    `net`, accuracy: the share that it gives the label they were made for.
+    """
+    values = {"frechet": frechet(x, real), **precision_recall_coverage(x[:5000], real[:5000])}
+    if label is not None:
+        values["diversity"] = diversity(x, label)
+    if label is not None and net is not None:
+        values["accuracy"] = (net.last(x).argmax(1) == label).double().mean().item()
+    return values

@@ -1,4 +1,4 @@
-"""What a comparison found, averaged over its seeds, as Markdown tables."""
+"""Results as text: one run's metrics, and what a comparison found, averaged over its seeds, in Markdown."""
 
 import math
 from pathlib import Path
@@ -7,6 +7,16 @@ from statistics import mean, pstdev
 NFES = (1, 2, 4, 8)
 LINE = ("flow matching", 100)  # what one step is compared with
 COLUMNS = ("sliced_wasserstein", "energy_distance", "coverage", "diversity")
+
+
+def run_table(result):
+    """The rows of metrics.json as text."""
+    names = list(result["floor"])
+    lines = [f"{'method':<16}{'mode':<8}{'NFE':>5}" + "".join(f"{name:>20}" for name in names)]
+    for row in result["rows"]:
+        lines.append(f"{row['method']:<16}{row['mode']:<8}{row['nfe']:>5}" + "".join(f"{row[m]:>20.4f}" for m in names))
+    lines.append(f"{'real data':<29}" + "".join(f"{result['floor'][name]:>20.4f}" for name in names))
+    return "\n".join(lines)
 
 
 def floor_of(results, name):

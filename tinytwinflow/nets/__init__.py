@@ -1,7 +1,7 @@
 """Nets: networks that are velocity fields. They know nothing of any loss; a loss knows nothing of them.
 
 Rooms, in reading order: times, mlp, dit, unet.
-May import: method, files.
+May import: method, files, ranges.
 """
 
 from .dit import DiT, dit, load_published

@@ -1,18 +1,22 @@
 """From a run's settings to its data, its network and its State, on one process or many."""
 
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..backbones import states
-from ..training import distributed
-from .config import loss_of
-from ..data.points import Points
-from ..files import read_checkpoint, load_weights
-from ..data.images import Images
-from ..nets import MLP, DiT, UNet, dit, load_published
 from ..backbones.captions import LATENTS, Texts
+from ..backbones.states import backbone_state, build_backbone
+from ..data.images import Images
+from ..data.points import Points
+from ..files import load_weights, read_checkpoint
+from ..nets import MLP, DiT, UNet, dit, load_published
+from ..training.distributed import as_copies, deal_out, prepare, without_weights
 from ..training.state import new_state
+from .settings import loss_of
+
+OWN = "own"  # the setting `net` of a network that the user gave
 
 
 def data_of(config, world=None):
@@ -36,15 +40,13 @@ def data_of(config, world=None):
 def net_of(config, shape, classes):
     """The network that a run's settings describe, for samples of a shape: (D,) or (C, H, H)."""
     kind, classes = config["net"], classes if config["conditional"] else 0
+    if kind == OWN:
+        raise ValueError("its network is of the user's own: tinytwinflow.load(path, net=...) takes it")
     if (kind == "mlp") != (len(shape) == 1):
         raise ValueError(
             f"net {kind!r} does not fit samples of shape {tuple(shape)}: mlp is for points, others for images"
         )
-    needed = {
-        "mlp": ("width", "depth", "sharp"),
-        "unet": ("width", "depth"),
-        "dit": ("width", "depth", "heads", "patch"),
-    }
+    needed = {"mlp": ("width", "depth", "sharp"), "unet": ("width", "depth"), "dit": ("width", "depth", "heads", "patch")}
     missing = [key for key in needed.get(kind, ()) if key not in config]
     if missing:
         raise ValueError(f"net {kind!r} needs {', '.join(missing)}, which recipe {config['recipe']} does not set")
@@ -72,27 +74,43 @@ def first_weights(net, source):
         load_weights(net, read_checkpoint(path)["average"], path)
 
 
-def state_of(config, shape, classes, device, world=None, fresh=True):
-    """The State of a run, on this process's device; fresh=False leaves its weights for a checkpoint to fill."""
+def first_net(config, data, weights=True, fresh=True):
+    """The network of a run as its seed makes it, and its first weights if it is fresh; weights=False: structure alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"])
+        if "model" in config:
+            return build_backbone(config, weights)
+        net = net_of(config, data.shape, data.classes)
+    if weights and fresh and config["init_from"]:
+        first_weights(net, config["init_from"])
+    return net
+
+
+def state_of(config, data, device="cpu", world=None, fresh=True, net=None):
+    """The State of a run on this process's device; fresh=False leaves its weights for a checkpoint to fill.
+
+    net: the network, where it is of the user's own. In pieces every process makes the network without weights, and the
+    first one once more with them, which it deals out.
+    """
     loss = loss_of(config)
     if world is not None and config["method"] != "twinflow":
         raise ValueError(f"method {config['method']} trains on one process: start it without torchrun")
     if world is not None and config["parallel"] == "ddp" and config.get("optimizer") == "adafactor":
         raise ValueError("optimizer adafactor steps before ddp has averaged gradients: --set parallel=fsdp")
-
-    def build(weights):
-        torch.manual_seed(config["seed"])
-        if "model" in config:
-            return states.build_backbone(config, weights)
-        net = net_of(config, shape, classes)
-        if weights and fresh and config["init_from"]:
-            first_weights(net, config["init_from"])
-        return net
-
-    def make(net, place):
-        if "model" in config:
-            return states.backbone_state(net, config, place)
-        return new_state(net, config["lr"], seed=config["seed"], helpers=getattr(loss, "helpers", None), place=place)
-
+    in_pieces = world is not None and config["parallel"] != "ddp"
     how = {key: config[key] for key in ("parallel", "precision", "recompute", "compile")}
-    return distributed.placed_state(build, world, device, weights=fresh, make=make, **how)
+    place = partial(prepare, world=world, **how)
+    if net is None:
+        with without_weights() if in_pieces else nullcontext():
+            net = first_net(config, data, weights=not in_pieces, fresh=fresh)
+    net = net if in_pieces else net.to(device)
+    if "model" in config:
+        state = backbone_state(net, config, place)
+    else:
+        state = new_state(net, config["lr"], seed=config["seed"], helpers=getattr(loss, "helpers", None), place=place)
+    if in_pieces and (fresh or config.get("lora_rank")):  # a checkpoint of adapters does not hold the backbone
+        deal_out(state.net, first_net(config, data).state_dict() if world.rank == 0 else {})
+        state.restart()
+    elif world is not None and not in_pieces:
+        state.call = as_copies(state.net, device)
+    return state

@@ -1,20 +1,30 @@
-"""What a run folder holds, read back: settings, log, the trained network, samples of it."""
+"""A run folder read back: settings, log, the trained network, samples of it."""
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..backbones import states
-from ..training import sharded
-from .build import net_of
-from .config import check
-from ..method.draws import seeded
-from ..files import fill, read_checkpoint, load_weights
-from ..backbones.velocity import load_velocity as load_backbone
-from .recipes import RECIPES
-from ..method.samplers import sample
+from ..backbones.velocity import load_velocity
 from ..method.conditions import move, take
+from ..method.draws import seeded
+from ..method.samplers import sample
+from ..training.checkpoints import fill_from, has_checkpoint, read_saved
+from .build import net_of
+from .recipes import RECIPES
+from .settings import check
+
+
+class Trained(NamedTuple):
+    """A trained network, ready to sample: what is measured and drawn."""
+
+    net: torch.nn.Module
+    config: dict
+    saved: dict  # "step", and "data": shape, classes and scaling
+    folder: Path | None = None
+    data: object = None  # the data set, where it is at hand
 
 
 def read_config(folder):
@@ -25,25 +35,17 @@ def read_config(folder):
     try:
         config = json.loads(path.read_text())
         check(config)
-        missing = RECIPES[config["recipe"]].keys() - config.keys() or {"seed"} - config.keys()
+        missing = RECIPES[config["recipe"]].keys() - config.keys()
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the settings of a run ({error})") from None
+        raise ValueError(f"{path}: not the settings of a run ({error})") from error
     if missing:
         raise ValueError(f"{path}: not the settings of a run ({', '.join(sorted(missing))} missing)")
     return config
 
 
-def has_checkpoint(folder):
-    return (Path(folder) / "checkpoint.pt").exists() or sharded.newest(folder) is not None
-
-
 def finished(folder):
     """Whether a run has taken its last step."""
-    if not has_checkpoint(folder):
-        return False
-    path = sharded.newest(folder)
-    step = sharded.about(path)["step"] if path else read_checkpoint(Path(folder) / "checkpoint.pt")["step"]
-    return step >= read_config(folder)["steps"]
+    return has_checkpoint(folder) and read_saved(folder)[0]["step"] >= read_config(folder)["steps"]
 
 
 def read_log(folder):
@@ -57,30 +59,25 @@ def read_log(folder):
     return records
 
 
+def trained(folder, device="cpu", net=None):
+    """A run's averaged network, ready to sample.  -> Trained
+
+    net: the network, where it is of the user's own. Raises ValueError if the folder holds no run or one of a backbone,
+    or its checkpoint does not fit it.
+    """
+    config = read_config(folder)
+    refuse_backbone(folder, config)
+    saved, path = read_saved(folder, "average", "data")
+    if net is None:
+        net = net_of(config, saved["data"]["shape"], saved["data"]["classes"])
+    fill_from(saved, path, "average", net.state_dict())
+    return Trained(net.to(device).requires_grad_(False).eval(), config, saved, Path(folder))
+
+
 def refuse_backbone(folder, config):
     """Raise ValueError if a run is of a backbone, whose samples need prompts and whose worth is judged elsewhere."""
     if "model" in config:
         raise ValueError(f"{folder} is a run of a backbone: it makes images of prompts, python -m tinytwinflow paint")
-
-
-def trained(folder, device="cpu"):
-    """A run's averaged network and settings, ready to sample.  -> net, config, checkpoint with its step and data.
-
-    Raises ValueError if the folder holds no run, or its checkpoint does not fit it.
-    """
-    config, path = read_config(folder), sharded.newest(folder)
-    refuse_backbone(folder, config)
-    if path is not None:
-        saved = sharded.about(path)
-        net = net_of(config, saved["data"]["shape"], saved["data"]["classes"])
-        sharded.read_pieces(path, {"average": net.state_dict()})
-        net.to(device)
-    else:
-        path = Path(folder) / "checkpoint.pt"
-        saved = read_checkpoint(path, device, keys=("average", "step", "data"))
-        net = net_of(config, saved["data"]["shape"], saved["data"]["classes"]).to(device)
-        load_weights(net, saved["average"], path)
-    return net.requires_grad_(False), config, saved
 
 
 def backbone_of(folder):
@@ -88,19 +85,12 @@ def backbone_of(folder):
 
     Raises ValueError if the folder holds no run of a backbone, or the checkpoint does not fit.
     """
-    folder = Path(folder)
-    config, path = read_config(folder), sharded.newest(folder)
+    config = read_config(folder)
     if "model" not in config:
         raise ValueError(f"{folder} is no run of a backbone: python -m tinytwinflow sample draws from it")
+    saved, path = read_saved(folder, "net", "data")
     net = states.build_backbone(config)
-    own = states.saved_weights(net, config)
-    if path is not None:
-        saved = sharded.about(path)
-        sharded.read_pieces(path, {"net": own})
-    else:
-        path = folder / "checkpoint.pt"
-        saved = read_checkpoint(path, keys=("net", "step", "data"))
-        fill(own, saved["net"], path)
+    fill_from(saved, path, "net", states.saved_weights(net, config))
     return net.requires_grad_(False), config, tuple(saved["data"]["shape"]), saved["step"]
 
 
@@ -111,7 +101,7 @@ def painter(folder, device="cpu"):
     """
     where = str(Path(folder).resolve())
     if not (Path(folder) / "log.jsonl").exists():
-        return load_backbone(folder, torch.bfloat16).to(device).requires_grad_(False), None, where
+        return load_velocity(folder, torch.bfloat16).to(device).requires_grad_(False), None, where
     net, config, shape, step = backbone_of(folder)
     return states.view(net.to(device), config), shape, f"{where}, step {step}"
 

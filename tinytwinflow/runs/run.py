@@ -1,44 +1,188 @@
-"""A run folder: config.json, log.jsonl, checkpoint.pt, samples.png, metrics.json.
+"""A run: settings, data and network made once, then the loop; with a folder that a crash at any moment leaves whole.
 
-Written in an order, and each file in a way, that a crash at any moment leaves a folder to resume.
+    run = begin(configured("toy", steps=500), folder="runs/mine")
+    for record in steps(run):
+        print(record["step"], record["total"])
+
+The folder holds config.json, log.jsonl, the checkpoint, pictures and, once it is measured, metrics.json.
 """
 
 import json
-import os
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..backbones import states
-from ..training import sharded
-from .build import data_of, first_weights, net_of, state_of
-from .config import loss_of
-from ..evaluation.features import Inception
-from ..files import aside, check_weights, read_checkpoint, write_json
-from .folder import has_checkpoint, read_config, read_log, sampled
+from ..backbones.states import build_backbone
+from ..data.batches import read_ahead
 from ..data.latents import autoencoder
+from ..evaluation.features import Inception
 from ..evaluation.pictures import draw_one
-from .recipes import ENGINE, PLACING
-from ..training.distributed import blocks_of, without_weights
-from ..training.loop import autocast, train
-from ..training.checkpoints import write_checkpoint
+from ..files import aside, write_json
 from ..method.conditions import move, take
+from ..training.checkpoints import NAME, has_checkpoint, keep_state, restore_state
+from ..training.distributed import World, blocks_of, first, without_weights
+from ..training.loop import autocast, train
+from ..training.state import State
+from .build import OWN, data_of, net_of, state_of
+from .folder import Trained, read_config, read_log, sampled
+from .settings import loss_of
+
+IN_THE_LOOP = (
+    "warmup_steps", "base_steps", "ema", "teacher_ema", "label_dropout", "accumulate", "clip_norm", "precision",
+)  # fmt: skip
 
 
-def set_aside(folder):
-    """Move an earlier run out of the way of a new one: folder -> folder.1, folder.2, ..."""
-    if not folder.exists():
-        return
-    number = 1
-    while folder.with_name(f"{folder.name}.{number}").exists():
-        number += 1
-    folder.rename(folder.with_name(f"{folder.name}.{number}"))
-    print(f"{folder} moved to {folder}.{number}")
+@dataclass
+class Run:
+    """A network in training on data, in a folder or in memory alone."""
+
+    config: dict
+    data: object  # see `data.batches.DataSet`
+    state: State
+    device: str = "cpu"
+    folder: Path | None = None
+    world: World | None = None
+
+    @property
+    def about_data(self):
+        """What a checkpoint says of the data: enough to sample without them."""
+        return {"shape": list(self.data.shape), "classes": self.data.classes, **self.data.scaling}
+
+    @property
+    def writes(self):
+        """Whether this process is the one that writes."""
+        return self.folder is not None and (self.world is None or self.world.rank == 0)
+
+    @property
+    def in_pieces(self):
+        return self.config["parallel"] != "ddp"
+
+    def keep(self):
+        """Write a checkpoint."""
+        if self.folder is not None:
+            keep_state(self.folder, self.state, self.about_data, self.in_pieces, self.writes)
+
+    def trained(self):
+        """What has been learnt so far, ready to sample."""
+        saved = {"step": self.state.step, "data": self.about_data}
+        return Trained(self.state.average, self.config, saved, self.folder, self.data)
 
 
-def enough_to_measure(config, data):
+def begin(config, folder=None, device="cpu", world=None, data=None, net=None, replace=False):
+    """A new run, and its folder if it is to have one: nothing is written before everything is found to fit.  -> Run
+
+    data, net: where they are given and not what the settings name. world: the processes that train together. replace:
+    a run that is in the folder already is moved out of the way. Raises ValueError if anything that the settings name is
+    not there or does not fit, or a run is in the folder.
+    """
+    folder, device = folder and Path(folder), world.device if world else device
+    data = data_of(config, world) if data is None else data
+    first(world, lambda: refuse_misfits(config, data, net, None if replace else folder))
+    state = state_of(config, data, device, world, net=net)
+    run = Run(config, data, state, device, folder, world)
+    if folder is not None:
+        first(world, lambda: make_folder(folder, config, replace))
+        run.keep()
+    return run
+
+
+def resume(folder, device="cpu", world=None, data=None, net=None):
+    """The run of a folder as its last checkpoint left it; without one, at step 0.  -> Run
+
+    Raises ValueError if the folder, its data or its checkpoint does not fit.
+    """
+    folder, device = Path(folder), world.device if world else device
+    config, fresh, log = read_config(folder), not has_checkpoint(folder), folder / "log.jsonl"
+    if log.exists() and fresh:
+        raise ValueError(f"{folder / NAME}: no such checkpoint, though {log} shows that there was one")
+    data = data_of(config, world) if data is None else data
+    run = Run(config, data, state_of(config, data, device, world, fresh, net), device, folder, world)
+    if fresh:
+        run.keep()
+    else:
+        restore_state(folder, run.state, run.in_pieces)
+    if run.state.step < config["steps"]:  # a table of an earlier step; the end of training writes it anew
+        first(world, lambda: (folder / "metrics.json").unlink(missing_ok=True))
+    return run
+
+
+def steps(run):
+    """Train to the last step: a generator of records, each after what is due is in the folder, log line and checkpoint.
+
+    Raises FloatingPointError if training goes astray.
+    """
+    config, data = run.config, run.data
+    null = getattr(data, "null", data.classes or None) if config["conditional"] else None
+    options = {name: config[name] for name in IN_THE_LOOP}
+    if run.writes:
+        _cut_log(run.folder, run.state.step)
+    with read_ahead(data) as read:
+
+        def batch(step):
+            x, cond = read(step)
+            return x.to(run.device), move(cond, run.device) if config["conditional"] else None
+
+        for record in train(run.state, loss_of(config), batch, config["steps"], null=null, world=run.world, **options):
+            if run.folder is not None:
+                _leave(run, record)
+            yield record
+
+
+def finish(run, bar=True, stop=lambda: False):
+    """Train to the last step, or until stop() is true after a step, with a bar.  -> the run"""
+    hidden = None if bar and (run.writes or run.folder is None) else True
+    name = run.folder.name if run.folder else run.config["recipe"]
+    with tqdm(total=run.config["steps"], initial=run.state.step, desc=name, disable=hidden) as shown:
+        for record in steps(run):
+            shown.update()
+            shown.set_postfix(loss=f"{record['total']:.3f}", refresh=False)
+            if stop() and record["step"] < run.config["steps"]:
+                run.keep()
+                break
+    return run
+
+
+def refuse_misfits(config, data, net=None, folder=None):
+    """Raise ValueError if a run would fail after its beginning for what can be seen before; write nothing."""
+    if folder is not None and ((folder / "config.json").exists() or has_checkpoint(folder)):
+        raise ValueError(f"{folder} already holds a run: --resume continues it, --out DIR starts another")
+    if "model" in config:
+        with without_weights():
+            net = build_backbone(config, weights=False)
+        x, cond = data.batch(0)
+        net.check(x, cond), net.check(x[:1], data.null)
+    elif net is None:
+        with torch.device("meta"):
+            net = net_of(config, data.shape, data.classes)
+    if config["recompute"] and not blocks_of(net):
+        raise ValueError(f"recompute is for networks with blocks, net {config['net']!r} has none")
+    if hasattr(data, "test_rows"):
+        _enough_to_measure(config, data)
+    if config.get("features", "classifier") != "classifier":
+        judged = Inception(config["features"])
+        if data.shape[0] != 3 and not config.get("vae"):
+            raise ValueError(f"Inception takes RGB images, not {data.shape[0]} channels: --set features=classifier")
+        del judged
+    if config.get("vae"):
+        autoencoder(config["vae"])
+
+
+def make_folder(folder, config, replace=False):
+    """Make the folder of a new run, with its settings; an earlier one becomes folder.1, folder.2, ..."""
+    folder = Path(folder)
+    if replace and folder.exists():
+        number = 1
+        while folder.with_name(f"{folder.name}.{number}").exists():
+            number += 1
+        folder.rename(folder.with_name(f"{folder.name}.{number}"))
+        print(f"{folder} moved to {folder}.{number}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+
+
+def _enough_to_measure(config, data):
     """Raise ValueError if too few images are kept from training for the metrics of a run."""
     kept = f"{config['data']}: {len(data.test_rows)} images are kept to measure against, of a folder every twentieth"
     if len(data.test_rows) < 12:
@@ -49,43 +193,6 @@ def enough_to_measure(config, data):
             raise ValueError(f"{kept}; diversity needs two of one class among the {len(labels)} that are looked at")
 
 
-def start(folder, config, move=False):
-    """Make a new run folder, having looked at its data and network; move=True first moves an earlier run away.
-
-    Raises ValueError if anything that the settings name is not there or does not fit, or a run is there already:
-    nothing is overwritten.
-    """
-    folder = Path(folder)
-    data = data_of(config)
-    if "model" in config:
-        with without_weights():
-            net = states.build_backbone(config, weights=False)
-        x, cond = data.batch(0)
-        net.check(x, cond), net.check(x[:1], data.null)
-    else:
-        with torch.device("meta"):
-            net = net_of(config, data.shape, data.classes)
-    if config["recompute"] and not blocks_of(net):
-        raise ValueError(f"recompute is for networks with blocks, net {config['net']!r} has none")
-    if "size" in config:
-        enough_to_measure(config, data)
-    if config["init_from"]:
-        first_weights(net_of(config, data.shape, data.classes), config["init_from"])
-    if config.get("features", "classifier") != "classifier":
-        judged = Inception(config["features"])
-        if data.shape[0] != 3 and not config.get("vae"):
-            raise ValueError(f"Inception takes RGB images, not {data.shape[0]} channels: --set features=classifier")
-        del judged
-    if config.get("vae"):
-        autoencoder(config["vae"])
-    if move:
-        set_aside(folder)
-    if (folder / "config.json").exists() or has_checkpoint(folder):
-        raise ValueError(f"{folder} already holds a run: --resume continues it, --out DIR starts another")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
-
-
 def _cut_log(folder, step):
     """Drop the log's lines after a step, and a line cut short by a crash."""
     log = folder / "log.jsonl"
@@ -94,84 +201,26 @@ def _cut_log(folder, step):
         file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
-def continue_run(folder, device="cpu", bar=True, world=None):
-    """Train a run to its last step from wherever it stands, with a log line a step and checkpoints.
-
-    A folder without checkpoint is at step 0; the setting init_from may give the first weights. world: the processes
-    that train it together, the first of which writes all but the pieces of a sharded checkpoint. Returns the
-    final State. Raises ValueError if the folder, its data or its checkpoint does not fit, FloatingPointError
-    if training goes astray.
-    """
-    folder, device = Path(folder), world.device if world else device
-    config, checkpoint, log = read_config(folder), folder / "checkpoint.pt", folder / "log.jsonl"
-    writes, fresh, in_pieces = (
-        world is None or world.rank == 0,
-        not has_checkpoint(folder),
-        config["parallel"] != "ddp",
-    )
-    if log.exists() and fresh:
-        raise ValueError(f"{checkpoint}: no such checkpoint, though {log} shows that there was one")
-    data = data_of(config, world)
-    state = state_of(config, data.shape, data.classes, device, world, fresh)
-    about_data = {"shape": list(data.shape), "classes": data.classes, **data.scaling}
-
-    def write():
-        if in_pieces:
-            sharded.save_pieces(folder, state, about_data)
-        elif writes:
-            write_checkpoint(checkpoint, {**state.state_dict(), "data": about_data})
-
-    if fresh:
-        write()
-    elif in_pieces:
-        sharded.load_pieces(sharded.newest(folder), state)
-    else:
-        saved = read_checkpoint(checkpoint, keys=(*state.state_dict(), "data"))
-        for name, weights in state.weights().items():
-            check_weights(weights, saved[name], checkpoint)
-        state.load_state_dict(saved)
-        del saved
-
-    pool, next_batch = ThreadPoolExecutor(1), {}
-
-    def batch(step):
-        """The batch of a step; the next one of a set on disk is read meanwhile."""
-        x, label = next_batch.pop(step).result() if step in next_batch else data.batch(step)
-        if data.on_disk:
-            next_batch[step + 1] = pool.submit(data.batch, step + 1)
-        return x.to(device), move(label, device) if config["conditional"] else None
-
-    keys = ("warmup_steps", "base_steps", *(key for key in ENGINE if key not in PLACING))
-    null = getattr(data, "null", data.classes) if config["conditional"] else None
-    options = {key: config[key] for key in keys}
-    records = train(state, loss_of(config), batch, config["steps"], null=null, world=world, **options)
-    if writes:
-        _cut_log(folder, state.step)
-    hidden = None if bar and writes else True
-    bar = tqdm(records, total=config["steps"], initial=state.step, desc=folder.name, disable=hidden)
-    with open(log if writes else os.devnull, "a") as file:
-        for record in bar:
-            if record["step"] % config["log_every"] == 0 or record["step"] == config["steps"]:
-                file.write(json.dumps(record) + "\n")
-                bar.set_postfix(loss=f"{record['total']:.3f}", refresh=False)
-            last = "model" in config and record["step"] == config["steps"]  # of others, `evaluate` draws the last
-            if last or record["step"] % config.get("sample_every", config["steps"] + 1) == 0:
-                n, cond = pictured(config, data)
-                with autocast(device, config["precision"] if in_pieces else "float32"):
-                    x = sampled(state.average, n, data.shape, 1, "any", config["seed"], cond, device)
-                if writes:
-                    name = "samples.png" if last else f"samples-{state.step:06d}.png"
-                    draw_one(folder / name, x.numpy(), f"step {state.step}, 1 NFE")
-            if record["step"] % config["checkpoint_every"] == 0 or record["step"] == config["steps"]:
-                file.flush()
-                write()
-    pool.shutdown(cancel_futures=True)
-    return state
+def _leave(run, record):
+    """What a step leaves in the folder: a line of the log, a picture, a checkpoint, each when it is due."""
+    config, step, last = run.config, record["step"], record["step"] == run.config["steps"]
+    if run.writes and (step % config["log_every"] == 0 or last):
+        with open(run.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+    final = "model" in config and last  # of others, `evaluate` draws the last
+    if final or step % config.get("sample_every", config["steps"] + 1) == 0:
+        _draw(run, "samples.png" if final else f"samples-{step:06d}.png")
+    if step % config["checkpoint_every"] == 0 or last:
+        run.keep()
 
 
-def pictured(config, data):
-    """How many samples the pictures of a run in training show, and their condition: a few prompts or each label."""
-    if "model" in config:
-        cond = take(data.batch(0)[1], slice(0, 4))
-        return len(next(iter(cond.values()))), cond
-    return 64, torch.arange(64) % data.classes if config["conditional"] else None
+def _draw(run, name):
+    """A picture of one-step samples: of a few prompts, or of each label."""
+    n, cond = 64, torch.arange(64) % run.data.classes if run.config["conditional"] and run.data.classes else None
+    if "model" in run.config:
+        cond = take(run.data.batch(0)[1], slice(0, 4))
+        n = len(next(iter(cond.values())))
+    with autocast(run.device, run.config["precision"] if run.in_pieces else "float32"):
+        x = sampled(run.state.average, n, run.data.shape, 1, "any", run.config["seed"], cond, run.device)
+    if run.writes:
+        draw_one(run.folder / name, x.numpy(), f"step {run.state.step}, 1 NFE")

@@ -1,7 +1,7 @@
 """Training: the loop, what it knows and how that is kept, on one process or many.
 
-Rooms, in reading order: ema, state, loop, checkpoints, in_backward, distributed, sharded.
-May import: method, files.
+Rooms, in reading order: ema, state, loop, in_backward, distributed, sharded, checkpoints.
+May import: method, files, ranges.
 """
 
 from . import checkpoints, distributed, ema, in_backward, loop, sharded, state

@@ -1,8 +1,17 @@
-"""Checkpoints: a State on disk, whole at any moment."""
+"""Checkpoints: a State on disk, whole at any moment, in one file or in pieces, see `sharded`."""
+
+from pathlib import Path
 
 import torch
 
-from ..files import aside
+from ..files import aside, check_weights, fill, read_checkpoint
+from . import sharded
+
+NAME = "checkpoint.pt"
+
+
+def has_checkpoint(folder):
+    return (Path(folder) / NAME).exists() or sharded.newest(folder) is not None
 
 
 def write_checkpoint(path, content):
@@ -15,3 +24,46 @@ def write_checkpoint(path, content):
             raise FloatingPointError(f"step {content['step']}: weight {name} is not finite; the last checkpoint stays")
     with aside(path) as file:
         torch.save(content, file)
+
+
+def keep_state(folder, state, about_data, in_pieces=False, writes=True):
+    """Write the checkpoint of a run: in pieces all processes together, in one file the one that writes."""
+    if in_pieces:
+        sharded.save_pieces(folder, state, about_data)
+    elif writes:
+        write_checkpoint(Path(folder) / NAME, {**state.state_dict(), "data": about_data})
+
+
+def restore_state(folder, state, in_pieces=False):
+    """Fill a State from the checkpoint of a run. Raises ValueError if it is damaged or holds another network."""
+    if in_pieces:
+        sharded.load_pieces(sharded.newest(folder), state)
+        return
+    path = Path(folder) / NAME
+    saved = read_checkpoint(path, keys=(*state.state_dict(), "data"))
+    for name, weights in state.weights().items():
+        check_weights(weights, saved[name], path)
+    state.load_state_dict(saved)
+
+
+def read_saved(folder, *keys):
+    """What a run's last checkpoint says: step and data, and of one file all that it holds.  -> dict, its path
+
+    Raises ValueError if there is none, or it is damaged or lacks one of the keys.
+    """
+    path = sharded.newest(folder)
+    if path is not None:
+        return sharded.about(path), path
+    path = Path(folder) / NAME
+    return read_checkpoint(path, keys=("step", *keys)), path
+
+
+def fill_from(saved, path, part, own):
+    """Fill tensors, by name, from one part, "net" or "average", of what `read_saved` found.
+
+    Raises ValueError if its tensors are others.
+    """
+    if path.name == NAME:
+        fill(own, saved[part], path)
+    else:
+        sharded.read_pieces(path, {part: own})

@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ..method.draws import seeded
-from .state import new_state
 
+PARALLEL = ("ddp", "fsdp", "hsdp")
+COMPILE = ("none", "default", "graphs")  # graphs: of CUDA, for small networks, whose kernels are waited for
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "timed out")
 
 
@@ -166,26 +167,14 @@ def deal_out(net, weights):
     set_model_state_dict(net, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
-def placed_state(build, world=None, device="cpu", parallel="ddp", weights=True, make=new_state, **how):
-    """The State of a new run on one process or many.
+def as_copies(net, device):
+    """The network as the loss calls it where each process has a copy: DDP averages the gradients."""
+    on = [torch.device(device)] if torch.device(device).type == "cuda" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch has another name for the last argument
+        return DistributedDataParallel(net, on, broadcast_buffers=False)
 
-    build(weights) makes the network; under FSDP2 every process makes it without weights and the first one once more
-    with them, which it deals out; weights=False leaves them for a checkpoint to fill. make(net, place) gives the State,
-    `place` to be called on each of its networks; how: see `prepare`.
-    """
-    place = partial(prepare, world=world, parallel=parallel, **how)
-    if world is None or parallel == "ddp":
-        state = make(build(True).to(device), place=place)
-        if world is not None:
-            on = [torch.device(device)] if torch.device(device).type == "cuda" else None
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # newer torch has another name for the last argument
-                state.call = DistributedDataParallel(state.net, on, broadcast_buffers=False)
-        return state
-    with without_weights():
-        net = build(False)
-    state = make(net, place=place)
-    if weights:
-        deal_out(state.net, build(True).state_dict() if world.rank == 0 else {})
-        state.restart()
-    return state
+
+def first(world, action):
+    """The first process acts while the others wait; one process alone just acts. ValueError on all if it fails."""
+    return action() if world is None else world.first(action)

@@ -6,8 +6,8 @@ import torch
 
 
 def average_of(net):
-    """A frozen copy of a network, to be moved by `update`."""
-    return copy.deepcopy(net).requires_grad_(False)
+    """A frozen copy of a network, to be moved by `update`; in evaluation mode, so that no call of it changes it."""
+    return copy.deepcopy(net).requires_grad_(False).eval()
 
 
 @torch.no_grad()

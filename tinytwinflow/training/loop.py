@@ -17,11 +17,6 @@ from ..method.conditions import move, replace, take
 from ..method.losses import TwinFlowLoss
 
 PRECISIONS = ("float32", "bf16")
-COMPILE = ("none", "default", "graphs")  # graphs: of CUDA, for small networks, whose kernels are waited for
-PARALLEL = ("ddp", "fsdp", "hsdp")
-WEIGHT_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-OPTIMIZERS = ("adamw", "adafactor")
-FLOW_MATCHING = TwinFlowLoss(order=0, share=0.0)
 
 
 def autocast(device, precision):
@@ -53,7 +48,7 @@ def train(
     Raises FloatingPointError, before the weights are touched, if a loss term is not finite.
     """
     peer = not isinstance(loss, TwinFlowLoss)
-    flow_matching = FLOW_MATCHING if peer else dataclasses.replace(loss, order=0, share=0.0)
+    flow_matching = TwinFlowLoss(order=0, share=0.0) if peer else dataclasses.replace(loss, order=0, share=0.0)
     base = loss if peer else dataclasses.replace(loss, share=0.0)
     device = next(state.net.parameters()).device
     null = move(torch.tensor([null]) if isinstance(null, int) else null, device)

@@ -8,6 +8,8 @@ import torch
 
 from .ema import average_of, update, warmed_up
 
+WEIGHT_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+
 
 @dataclass
 class State:
