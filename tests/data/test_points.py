@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tinytwinflow.data import points as data
 from tinytwinflow.data import toys
+from tinytwinflow.data.given import in_units
 
 names = st.sampled_from(toys.TOYS)
 
@@ -29,7 +30,7 @@ def test_every_epoch_of_a_file_holds_every_point_once(tmp_path_factory, n, batch
     np.save(path, np.arange(3 * n, dtype=np.float64).reshape(n, 3))
     source = data.Points(str(path), batch_size, seed)
     steps = 2 * n  # a whole number of epochs: 2 n batches are 2 * batch_size epochs
-    x = data.restore(torch.cat([source.batch(i)[0] for i in range(steps)]), source.mean, source.std)
+    x = torch.from_numpy(in_units(torch.cat([source.batch(i)[0] for i in range(steps)]), source.scaling))
     firsts = (x[:, 0] / 3).round().long().view(-1, n)
     assert (firsts.sort(1)[0] == torch.arange(n)).all()
 
@@ -42,7 +43,7 @@ def test_a_files_points_are_standardised_and_mapped_back(tmp_path):
     x, label = source.batch(0)
     assert label is None
     assert x.mean(0).abs().max() < 1e-3 and (x.std(0) - 1).abs().max() < 1e-3
-    back = data.restore(x, source.mean, source.std).numpy()
+    back = in_units(x, source.scaling)
     assert np.allclose(np.sort(back, 0), np.sort(raw, 0), rtol=1e-4, atol=1e-6)
 
 

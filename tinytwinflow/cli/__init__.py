@@ -1,5 +1,5 @@
 """The command line.
 
 Rooms, in reading order: arguments, commands.
-May import: benchmarks, runs, backbones, evaluation, training, data, nets, method, files, ranges.
+May import: benchmarks, model, runs, backbones, evaluation, training, data, nets, method, files, ranges.
 """

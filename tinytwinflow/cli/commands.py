@@ -9,14 +9,15 @@ import torch
 
 from ..backbones import captions, lora_files, prompts, velocity
 from ..benchmarks import compare, memory, plan, speed, speed_backbone
+from ..data.given import in_units
 from ..data.latents import autoencoder, decode, encode
-from ..data.points import restore
 from ..data.readers import Folder
 from ..evaluation import pictures
 from ..evaluation.tables import run_table
-from ..files import write_json
+from ..files import aside, write_json
+from ..model import load
 from ..runs.evaluate import evaluate
-from ..runs.folder import backbone_of, painter, read_config, read_log, sampled, trained
+from ..runs.folder import backbone_of, painter, read_config, read_log, trained
 from ..runs.methods import METHODS, entry
 from ..runs.recipes import configured
 from ..runs.run import begin, finish, resume
@@ -96,35 +97,34 @@ def run_sample(args):
     out = Path(args.out or Path(args.folder) / f"samples-{args.steps}.png")
     if out.suffix not in (".png", ".npy"):
         raise ValueError(f"--out takes FILE.png or FILE.npy, got {out}")
-    net, config, saved, *_ = trained(args.folder, device_of(args.device))
-    about = saved["data"]
-    args.n = args.n or (5000 if len(about["shape"]) == 1 else 64)
-    classes = about["classes"] if config["conditional"] else 0
-    if args.cond is not None and not (classes and 0 <= args.cond < classes):
-        known = f"labels 0 to {classes - 1}" if classes else "no labels, it is not conditional"
-        raise ValueError(f"--cond {args.cond}: this run knows {known}")
+    model = load(args.folder, device_of(args.device))
+    about = model.saved["data"]
+    n = args.n or (5000 if len(about["shape"]) == 1 else 64)
+    model.condition(n, args.cond)
     if args.vae and "scale" not in about:
         raise ValueError("--vae decodes latents, and this run makes none")
     vae = autoencoder(args.vae, args.device) if args.vae else None
     if "scale" in about and vae is None and out.suffix == ".png":
         raise ValueError("this run makes latents: --vae DIR decodes them, --out FILE.npy keeps them as they are")
-    label = None
-    if classes:
-        label = torch.arange(args.n) % classes if args.cond is None else torch.full((args.n,), args.cond)
-    x = sampled(net, args.n, about["shape"], args.steps, args.mode, args.seed, label)
+    x = model.draw(n, args.steps, args.cond, args.seed, args.mode)
     if vae is not None:
         x = decode(x, vae, about["scale"], about["shift"])
-    x = restore(x, about.get("mean"), about.get("std")).numpy()
+    if about.get("mean") is not None:
+        x = in_units(x, about)
+    x = np.asarray(x)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npy":
-        np.save(out, x)
+        with aside(out) as file:
+            np.save(file, x)
     else:
-        pictures.draw_one(out, x, f"{method_of(config)}, {args.steps} NFE, mode {args.mode}")
+        pictures.draw_one(out, x, f"{method_of(model.config)}, {args.steps} NFE, mode {args.mode}")
     print(out)
 
 
 def run_encode(args):
     folder = Folder(args.images, args.size)
+    if not folder.classes:
+        raise ValueError(f"{args.images}: needs a folder for each class with images in it")
     encode(folder, autoencoder(args.vae, device_of(args.device)), args.out)
     print(f"{len(folder)} images, {folder.classes} classes: {args.out}")
 

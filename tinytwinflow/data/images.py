@@ -49,7 +49,9 @@ class Images:
         else:
             self.test_rows = torch.arange(len(self.test))
         if subset:
-            of_class = [self.rows[self.train.labels[self.rows] == label][:subset] for label in range(self.classes)]
+            of_class = [
+                self.rows[self.train.labels[self.rows] == label][:subset] for label in range(max(1, self.classes))
+            ]
             self.rows = torch.cat(of_class)
 
     @property

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as tv
 
 DEBIAN = {"fashion": "/usr/share/datasets/fashion-mnist"}
@@ -115,7 +116,8 @@ class Pixels:
 
 
 class Folder:
-    """Images in a folder a class, read from disk as RGB, their middle square made size x size.
+    """Images in a folder a class, or all in one folder without classes, read from disk as RGB, their middle square made
+    size x size.
 
     Raises ValueError if the folder is missing, holds no images, or anything that is no image.
     """
@@ -125,18 +127,27 @@ class Folder:
             raise ValueError(f"size must be at least 1, got {size}")
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder")
+        there = sorted(entry for entry in Path(folder).iterdir() if not entry.name.startswith("."))
+        if there and all(entry.is_file() and entry.suffix.lower() in IMG_EXTENSIONS for entry in there):
+            self.paths, labels, self.classes = [str(entry) for entry in there], [0] * len(there), 0
+        else:
+            self.paths, labels, self.classes = self._in_classes(folder)
+        self.labels = torch.tensor(labels)
+        self.folder, self.size, self.shape, self.pool = folder, size, (3, size, size), ThreadPoolExecutor()
+
+    @staticmethod
+    def _in_classes(folder):
         try:
             found = ImageFolder(folder)
         except FileNotFoundError:
-            raise ValueError(f"{folder}: needs a folder for each class with images in it") from None
-        self.paths, labels = zip(*found.samples)
-        known = set(self.paths)
+            raise ValueError(f"{folder}: needs images, or a folder for each class with images in it") from None
+        paths, labels = zip(*found.samples)
+        known = set(paths)
         for here, _, files in os.walk(folder):
             for name in files:
                 if os.path.join(here, name) not in known and not name.startswith("."):
                     raise ValueError(f"{os.path.join(here, name)}: not an image in a folder of a class")
-        self.labels, self.classes = torch.tensor(labels), len(found.classes)
-        self.folder, self.size, self.shape, self.pool = folder, size, (3, size, size), ThreadPoolExecutor()
+        return paths, labels, len(found.classes)
 
     def __len__(self):
         return len(self.paths)

@@ -8,6 +8,9 @@ The folder holds config.json, log.jsonl, the checkpoint, pictures and, once it i
 """
 
 import json
+import signal
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,18 +133,39 @@ def steps(run):
             yield record
 
 
-def finish(run, bar=True, stop=lambda: False):
-    """Train to the last step, or until stop() is true after a step, with a bar.  -> the run"""
+def finish(run, bar=True, stoppable=False):
+    """Train to the last step, with a bar.  -> the run; stoppable: Ctrl-C ends it after a step, with a checkpoint."""
     hidden = None if bar and (run.writes or run.folder is None) else True
     name = run.folder.name if run.folder else run.config["recipe"]
-    with tqdm(total=run.config["steps"], initial=run.state.step, desc=name, disable=hidden) as shown:
+    total = run.config["steps"]
+    with _ctrl_c(stoppable) as asked, tqdm(total=total, initial=run.state.step, desc=name, disable=hidden) as shown:
         for record in steps(run):
             shown.update()
             shown.set_postfix(loss=f"{record['total']:.3f}", refresh=False)
-            if stop() and record["step"] < run.config["steps"]:
+            if asked and record["step"] < total:
                 run.keep()
                 break
     return run
+
+
+@contextmanager
+def _ctrl_c(noted):
+    """Note Ctrl-C in the list that it gives, and interrupt only when it is pressed again."""
+    asked = []
+    if not noted or threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield asked
+        return
+
+    def note(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def refuse_misfits(config, data, net=None, folder=None):
@@ -217,9 +241,9 @@ def _leave(run, record):
 def _draw(run, name):
     """A picture of one-step samples: of a few prompts, or of each label."""
     n, cond = 64, torch.arange(64) % run.data.classes if run.config["conditional"] and run.data.classes else None
-    if "model" in run.config:
+    if run.config["conditional"] and not run.data.classes:
         cond = take(run.data.batch(0)[1], slice(0, 4))
-        n = len(next(iter(cond.values())))
+        n = len(next(iter(cond.values())) if isinstance(cond, dict) else cond)
     with autocast(run.device, run.config["precision"] if run.in_pieces else "float32"):
         x = sampled(run.state.average, n, run.data.shape, 1, "any", run.config["seed"], cond, run.device)
     if run.writes:

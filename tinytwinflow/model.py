@@ -1,0 +1,147 @@
+"""The front door: data in, a model out that makes a sample in one network evaluation.
+
+model = fit(x)                       # an array, a DataLoader, a function of the step, a file, a folder, a set's name
+model.sample(1000)                   # in the units and the type of x
+model.save("model.pt"); model = load("model.pt")
+"""
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from .data.given import given, in_units
+from .evaluation.pictures import draw_one
+from .evaluation.tables import run_table
+from .files import aside, load_weights, read_checkpoint
+from .runs.build import OWN, net_of
+from .runs.choice import fitting_data, fitting_name
+from .runs.evaluate import evaluate
+from .runs.folder import Trained, refuse_backbone, sampled, trained
+from .runs.recipes import configured
+from .runs.run import begin, finish, resume
+from .runs.settings import method_of, mode_of
+
+
+def fit(data, net=None, recipe=None, steps=None, device=None, out=None, seed=0, **settings):
+    """Train a model of the data.  -> Model
+
+    data: an array or tensor (n, D) or (n, C, H, W), or a pair of it and labels; a DataLoader or any iterable of batches
+    x or (x, labels); a function of the step that returns one; a `DataSet` of your own; or in a word the name of a set,
+    a .npy or .csv file, a folder of images. net: your own network net(x, t, r, cond), else one that fits the data.
+    recipe, and every setting by name: `python -m tinytwinflow settings`. out: a run folder, which a stopped run goes
+    on from. device: a GPU if there is one. Ctrl-C ends training after a step, and the model can be sampled from and
+    goes on with `train()`. Raises ValueError, in one line, for what does not fit.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings |= {} if steps is None else {"steps": steps}
+    named = isinstance(data, str | os.PathLike)
+    own = None if named else given(data, settings.get("batch_size", 512), seed)
+    usual, found = fitting_name(str(data), settings.get("size")) if named else fitting_data(own)
+    config = configured(recipe or usual, seed=seed, **found | settings)
+    config |= {} if named else {"data": ""}  # no name under which it could be found again
+    config |= {} if net is None else {"net": OWN}
+    return Model(run=begin(config, out, device, data=own, net=net)).train()
+
+
+class Model:
+    """A trained network that samples in 1, 2, 4 or 100 steps; of `fit`, or read back by `load`."""
+
+    def __init__(self, own=None, run=None, device="cpu"):
+        self.own, self.run, self.device = own or run.trained(), run, run.device if run else device
+
+    @property
+    def net(self):
+        """The velocity field net(x, t, r, cond): the average of the trained network."""
+        return self.own.net
+
+    @property
+    def config(self):
+        return self.own.config
+
+    @property
+    def saved(self):
+        return self.own.saved
+
+    def train(self):
+        """Train to the last step, from wherever it stands.  -> the model; Ctrl-C ends it after a step."""
+        if self.run is None:
+            if self.own.folder is None:
+                raise ValueError("a model from a file has nothing to go on training with: fit(..., out=DIR) keeps it")
+            self.run = resume(self.own.folder, self.device, net=self.net if self.config["net"] == OWN else None)
+        finish(self.run, stoppable=True)
+        self.own = self.run.trained()
+        if self.saved["step"] < self.config["steps"]:
+            print(f"stopped at step {self.saved['step']} of {self.config['steps']}: train() goes on", file=sys.stderr)
+        return self
+
+    def condition(self, n, cond=None):
+        """What n samples are drawn for: a label for all, n rows as given, or by default each label in turn."""
+        refuse_backbone(self.own.folder, self.config)
+        classes = self.saved["data"]["classes"] if self.config["conditional"] else 0
+        if isinstance(cond, int) and not 0 <= cond < classes:
+            known = f"labels 0 to {classes - 1}" if classes else "no labels, it is not conditional"
+            raise ValueError(f"cond {cond}: this run knows {known}")
+        if cond is None:
+            return torch.arange(n) % classes if classes else None
+        if isinstance(cond, int):
+            return torch.full((n,), cond)
+        return cond if isinstance(cond, dict) else torch.as_tensor(cond)
+
+    def draw(self, n, steps=1, cond=None, seed=None, mode=None):
+        """`sample` before units: of spread one, or images in [-1, 1], on the CPU."""
+        seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
+        mode, shape = mode or mode_of(self.config) or "any", self.saved["data"]["shape"]
+        return sampled(self.net, n, shape, steps, mode, seed, self.condition(n, cond))
+
+    def sample(self, n, steps=1, cond=None, seed=None, mode=None):
+        """n samples in so many network evaluations, in the units and the type of the data.
+
+        cond: a label for all, n labels, or another condition of n rows; by default each label in turn. seed: the same
+        one gives the same samples. mode: of `method.samplers.sample`. Raises ValueError for what the model cannot do.
+        """
+        return in_units(self.draw(n, steps, cond, seed, mode), self.saved["data"])
+
+    def evaluate(self, nfes=(1, 2, 4, 8, 100), baseline=False):
+        """Measure samples against the data; print a table.  -> dict of metrics, as metrics.json holds them.
+
+        baseline: train flow matching too, in the run's folder, and measure it at 1 and 100 NFE.
+        """
+        if baseline and (self.own.folder is None or self.config["net"] == OWN):
+            raise ValueError("the baseline is trained in the run's folder, with a net by name: fit(..., out=DIR)")
+        if self.own.data is None and not self.config["data"]:
+            raise ValueError("this model has been read back without its data, so there is nothing to measure against")
+        result, _ = evaluate(self.own, nfes, with_baseline=baseline, device=self.device)
+        print(run_table(result))
+        return result
+
+    def save(self, path):
+        """Write architecture, settings, weights and scaling as one file, without pickled code."""
+        about = {"config": self.config, **self.saved, "average": self.net.state_dict()}
+        with aside(path) as file:
+            torch.save({key: about[key] for key in ("config", "step", "data", "average")}, file)
+
+    def _repr_png_(self):
+        """What a notebook shows: samples of one step."""
+        picture, x = io.BytesIO(), self.draw(5000 if len(self.saved["data"]["shape"]) == 1 else 64, seed=0)
+        draw_one(picture, x.numpy(), f"{method_of(self.config)}, 1 NFE, step {self.saved['step']}")
+        return picture.getvalue()
+
+
+def load(path, device="cpu", net=None):
+    """A model from a file of `Model.save`, a run folder or its checkpoint.  -> Model
+
+    net: the network, where the model has one of the user's own. Raises ValueError if it is none of these.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return Model(trained(path, device, net), device=device)
+    content = read_checkpoint(path, keys=("average", "data", "step"))
+    if "config" not in content:
+        return Model(trained(path.parent, device, net), device=device)
+    config, saved = content["config"], {"step": content["step"], "data": content["data"]}
+    net = net_of(config, saved["data"]["shape"], saved["data"]["classes"]) if net is None else net
+    load_weights(net, content["average"], path)
+    return Model(Trained(net.to(device).requires_grad_(False).eval(), config, saved), device=device)
