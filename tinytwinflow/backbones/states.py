@@ -7,7 +7,7 @@ from ..training.in_backward import in_backward
 from ..training.loop import WEIGHT_DTYPES
 from ..training.state import State, adamw, new_state
 from . import lora
-from .velocity import load_structure, load_velocity
+from .velocity_files import load_structure, load_velocity
 
 
 class LowRank(State):

@@ -11,7 +11,7 @@ from .build import net_of
 from .config import check
 from ..method.draws import seeded
 from ..files import fill, read_checkpoint, load_weights
-from ..backbones.velocity import load_velocity as load_backbone
+from ..backbones.velocity_files import load_velocity as load_backbone
 from .recipes import RECIPES
 from ..method.samplers import sample
 from ..method.conditions import move, take
