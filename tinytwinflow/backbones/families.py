@@ -21,7 +21,7 @@ A family of your own needs no change in this package. Once this is run, --net mi
 ...         self.waves, self.time = nn.Unflatten(0, (-1, 1)), nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, 4))
 ...         self.text, self.blocks = nn.Linear(6, 4), nn.ModuleList([nn.Linear(4, 4)])
 ...     def forward(self, image, time, text, return_dict=True):
-...         add = self.time(self.waves(time)) + self.text(text).mean(1)
+...         add = self.time(self.waves(time).to(image.dtype)) + self.text(text).mean(1)
 ...         return (self.blocks[0](image.movedim(1, 3) + add[:, None, None]).movedim(3, 1),)
 >>> FAMILIES["MyTransformer2DModel"] = Family(
 ...     embedder="time", sinusoids="waves", cond={"prompt_embeds": "words"}, blocks=("blocks",),
