@@ -1,4 +1,4 @@
-"""Families: a model of the user's own, registered from outside, is trained, saved and measured like those that are known."""
+"""Families: a model of the user's own, registered from outside, is adapted and measured like those that are known."""
 
 import doctest
 
@@ -28,7 +28,7 @@ class OwnTransformer2DModel(nn.Module):
         self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, width), nn.SiLU(), nn.Linear(width, 4))])
 
     def forward(self, image, time, text, return_dict=True):
-        h = image.movedim(1, 3) + (self.time(self.waves(time).to(h.dtype)) + self.text(text).mean(1))[:, None, None]
+        h = image.movedim(1, 3) + (self.time(self.waves(time).to(image.dtype)) + self.text(text).mean(1))[:, None, None]
         for layer in self.layers:
             h = h + layer(h)
         return (h.movedim(3, 1),)

@@ -46,7 +46,7 @@ def test_a_stop_costs_no_shard_that_is_whole(stop, tmp_path):
         write(tmp_path / "out", made, stop)
     assert (tmp_path / "out" / BEGUN).is_file() and not (tmp_path / "out" / "things.json").exists()
     write(tmp_path / "out", made)
-    assert made == [[0, 1], [2, 3], [4]]
+    assert made == [[0, 1], [2, 3], [4]] and not (tmp_path / "out" / BEGUN).exists()
     write(tmp_path / "whole", [])
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
