@@ -9,6 +9,7 @@ from torch import nn
 from tinytwinflow.backbones import families, states
 from tinytwinflow.backbones.families import FAMILIES, Configuration, Family, published_names
 from tinytwinflow.backbones.velocity import Velocity
+from tinytwinflow.benchmarks.speed_backbone import bench_backbone
 from tinytwinflow.cli.commands import main
 
 
@@ -62,6 +63,9 @@ def test_a_family_of_ones_own_is_measured_by_its_name(own, capsys):
     """The small variant runs on a CPU; the published one, of 32, is counted without weights."""
     assert main(["bench", "--net", "own", "--batch-size", "2", "--training", "float32"]) == 0
     assert "in place of own), float32, twinflow: 0.0 M parameters" in capsys.readouterr().out
+    count = sum(p.numel() for p in Velocity(OwnTransformer2DModel(16)).parameters())
+    assert bench_backbone("own", "float32", 2)["parameters"] == count
+    capsys.readouterr()
     assert main(["memory", "--net", "own", "--methods", "twinflow"]) == 0
     out = capsys.readouterr().out
     assert "latents 4 x 8 x 8, 3 tokens" in out and out.count("| twinflow |") == 3
