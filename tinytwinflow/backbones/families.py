@@ -91,74 +91,46 @@ def _z_image(model, x, t, cond):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How the diffusers pipeline of a family turns words and pictures into what its backbone sees.
+    """How the diffusers pipeline of a family turns words and pictures into what its backbone sees."""
 
-    name      its class
-    tokens    length of the prompt unless another is asked for
-    outputs   what its encode_prompt returns, in its order; None is not kept
-    options   further arguments of encode_prompt; without the guidance that would encode a second prompt
-    own       arguments that the pipeline itself fills in when it makes a picture, but not for the empty prompt
-    frames    whether its autoencoder is one of videos, with an axis of frames and a mean and deviation a channel
-    """
-
-    name: str
-    tokens: int
-    outputs: tuple
-    options: dict = field(default_factory=dict)
-    own: tuple = ()
-    frames: bool = False
+    name: str  # its class
+    tokens: int  # length of the prompt unless another is asked for
+    outputs: tuple  # what its encode_prompt returns, in its order; None is not kept
+    options: dict = field(default_factory=dict)  # more for encode_prompt; without guidance, a second prompt
+    own: tuple = ()  # arguments that it fills in itself when it makes a picture, but not for the empty prompt
+    frames: bool = False  # whether its autoencoder is one of videos: an axis of frames, a mean and deviation a channel
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A published model of a family.
+    """A published model of a family."""
 
-    settings  of the model's class, where they differ from its defaults
-    latents   (C, H, W) of a usual image
-    tokens    of a usual prompt
-    """
-
-    settings: dict
-    latents: tuple
-    tokens: int
+    settings: dict  # of the model's class, where they differ from its defaults
+    latents: tuple  # (C, H, W) of a usual image
+    tokens: int  # of a usual prompt
 
 
 @dataclass(frozen=True)
 class Family:
-    """How models of one diffusers class are called, and what else is known of them.
+    """How models of one diffusers class are called, and what else is known of them."""
 
-    embedder   path of the MLP that embeds the time
-    sinusoids  path of the module that turns a time into the MLP's input; None if the MLP's module does so itself
-    inputs     (model, x, t, cond) -> the arguments of the model; the value of t given here is not used
-    cond       names of the conditions, and for those with a width where the model's config tells it
-    blocks     paths of the lists of transformer blocks, in the order of use
-    output     (y, x) -> velocity noise - data, (B, C, H, W), from the model's answer y
-    clock      what the model calls the time |t|
-    unit       config -> what the sinusoids expect for the time 1
-    second     (t, r) -> what emb_r is shown; the authors' published weights are for these
-    packed     whether a token is a patch that the caller packs
-    off        names in the model's config that must be None or False: other variants, called in other ways
-    pipeline   how its words and pictures are encoded; without one it is trained on embeddings made elsewhere
-    published  name, as --net takes it, -> Configuration
-    small      settings that make any of these small enough for a CPU, of the same kind
-    model      the class itself, where diffusers has none of that name
-    """
-
-    embedder: str
-    sinusoids: str | None
-    inputs: Callable
-    cond: dict
-    blocks: tuple = ("transformer_blocks",)
-    output: Callable = lambda y, x: y
-    clock: Callable = lambda t: t
-    unit: Callable = lambda config: 1000.0
-    second: Callable = lambda t, r: r
-    packed: bool = False
-    off: tuple = ()
-    pipeline: Pipeline | None = None
-    published: dict = field(default_factory=dict)
-    small: dict = field(default_factory=dict)
-    model: type | None = None
+    embedder: str  # path of the MLP that embeds the time; what it is given has the precision of its weights
+    sinusoids: str | None  # path of the module that turns a time into the MLP's input; None if the MLP does so itself
+    inputs: Callable  # (model, x, t, cond) -> the arguments of the model; the value of t given here is not used
+    cond: dict  # names of the conditions, and for those with a width where the model's config tells it
+    blocks: tuple = ("transformer_blocks",)  # paths of the lists of transformer blocks, in the order of use
+    output: Callable = lambda y, x: y  # (y, x) -> velocity noise - data, (B, C, H, W), from the model's answer y
+    clock: Callable = lambda t: t  # what the model calls the time |t|
+    unit: Callable = lambda config: 1000.0  # config -> what the sinusoids expect for the time 1
+    second: Callable = lambda t, r: r  # what emb_r is shown; the authors' published weights are for these
+    packed: bool = False  # whether a token is a patch that the caller packs
+    off: tuple = ()  # names in the model's config that must be None or False: other variants, called in other ways
+    pipeline: Pipeline | None = (
+        None  # how words and pictures are encoded; without, only embeddings made elsewhere serve
+    )
+    published: dict = field(default_factory=dict)  # name, as --net takes it, -> Configuration
+    small: dict = field(default_factory=dict)  # settings that make any of these small enough for a CPU
+    model: type | None = None  # the class itself, where diffusers has none of that name
 
     def names(self):
         """What the embedders of r and of the twin are called in files: the embedder's path, its root marked."""
