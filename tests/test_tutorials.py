@@ -1,6 +1,5 @@
 """The tutorials run, their saved pages are whole, their exercises can be solved, and every link leads somewhere."""
 
-import multiprocessing
 import os
 import re
 import runpy
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ended, fresh
 
 from tinytwinflow.data.readers import DEBIAN
 
@@ -21,16 +21,6 @@ pytest.importorskip("ipykernel")  # it brings IPython and the inline pictures
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-# Notebooks and answers run in fresh processes, forked from one that has all this imported already.
-WARM = [
-    "torch",
-    "torchvision",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch._dynamo",
-    "scipy.stats",
-]
-WARM += ["matplotlib.pyplot", "matplotlib_inline.backend_inline", "IPython.core.interactiveshell", "nbformat", "pytest"]
 QUICK = {"TTF_QUICK": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 
 
@@ -61,29 +51,10 @@ def program(path, *words):
     runpy.run_path(path, run_name="__main__")
 
 
-def told(said, function, args):
-    """What a fresh process does: a function, whose words and those of its subprocesses go to a file."""
-    import torch
-
-    words = os.open(said, os.O_WRONLY | os.O_CREAT)
-    os.dup2(words, 1), os.dup2(words, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
-    os.environ.update(QUICK)
-    torch.set_num_threads(1)
-    function(*args)
-
-
-def fresh(said, function, *args, timeout=150):
+def said_by(said, function, *args):
     """Call a function in a fresh process.  -> its exit status, None if it took too long, and its words"""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(WARM)
-    process = context.Process(target=told, args=(said, function, args))
-    process.start()
-    process.join(timeout)
-    status = process.exitcode
-    process.kill()
-    process.join()
-    return status, said.read_text() if said.exists() else ""
+    (status,) = ended([fresh(said, QUICK, function, *args)])
+    return status, said.read_text()
 
 
 @notebooks
@@ -91,7 +62,7 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     """In its quick setting; the checks of what the text says are cells of it, and fail here if they fail."""
     if path.stem == "06_images" and not Path(DEBIAN["fashion"]).is_dir() and not (ROOT / "data").is_dir():
         pytest.skip("Fashion-MNIST is not on this machine: apt install dataset-fashion-mnist")
-    status, words = fresh(tmp_path / "said", cells_of, path)
+    status, words = said_by(tmp_path / "said", cells_of, path)
     assert status == 0, f"{path.name}: exit status {status}\n{words}"
     cells = nbformat.read(path, 4).cells
     assert sum("assert " in cell.source for cell in cells if cell.cell_type == "code") >= 3
@@ -104,7 +75,7 @@ def test_a_notebook_that_fails_says_where(tmp_path):
     ]
     path = tmp_path / "wrong.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# It"), *code]), path)
-    status, words = fresh(tmp_path / "said", cells_of, path)
+    status, words = said_by(tmp_path / "said", cells_of, path)
     assert status == 1 and words.endswith("wrong.ipynb, cell 3, failed\n")
     assert "assert a == 3" in words and "AssertionError" in words and "NameError" not in words
 
@@ -133,7 +104,7 @@ def test_the_syllabus_names_every_notebook():
 
 def check(answers, tmp_path):
     """What the exercises say to a file of answers.  -> exit status, words"""
-    return fresh(tmp_path / f"said-{answers.stem}", program, ROOT / "tutorials" / "exercises.py", answers)
+    return said_by(tmp_path / f"said-{answers.stem}", program, ROOT / "tutorials" / "exercises.py", answers)
 
 
 def test_the_answers_are_right(tmp_path):
