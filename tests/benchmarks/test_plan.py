@@ -240,7 +240,7 @@ def traffic_counted(world):
 
 def test_each_call_gathers_the_weights_once_and_the_backward_pass_once_more(tmp_path):
     """The law behind `traffic`, from the collectives of a real sharded step with recomputed blocks."""
-    world = together(2, "traffic_counted", tmp_path, __file__)[0]
+    world = together(2, traffic_counted, tmp_path)[0]
     gathered = sum("allgather" in name for name in world["messages"])
     handed = sum("reduce_scatter" in name for name in world["messages"])
     assert world["calls"] == 6
@@ -276,9 +276,3 @@ def test_qwen_image_is_what_is_published():
     assert sum(
         p.numel() for name, p in net.named_parameters() if name.endswith(("lora_A.weight", "lora_B.weight"))
     ) == (60 * 2 * 64 * (4 * 2 * 3072 + 2 * (3072 + 12288)))
-
-
-if __name__ == "__main__":
-    from test_distributed import work
-
-    work(globals())
