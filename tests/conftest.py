@@ -1,7 +1,13 @@
-"""Shared strategies. Numbers come from Hypothesis, so that a failing case shrinks to a readable one."""
+"""Shared strategies, files and processes. Numbers come from Hypothesis, so that a failing case shrinks well."""
 
 import gzip
+import multiprocessing
+import os
 import pickle
+import sys
+import time
+
+os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start
 
 import numpy as np
 import pytest
@@ -21,6 +27,11 @@ numbers = st.floats(-3, 3, width=32).map(lambda a: round(a, 3))
 unit = st.floats(0, 1).map(lambda a: round(a, 4))
 inside = st.floats(0.02, 0.98).map(lambda a: round(a, 4))
 seeds = st.integers(0, 2**31 - 1)
+
+# What processes that tests start have imported already, being forked from one that has.
+WARM = ["torchvision", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "scipy.stats"]
+WARM += ["matplotlib.pyplot", "matplotlib_inline.backend_inline", "IPython.core.interactiveshell", "nbformat"]
+WARM += ["pytest", "hypothesis.extra.numpy", "diffusers.models.transformers.transformer_sd3"]
 
 
 def arrays(shape, elements=numbers):
@@ -48,6 +59,36 @@ def mixtures(draw, dim=None, components=3):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+def told(said, env, function, args):
+    """What a process that `fresh` started does; the words of those that it starts itself go to the file, too."""
+    words = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(words, 1), os.dup2(words, 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    os.environ.update(env)
+    function(*args)
+
+
+def fresh(said, env, function, *args):
+    """Start a function in a fresh process of one thread, whose words go to a file.  -> the process"""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(WARM)
+    process = context.Process(target=told, args=(said, env, function, args))
+    process.start()
+    return process
+
+
+def ended(processes, timeout=150):
+    """Wait for processes, and kill those that take too long.  -> their exit statuses, None where one was killed"""
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    statuses = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return statuses
 
 
 def write_mnist(folder, n=40, size=28, zipped=True):

@@ -1,11 +1,13 @@
 """The tutorials run, their saved pages are whole, their exercises can be solved, and every link leads somewhere."""
 
+import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ended, fresh
 
 from tinytwinflow.data.readers import DEBIAN
 
@@ -14,22 +16,68 @@ NOTEBOOKS = sorted((ROOT / "tutorials").glob("[0-9][0-9]_*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md"))]
 PLACE = re.compile(r"/tmp|file:|(?<![\w.)\]}/])/\w\w")  # on some machine; no division and no address on the net
 nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")  # it brings IPython and the inline pictures
 
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
+QUICK = {"TTF_QUICK": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+
+
+def cells_of(path):
+    """A notebook's cells one after another, in this process; exit 1 where one fails."""
+    import matplotlib
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    class Shell(InteractiveShell):
+        def enable_gui(self, gui=None):
+            """There is no window to draw in."""
+
+    os.chdir(path.parent)
+    sys.path.insert(0, "")
+    matplotlib.use("agg")
+    shell = Shell.instance(config=Config(HistoryManager={"enabled": False}), colors="NoColor")
+    for number, cell in enumerate(nbformat.read(path, 4).cells):
+        if cell.cell_type == "code" and not shell.run_cell(cell.source, store_history=True).success:
+            print(f"{path.name}, cell {number}, failed")
+            sys.exit(1)
+
+
+def program(path, *words):
+    """A program, in this process: python path words."""
+    os.chdir(ROOT)
+    sys.argv[:], sys.path[:0] = map(str, (path, *words)), [str(path.parent)]
+    runpy.run_path(path, run_name="__main__")
+
+
+def said_by(said, function, *args):
+    """Call a function in a fresh process.  -> its exit status, None if it took too long, and its words"""
+    (status,) = ended([fresh(said, QUICK, function, *args)])
+    return status, said.read_text()
+
+
 @notebooks
-def test_a_notebook_runs_from_top_to_bottom(path, monkeypatch):
+def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     """In its quick setting; the checks of what the text says are cells of it, and fail here if they fail."""
     if path.stem == "06_images" and not Path(DEBIAN["fashion"]).is_dir() and not (ROOT / "data").is_dir():
         pytest.skip("Fashion-MNIST is not on this machine: apt install dataset-fashion-mnist")
-    for name, value in (("TTF_QUICK", "1"), ("OMP_NUM_THREADS", "1"), ("MPLBACKEND", "agg")):
-        monkeypatch.setenv(name, value)
-    notebook = nbformat.read(path, 4)
-    client = nbclient.NotebookClient(notebook, timeout=150, resources={"metadata": {"path": path.parent}})
-    client.execute()
-    assert sum("assert " in cell.source for cell in notebook.cells if cell.cell_type == "code") >= 3
+    status, words = said_by(tmp_path / "said", cells_of, path)
+    assert status == 0, f"{path.name}: exit status {status}\n{words}"
+    cells = nbformat.read(path, 4).cells
+    assert sum("assert " in cell.source for cell in cells if cell.cell_type == "code") >= 3
+
+
+def test_a_notebook_that_fails_says_where(tmp_path):
+    """Its name, the cell and the traceback; cells see those before them, and nothing of another notebook."""
+    code = [
+        nbformat.v4.new_code_cell(source) for source in ("a = 1", "%matplotlib inline\na += 1", "assert a == 3", "b")
+    ]
+    path = tmp_path / "wrong.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# It"), *code]), path)
+    status, words = said_by(tmp_path / "said", cells_of, path)
+    assert status == 1 and words.endswith("wrong.ipynb, cell 3, failed\n")
+    assert "assert a == 3" in words and "AssertionError" in words and "NameError" not in words
 
 
 @notebooks
@@ -54,15 +102,14 @@ def test_the_syllabus_names_every_notebook():
         assert f"({path.name})" in text
 
 
-def check(path):
-    return subprocess.run(
-        [sys.executable, ROOT / "tutorials" / "exercises.py", path], capture_output=True, text=True, cwd=ROOT
-    )
+def check(answers, tmp_path):
+    """What the exercises say to a file of answers.  -> exit status, words"""
+    return said_by(tmp_path / f"said-{answers.stem}", program, ROOT / "tutorials" / "exercises.py", answers)
 
 
-def test_the_answers_are_right():
-    told = check(ROOT / "tutorials" / "answers.py")
-    assert told.returncode == 0 and told.stdout.count(": right\n") == 8
+def test_the_answers_are_right(tmp_path):
+    status, words = check(ROOT / "tutorials" / "answers.py", tmp_path)
+    assert status == 0 and words.count(": right\n") == 8
 
 
 def test_wrong_answers_are_told_so(tmp_path):
@@ -82,11 +129,11 @@ def test_wrong_answers_are_told_so(tmp_path):
         assert answers.count(old) == 1, old
         answers = answers.replace(old, new)
     (tmp_path / "mine.py").write_text(answers)
-    told = check(tmp_path / "mine.py")
-    assert told.returncode == 1 and ": right" not in told.stdout and len(told.stdout.splitlines()) == 8
+    status, words = check(tmp_path / "mine.py", tmp_path)
+    assert status == 1 and ": right" not in words and len(words.splitlines()) == 8
     (tmp_path / "none.py").write_text("")
-    told = check(tmp_path / "none.py")
-    assert told.returncode == 1 and told.stdout.count("not there") == 8
+    status, words = check(tmp_path / "none.py", tmp_path)
+    assert status == 1 and words.count("not there") == 8
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -43,7 +43,7 @@ def fit(data, net=None, recipe=None, steps=None, device=None, out=None, seed=0, 
     config = configured(recipe or usual, seed=seed, **found | settings)
     config |= {} if named else {"data": ""}  # no name under which it could be found again
     config |= {} if net is None else {"net": OWN}
-    return Model(run=begin(config, out, device, data=own, net=net)).train()
+    return Model(run=begin(config, out, device, data=own, net=net, measured=False)).train()
 
 
 class Model:

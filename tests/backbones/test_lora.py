@@ -173,9 +173,6 @@ def test_deep_copies_have_a_switch_of_their_own():
     stir(other, 2)
     assert torch.equal(net(*here), before)
     assert not torch.equal(lora.average(other)(*here), lora.average(net)(*here))
-    lora.merge(other)
-    lora.remove(other)
-    assert torch.equal(net(*here), before), "hooks too are the copy's own"
 
 
 def test_bfloat16_weights_with_float32_adapters():
@@ -246,7 +243,7 @@ def test_activation_checkpointing_gives_the_same_gradient():
 
 
 def test_sharded_blocks(tmp_path):
-    """Under FSDP2, here of one process: views, gradient, average, file and merging are those of the plain network."""
+    """Under FSDP2, here of one process: views, gradient, average and file are those of the plain network."""
     from safetensors.torch import load_file
     from torch import distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -271,9 +268,6 @@ def test_sharded_blocks(tmp_path):
             lora_files.save_adapters(each, tmp_path / name)
         pieces, whole = (load_file(tmp_path / name) for name in ("pieces", "whole"))
         assert pieces.keys() == whole.keys() and all(torch.equal(pieces[name], whole[name]) for name in whole)
-        student = net(*here)
-        lora.merge(net)
-        close(net(*here), student, rtol=1e-4, atol=1e-4)
     finally:
         dist.destroy_process_group()
 
@@ -336,62 +330,6 @@ def test_the_loss_is_that_of_three_networks(data_free):
     close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("which", ["student", "average"])
-def test_merged_is_the_same_function(which):
-    """Merged weights act as the adapter did; unmerged, each is back to within two roundings; twice is refused."""
-    net, here = stir(adapted(alpha=2.0)), inputs()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    wanted, student, average = (lora.average(net) if which == "average" else net)(*here), net(*here), lora.average(net)
-    with pytest.raises(ValueError, match="not merged"):
-        lora.unmerge(net)
-    lora.merge(net, which)
-    close(net(*here), wanted, rtol=1e-4, atol=1e-4)
-    for wrong in (lambda: lora.merge(net), lambda: average(*here), lambda: lora_files.load_adapters(net, "none")):
-        with pytest.raises(ValueError, match="are merged: unmerge"):
-            wrong()
-    merged = {name: net.get_submodule(name).weight.detach().double() for name in net.lora.layers}
-    lora.unmerge(net)
-    close(net(*here), student, rtol=1e-4, atol=1e-4)
-    for name, value in net.state_dict().items():
-        layer = name.removesuffix(".weight")
-        if layer not in merged:
-            assert torch.equal(value, before[name])
-            continue
-        W = before[name].double()
-        assert ((value.double() - W).abs() <= 2**-23 * torch.maximum(W.abs(), merged[layer].abs())).all()
-        assert not torch.equal(merged[layer], W)
-
-
-def test_merging_bfloat16_rounds_once():
-    net = nn.ModuleDict({"one": nn.Linear(40, 30).bfloat16()})
-    lora.add(net, ["one"], rank=2, alpha=3.0, dtype=torch.float32)
-    layer = net["one"]
-    nn.init.normal_(layer.lora_B.weight)
-    W = layer.weight.detach().clone()
-    exact = W.float() + 1.5 * layer.lora_B.weight.detach() @ layer.lora_A.weight.detach()
-    lora.merge(net)
-    assert torch.equal(layer.weight, exact.bfloat16())
-    lora.unmerge(net)
-    error = (layer.weight.double() - W.double()).abs()
-    assert (error <= 2**-7.9 * torch.maximum(W.double().abs(), exact.double().abs())).all() and error.max() > 0
-
-
-@pytest.mark.parametrize("which", ["student", "average"])
-def test_removed_is_a_plain_network(which):
-    net, here = stir(adapted()), inputs()
-    wanted = (lora.average(net) if which == "average" else net)(*here)
-    with pytest.raises(ValueError, match="not merged"):
-        lora.remove(net)
-    lora.merge(net, which)
-    lora.remove(net)
-    close(net(*here), wanted, rtol=1e-4, atol=1e-4)
-    assert net.state_dict().keys() == dit().state_dict().keys()
-    plain = dit()
-    plain.load_state_dict(net.state_dict())
-    assert torch.equal(plain(*here), net(*here))
-    assert torch.equal(adapted(net)(*here), plain(*here)), "and can be adapted again"
-
-
 def test_a_small_state_resumes():
     """adapter_state, put into a newly adapted network, gives the same three functions."""
     net, other, here = stir(adapted()), adapted(seed=5), inputs()
@@ -401,43 +339,6 @@ def test_a_small_state_resumes():
     for field in (lora.average, lora.original):
         assert torch.equal(field(other)(*here), field(net)(*here))
     assert torch.equal(other(*here), net(*here))
-
-
-@pytest.mark.parametrize("which", ["student", "average"])
-def test_a_file_comes_back(which, tmp_path):
-    """What was saved is student and average after loading; nothing else is left in the folder."""
-    net, here = stir(adapted(alpha=2.0)), inputs()
-    lora_files.save_adapters(net, tmp_path / "a.safetensors", which)
-    other = adapted(alpha=2.0, seed=9)
-    lora_files.load_adapters(other, tmp_path / "a.safetensors")
-    wanted = (lora.average(net) if which == "average" else net)(*here)
-    close(other(*here), wanted, rtol=0, atol=0)
-    close(lora.average(other)(*here), wanted, rtol=0, atol=0)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
-
-
-def test_a_file_of_other_adapters_is_refused(tmp_path):
-    path = tmp_path / "a.safetensors"
-    lora_files.save_adapters(adapted(), path)
-    others = {
-        r"qkv.lora_A.weight is \(3, 16\) there, \(2, 16\) here": adapted(rank=2),
-        r"fc1.lora_A.weight is \(3, 16\) there, None here": adapted(layers=["attn.qkv"]),
-        r"attn.proj.lora_A.weight is None there": adapted(layers=[*LAYERS, "attn.proj"]),
-        r"lora_also.times.r.mlp.0.bias is \(16,\) there, None here": adapted(also=["times.twin"]),
-        "its alpha is 3, here it is 7": adapted(alpha=7),
-    }
-    for message, net in others.items():
-        before = {name: value.clone() for name, value in net.state_dict().items()}
-        with pytest.raises(ValueError, match=message) as error:
-            lora_files.load_adapters(net, path)
-        assert "\n" not in str(error.value) and str(path) in str(error.value)
-        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    path.write_bytes(path.read_bytes()[:-5])
-    for bad in (path, tmp_path / "none"):
-        with pytest.raises(ValueError, match="no safetensors file, or a damaged one"):
-            lora_files.load_adapters(adapted(), bad)
-    with pytest.raises(ValueError, match="which must be one of student, average, got 'original'"):
-        lora_files.save_adapters(adapted(), path, "original")
 
 
 class Wrapper(nn.Module):
@@ -542,7 +443,7 @@ def test_wrong_use():
             adapted(net, **how)
         assert message in str(error.value) and "\n" not in str(error.value)
     assert all(p.requires_grad for p in net.parameters()) and net.state_dict().keys() == dit().state_dict().keys()
-    for call in (lora.parameters, lora.merge, lora.adapter_state, lambda net: lora.average(net)(*inputs())):
+    for call in (lora.parameters, lora.adapter_state, lambda net: lora.average(net)(*inputs())):
         with pytest.raises(ValueError, match="no adapters: lora.add"):
             call(net)
     with pytest.raises(ValueError, match="already"):

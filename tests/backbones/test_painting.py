@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_prompts import BACKBONES, FLUX, QWEN, SANA, SD3, TOKENS, Z_IMAGE, kinds, parts_of
 
-from tinytwinflow.backbones.prompts import decode_latents, encode_text, load_pipeline, paint
-from tinytwinflow.backbones.velocity import load_velocity
+from tinytwinflow.backbones.painting import paint
+from tinytwinflow.backbones.prompts import decode_latents, encode_text, load_pipeline
+from tinytwinflow.backbones.velocity_files import load_velocity
 from tinytwinflow.data.points import seeded
 
 diffusers = pytest.importorskip("diffusers")
@@ -48,7 +49,7 @@ def pipeline_of(kind, folder):
     """A whole tiny pipeline with random weights, whose scheduler takes Euler's steps."""
     torch.manual_seed(0)
     parts, _ = parts_of(kind, folder / "tokenizer")
-    model = getattr(diffusers, f"{BACKBONES[kind]}Transformer2DModel").from_config(BLOCKS[kind])
+    model = getattr(diffusers, BACKBONES[kind]).from_config(BLOCKS[kind])
     for part in (model, *parts.values()):
         for name, p in part.eval().named_parameters() if isinstance(part, torch.nn.Module) else ():
             if p.ndim > 1 and "embed_tokens" not in name:
@@ -65,7 +66,7 @@ def test_a_painted_picture_is_the_pipelines_own(kind, tmp_path):
     for parameter in net.r_embedder.parameters():
         torch.nn.init.normal_(parameter)  # in mode multi r = t, where it must not matter
     cond = encode_text(own, prompts, TOKENS[kind])
-    pictures = decode_latents(paint(net, cond, [(0, 3), (5, 1)], shape, steps=2, mode="multi", seed=7), own.vae)
+    pictures = decode_latents(paint(net, cond, [(0, 3), (5, 1)], shape, steps=2, mode="multi", seed=7), own)
     wanted = []
     for prompt, key in zip(prompts, [(0, 3), (5, 1)]):
         z = torch.randn(1, *shape, generator=seeded(7, 4, *key))
@@ -76,5 +77,5 @@ def test_a_painted_picture_is_the_pipelines_own(kind, tmp_path):
         wanted.append(pipeline(prompt, latents=z, output_type="pt", **size, **steps, **NO_GUIDANCE[kind]).images)
     wanted = torch.cat(wanted)
     torch.testing.assert_close(((pictures + 1) / 2).clamp(0, 1), wanted, atol=2e-5, rtol=0)
-    first, second = decode_latents(paint(net, cond, [(0, 3), (0, 3)], shape, 2, "multi", 7), own.vae)
+    first, second = decode_latents(paint(net, cond, [(0, 3), (0, 3)], shape, 2, "multi", 7), own)
     assert wanted.std() > 0.05 and (first - second).abs().max() > 2e-3, "the prompt matters, 100 times the tolerance"

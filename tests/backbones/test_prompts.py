@@ -22,15 +22,8 @@ from PIL import Image
 
 from tinytwinflow.backbones.captions import Pairs, Texts, embed, read_prompts
 from tinytwinflow.backbones.families import FAMILIES
-from tinytwinflow.backbones.prompts import (
-    ENCODERS,
-    decode_latents,
-    encode_images,
-    encode_text,
-    load_pipeline,
-    paint,
-    write_pictures,
-)
+from tinytwinflow.backbones.painting import paint, write_pictures
+from tinytwinflow.backbones.prompts import decode_latents, encode_images, encode_text, load_pipeline
 from tinytwinflow.data import points as data
 from tinytwinflow.data.readers import to_unit
 
@@ -38,11 +31,11 @@ diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 close = torch.testing.assert_close
-SD3, SANA, FLUX, QWEN, Z_IMAGE = ENCODERS
-BACKBONES = dict(zip(ENCODERS, ("SD3", "Sana", "Flux", "QwenImage", "ZImage")))
+BACKBONES = {family.pipeline.name: kind for kind, family in FAMILIES.items()}
+SD3, SANA, FLUX, QWEN, Z_IMAGE = BACKBONES
 TOKENS = {SD3: 5, SANA: 30, FLUX: 30, QWEN: 300, Z_IMAGE: 30}
 PROMPTS = ["a cat", "two black dogs", "the sea, at night", "a red cube on a blue one", "snow", "7 owls", "x"]
-kinds = pytest.mark.parametrize("kind", [kind for kind in ENCODERS if hasattr(diffusers, kind)])
+kinds = pytest.mark.parametrize("kind", [kind for kind in BACKBONES if hasattr(diffusers, kind)])
 
 
 def letters(length):
@@ -148,7 +141,7 @@ def test_conditions_have_the_names_and_rows_that_the_backbones_take(kind, loaded
     """One length for all prompts; the same rows whoever is beside them; another prompt, another row."""
     pipeline, tokens = loaded(kind), TOKENS[kind]
     cond = encode_text(pipeline, PROMPTS[:3], tokens)
-    names = set(FAMILIES[f"{BACKBONES[kind]}Transformer2DModel"].cond) | ({"guidance"} if kind == FLUX else set())
+    names = set(FAMILIES[BACKBONES[kind]].cond) | ({"guidance"} if kind == FLUX else set())
     assert cond.keys() == names
     length = 77 + tokens if kind == SD3 else tokens
     assert cond["prompt_embeds"].shape[:2] == (3, length)
@@ -241,7 +234,8 @@ def test_a_prompt_that_may_be_cut_is_warned_of(loaded):
 @kinds
 def test_latents_are_scaled_as_the_pipeline_scales_them(kind, loaded):
     """Decoding: by hand, as the pipeline does; encoding undoes it: the latent that the autoencoder itself makes."""
-    vae, config = loaded(kind).vae, loaded(kind).vae.config
+    pipeline = loaded(kind)
+    vae, config = pipeline.vae, pipeline.vae.config
     x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -253,8 +247,8 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(kind, loaded):
             image, scaled = vae.decode(z / 0.4).sample, vae.encode(x).latent * 0.4
         else:
             image, scaled = vae.decode(z / 1.5 + 0.25).sample, (vae.encode(x).latent_dist.mode() - 0.25) * 1.5
-    close(decode_latents(z, vae), image)
-    close(encode_images(x, vae), scaled)
+    close(decode_latents(z, pipeline), image)
+    close(encode_images(x, pipeline), scaled)
     assert image.shape == x.shape and image.std() > 0.01
 
 
@@ -376,7 +370,7 @@ def test_a_folder_of_texts_holds_what_the_pipeline_makes(texts, no_latents, load
     assert cond.keys() == expected.keys()
     for name, value in expected.items():
         close(cond[name], value, atol=1e-5, rtol=1e-4)
-    close(x, encode_images(pairs.read(order, None)[0], pipeline.vae), atol=2e-3, rtol=2e-3)
+    close(x, encode_images(pairs.read(order, None)[0], pipeline), atol=2e-3, rtol=2e-3)
     for name, value in encode_text(pipeline, [""], 5).items():
         close(table.null[name], value)
     alone = Texts(no_latents, 3, shape=(4, 6, 10))
@@ -571,7 +565,7 @@ def test_the_noise_of_a_picture_depends_on_its_key_alone(keys, seed):
 def expected_pictures(pipeline, prompt, index, n, seed=0):
     """The n pictures of a prompt made one at a time.  -> uint8 (n, H, W, 3)."""
     cond = encode_text(pipeline, [prompt], 5)
-    x = [decode_latents(paint(shade, cond, [(index, k)], (4, 8, 8), seed=seed), pipeline.vae) for k in range(n)]
+    x = [decode_latents(paint(shade, cond, [(index, k)], (4, 8, 8), seed=seed), pipeline) for k in range(n)]
     return ((torch.cat(x).clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
 
 

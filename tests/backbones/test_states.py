@@ -15,7 +15,9 @@ from tinytwinflow import TwinFlowLoss
 from tinytwinflow.backbones import lora
 from tinytwinflow.backbones import states as large
 from tinytwinflow.backbones.captions import Texts
-from tinytwinflow.backbones.velocity import Velocity, load_velocity
+from tinytwinflow.backbones.families import published_names
+from tinytwinflow.backbones.velocity import Velocity
+from tinytwinflow.backbones.velocity_files import load_velocity
 from tinytwinflow.benchmarks import speed_backbone as bench_large
 from tinytwinflow.cli.commands import main
 from tinytwinflow.runs.folder import backbone_of, painter
@@ -223,7 +225,7 @@ def test_the_loss_of_adapters_falls(kind):
     assert now().total < 0.9 * before.total
 
 
-@pytest.mark.parametrize("name", ["qwen-image", "sana-1.6b", "sd3.5-large", "flux"])
+@pytest.mark.parametrize("name", published_names())
 def test_a_backbone_is_measured(name, capsys):
     """On a CPU a small one of the same class: steps, memory, sampling, for each way to train."""
     for training in ("adapters", "in backward", "float32") if name == "sana-1.6b" else ("in backward",):
@@ -270,7 +272,7 @@ def test_methods_are_measured_next_to_it(capsys):
 def test_the_largest_batch_is_found(most):
     """Of the rows that fit, the most, in at most twice as many trials as their number has binary digits, and two."""
     tried = []
-    assert bench_large.largest(lambda rows: tried.append(rows) or rows <= most) == most
+    assert bench_large.largest_that_fits(lambda rows: tried.append(rows) or rows <= most) == most
     assert len(tried) == len(set(tried)) <= 2 * most.bit_length() + 2
 
 
@@ -289,7 +291,7 @@ def test_memory_that_does_not_suffice_ends_in_one_line(monkeypatch, capsys):
     assert "smaller --batch-size, or --training in backward or float32" in error and len(error.splitlines()) == 1
     with pytest.raises(ValueError, match=r"batch 1 \(2.50 GiB was asked for\): try --training in backward or float32"):
         bench_large.bench_backbone("sana-1.6b")
-    assert not bench_large.fits(train, 3) and bench_large.fits(lambda rows: iter(range(rows)), 3)
+    assert not bench_large.fits_in_memory(train, 3) and bench_large.fits_in_memory(lambda rows: iter(range(rows)), 3)
     with pytest.raises(ValueError, match="the largest batch is looked for on a GPU, not on cpu"):
         bench_large.bench_backbone("sana-1.6b", batch_size="largest")
 

@@ -36,7 +36,7 @@ def test_live_bytes_follow_every_tensor(made):
 def test_small_passes_tell_the_bytes_of_the_whole(loss, monkeypatch):
     """One and two blocks with 6 and 12 samples give, without rounding, those of four blocks and 24 samples."""
     monkeypatch.setitem(SIZES, "s", (32, 4, 2))
-    found = memory.at_scale({"loss": loss}, "dit-s-8", 24)["loss"]
+    found = memory.costs_of_dit({"loss": loss}, "dit-s-8", 24)["loss"]
     whole = memory.forward_cost(loss, DiT(32, 4, 1000, 32, 4, 2, 8), torch.zeros(24, 4, 32, 32))
     whole["graph"] = max(whole["graph"], whole.pop("passing"))
     assert {key: found[key] for key in whole} == pytest.approx(whole, rel=0.01)
@@ -44,7 +44,7 @@ def test_small_passes_tell_the_bytes_of_the_whole(loss, monkeypatch):
 
 def test_weights_are_the_published_number():
     """Flow matching holds the network and its average: two times the parameters of DiT-S/8, and the position table."""
-    found = memory.at_scale({"flow matching": TwinFlowLoss(order=0, share=0.0)}, "dit-s-8", 64)["flow matching"]
+    found = memory.costs_of_dit({"flow matching": TwinFlowLoss(order=0, share=0.0)}, "dit-s-8", 64)["flow matching"]
     net = dit("s-8")
     assert found["weights"] == 2 * 4 * sum(tensor.numel() for tensor in net.state_dict().values())
     assert found["moments"] == 2 * found["gradients"] == 2 * 4 * sum(p.numel() for p in net.parameters())

@@ -1,6 +1,7 @@
 """Plans: what is counted without weights is what a real step holds, computes and sends."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tinytwinflow import TwinFlowLoss, peers
 from tinytwinflow.backbones import lora
 from tinytwinflow.backbones import states as large
+from tinytwinflow.backbones.families import FAMILIES, Configuration, published_backbone, published_names
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.benchmarks import calls, plan
 from tinytwinflow.benchmarks.calls import Call
@@ -25,11 +27,13 @@ diffusers = pytest.importorskip("diffusers")
 from test_distributed import LOSS, small_net, together  # noqa: E402
 from test_velocity import TINY  # noqa: E402
 
+ABOUT = Configuration({}, (4, 8, 8), tokens=6)
+
 
 def tiny_one(monkeypatch, name):
     """A tiny model of the class of a backbone, which is among the backbones as "tiny" from now on."""
-    kind = calls.BACKBONES[name][0]
-    monkeypatch.setitem(calls.BACKBONES, "tiny", (kind, TINY[kind], (4, 8, 8), 6))
+    kind, _ = published_backbone(name)
+    monkeypatch.setitem(FAMILIES[kind].published, "tiny", replace(ABOUT, settings=TINY[kind]))
     torch.manual_seed(0)
     return Velocity(getattr(diffusers, kind)(**TINY[kind]))
 
@@ -62,7 +66,7 @@ def real_step(net, made, free, autocast):
         for call in made:
             x, t = torch.randn(call.rows, 4, 8, 8), torch.rand(call.rows)
             with torch.set_grad_enabled(call.gradient), train.autocast("cpu", "bf16" if autocast else "float32"):
-                y = net(x, t, t, calls.condition(net, call.rows, 6, torch.ones, "cpu"))
+                y = net(x, t, t, calls.condition_for(net, call.rows, 6, torch.ones, "cpu"))
             graphs += [y] if call.gradient else []
             del y
         while graphs:
@@ -77,7 +81,7 @@ def real_step(net, made, free, autocast):
 
 
 @pytest.mark.parametrize("training", plan.TRAININGS)
-@pytest.mark.parametrize("name", calls.BACKBONES)
+@pytest.mark.parametrize("name", published_names())
 def test_what_is_counted_without_weights_is_what_a_real_step_holds(name, training, monkeypatch):
     """Bytes of a step of a tiny backbone of each class on the meta device, and of the same one with weights, to within
     3 %: its attention keeps other tensors. The step has a call that leaves a graph, and calls without one before
@@ -85,7 +89,7 @@ def test_what_is_counted_without_weights_is_what_a_real_step_holds(name, trainin
     autocast = training == "float32"
     dtype = torch.float32 if autocast else torch.bfloat16
     real = tiny_one(monkeypatch, name).to(dtype)
-    net = calls.named_structure("tiny").to("meta", dtype)
+    net = calls.named_structure("tiny")[0].to("meta", dtype)
     for network in (real, net):
         for block in network.blocks():
             forget(block)
@@ -96,18 +100,18 @@ def test_what_is_counted_without_weights_is_what_a_real_step_holds(name, trainin
         monkeypatch.setattr(torch.nn.functional, norm, cast)
     some = [Call("teacher", 8, False), Call("net", 16, True), Call("teacher", 9, False), Call("net", 12, False)]
     for free in (True, False):
-        counted = calls.activations(net, (4, 8, 8), 6, some, free, autocast)
+        counted = calls.bytes_of_calls(net, ABOUT, some, free, autocast)
         assert counted == pytest.approx(real_step(real, some, free, autocast), rel=0.03)
 
 
 def test_gradients_are_counted_network_by_network(monkeypatch):
     """Held until the optimiser's step they are those of every network that learns; let go at once, of none."""
     net = tiny_one(monkeypatch, "sd3.5-large").to("meta")
-    both, gradients = [Call("net", 1, True), Call("fake", 1, True)], calls.nbytes(net.parameters())
-    alone = calls.activations(net, (4, 8, 8), 6, both)
-    two = calls.activations(net, (4, 8, 8), 6, both, others={"fake": copy.deepcopy(net)})
+    both, gradients = [Call("net", 1, True), Call("fake", 1, True)], calls.bytes_of(net.parameters())
+    alone = calls.bytes_of_calls(net, ABOUT, both)
+    two = calls.bytes_of_calls(net, ABOUT, both, others={"fake": copy.deepcopy(net)})
     assert two >= 2 * gradients and 2 * gradients > alone > gradients
-    assert calls.activations(net, (4, 8, 8), 6, both, True, others={"fake": copy.deepcopy(net)}) < alone
+    assert calls.bytes_of_calls(net, ABOUT, both, True, others={"fake": copy.deepcopy(net)}) < alone
 
 
 def test_autocast_holds_what_its_rules_say(tiny):
@@ -128,7 +132,7 @@ def test_the_heaviest_step_is_found_whatever_its_seed(tiny, monkeypatch):
     peaks = []
     for late in (before, after):
         monkeypatch.setattr(plan, "calls_of", lambda loss, rows, seed, late=late: late if seed == 90 else before)
-        peaks.append(plan.step_of("tiny", TwinFlowLoss(), 1, "adapters")["passing"])
+        peaks.append(plan.needs_of_step("tiny", TwinFlowLoss(), 1, "adapters")["passing"])
     assert peaks[0] < peaks[1]
 
 
@@ -138,12 +142,14 @@ def test_a_step_within_another_need_not_be_counted():
     small = (Call("net", 1, False), Call("net", 1, True))
     after = (Call("net", 1, True), Call("net", 2, False))
     other = (Call("fake", 1, True), Call("net", 1, True))
-    assert plan.heaviest([small, large, after, small, other]) == [large, after, other]
+    assert plan.heaviest_steps([small, large, after, small, other]) == [large, after, other]
 
 
 def test_every_step_of_one_row_is_among_those_counted():
     """One row carries one of four parts of the loss, and each is drawn: its calls are those of Eqs. 1, 2 and 9."""
-    found = {tuple((call.network, call.rows) for call in step) for step in plan.steps_of(TwinFlowLoss(guidance=0.5), 1)}
+    found = {
+        tuple((call.network, call.rows) for call in step) for step in plan.calls_of_steps(TwinFlowLoss(guidance=0.5), 1)
+    }
     flow = (("teacher", 2), ("net", 1))
     any_step, adversarial, rectify = (*flow, *2 * [("teacher", 1)]), 2 * (("net", 1),), (("net", 1), ("net", 2))
     assert found == {flow, any_step, adversarial, rectify}
@@ -158,35 +164,37 @@ def test_the_state_of_adafactor_is_counted(name, monkeypatch):
     sum(p.sum() for p in net.parameters()).backward()
     states = [value for one in lean.optimizers for state in one.state.values() for value in state.values()]
     held = sum(value.nbytes for value in states if value.ndim)
-    assert plan.step_of("tiny", TwinFlowLoss(), 4, "in backward")["optimiser"] == held
-    assert held < 0.35 * calls.nbytes(net.parameters())
+    assert plan.needs_of_step("tiny", TwinFlowLoss(), 4, "in backward")["optimiser"] == held
+    assert held < 0.35 * calls.bytes_of(net.parameters())
 
 
 def test_a_call_without_gradient_comes_on_top_of_the_graph(tiny):
     """A graph that waits for its backward pass is held while another call is made."""
-    net, shape = calls.meta_backbone("tiny")
-    alone = calls.activations(net, shape, 6, [Call("net", 64, False)])
-    both = calls.activations(net, shape, 6, [Call("net", 64, True), Call("net", 64, False)])
-    other = calls.activations(net, shape, 6, [Call("net", 64, False), Call("net", 64, True)])
+    net, about = calls.meta_backbone("tiny")
+    alone = calls.bytes_of_calls(net, about, [Call("net", 64, False)])
+    both = calls.bytes_of_calls(net, about, [Call("net", 64, True), Call("net", 64, False)])
+    other = calls.bytes_of_calls(net, about, [Call("net", 64, False), Call("net", 64, True)])
     assert both > other > alone
 
 
 def test_operations_are_those_of_the_network(tiny):
     """One forward call, counted with weights and without; work: a gradient costs two or three calls more."""
-    net, shape = calls.meta_backbone("tiny")
+    net, about = calls.meta_backbone("tiny")
     cond = {"prompt_embeds": torch.randn(1, 6, 12).bfloat16(), "prompt_mask": torch.ones(1, 6).bool()}
     # some CPUs' fused attention is not in the counter's list
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted, torch.no_grad():
         tiny(torch.randn(1, 4, 8, 8), torch.ones(1), torch.ones(1), cond)
-    assert calls.flops(net, shape, 6) == counted.get_total_flops() > 1e5
+    assert calls.flops_of_call(net, about) == counted.get_total_flops() > 1e5
     some = [Call("teacher", 2, False), Call("net", 3, True)]
-    assert calls.work(some, low_rank=True) == 2 + 3 * 3 and calls.work(some, low_rank=False) == 2 + 3 * 4
+    assert (
+        calls.work_of_calls(some, low_rank=True) == 2 + 3 * 3 and calls.work_of_calls(some, low_rank=False) == 2 + 3 * 4
+    )
 
 
 def test_parts_of_a_step(tiny):
     """Weights, optimisers and gradients of each training, by hand from the number of parameters."""
     count, loss = sum(p.numel() for p in tiny.parameters()), TwinFlowLoss()
-    found = {training: plan.step_of("tiny", loss, 4, training) for training in plan.TRAININGS}
+    found = {training: plan.needs_of_step("tiny", loss, 4, training) for training in plan.TRAININGS}
     whole = found["float32"]
     assert whole["trained"] == count and whole["weights"] == 8 * count == whole["optimiser"]
     assert found["in backward"]["weights"] == 2 * count and found["in backward"]["optimiser"] < 2 * count
@@ -195,8 +203,8 @@ def test_parts_of_a_step(tiny):
     assert adapted["weights"] > 2 * count + 2 * 4 * adapted["trained"] - 4 * adapted["trained"]
     for figures in found.values():
         assert figures["peak"] == figures["weights"] + figures["optimiser"] + figures["passing"]
-    three = plan.step_of("tiny", peers.PEERS["dmd2"](every=1), 4, "float32")
-    some = plan.step_of("tiny", peers.PEERS["dmd2"](every=3), 4, "float32")["peak"]
+    three = plan.needs_of_step("tiny", peers.PEERS["dmd2"](every=1), 4, "float32")
+    some = plan.needs_of_step("tiny", peers.PEERS["dmd2"](every=3), 4, "float32")["peak"]
     assert some == pytest.approx(three["peak"], rel=0.05), "but for a table that Qwen-Image's first call leaves"
     assert three["trained"] == 3 * count and three["weights"] == 4 * 5 * count and three["optimiser"] == 3 * 8 * count
 
@@ -232,7 +240,7 @@ def traffic_counted(world):
 
 def test_each_call_gathers_the_weights_once_and_the_backward_pass_once_more(tmp_path):
     """The law behind `traffic`, from the collectives of a real sharded step with recomputed blocks."""
-    world = together(2, "traffic_counted", tmp_path, __file__)[0]
+    world = together(2, traffic_counted, tmp_path)[0]
     gathered = sum("allgather" in name for name in world["messages"])
     handed = sum("reduce_scatter" in name for name in world["messages"])
     assert world["calls"] == 6
@@ -242,10 +250,10 @@ def test_each_call_gathers_the_weights_once_and_the_backward_pass_once_more(tmp_
 def test_traffic_of_a_step(tiny):
     """On one machine nothing comes from others; hsdp brings gradients alone, there and back."""
     count, some = sum(p.numel() for p in tiny.parameters()), [Call("net", 1, True), Call("net", 2, False)]
-    within, between = plan.traffic(tiny, some)
+    within, between = plan.traffic_of_step(tiny, some)
     assert within == (2 * count * 3 + 4 * count) * 7 / 8 and between == 0
-    assert plan.traffic(tiny, some, 4, "hsdp")[1] == 2 * 4 * count * 3 / 4
-    assert plan.traffic(tiny, some, 4, "fsdp")[1] == (2 * count * 3 + 4 * count) * 3 / 4
+    assert plan.traffic_of_step(tiny, some, 4, "hsdp")[1] == 2 * 4 * count * 3 / 4
+    assert plan.traffic_of_step(tiny, some, 4, "fsdp")[1] == (2 * count * 3 + 4 * count) * 3 / 4
 
 
 def test_the_command_prints_the_tables(tiny, capsys):
@@ -259,18 +267,12 @@ def test_the_command_prints_the_tables(tiny, capsys):
 def test_qwen_image_is_what_is_published():
     """The real configuration: 60 blocks, 20.43 billion parameters; adapters of rank 64 on attention and MLPs 425
     million; a forward call at 1024 x 1024 costs what a count by hand gives."""
-    net, shape = calls.meta_backbone("qwen-image")
+    net, about = calls.meta_backbone("qwen-image")
     assert sum(p.numel() for p in net.model.parameters()) == 20_430_401_088 and len(net.blocks()) == 60
     layers = 60 * 2 * (4 * 3072**2 + 2 * 3072 * 12288)
     by_hand = 2 * layers / 2 * (4096 + 512) + 60 * 4 * 4608**2 * 3072
-    assert calls.flops(net, shape, 512) == pytest.approx(by_hand, rel=0.01)
+    assert calls.flops_of_call(net, about) == pytest.approx(by_hand, rel=0.01)
     lora.add(net, large.linear_layers(net), 64)
     assert sum(
         p.numel() for name, p in net.named_parameters() if name.endswith(("lora_A.weight", "lora_B.weight"))
     ) == (60 * 2 * 64 * (4 * 2 * 3072 + 2 * (3072 + 12288)))
-
-
-if __name__ == "__main__":
-    from test_distributed import work
-
-    work(globals())

@@ -8,6 +8,8 @@ import torch
 from conftest import inside, seeds
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn import functional as f
 
 import tinytwinflow as ttf
@@ -130,22 +132,57 @@ def test_bfloat16_stays_close_to_float32(kind, seed):
         assert (F - exact).norm() < 0.05 * exact.norm()
 
 
+def gradients_of(net, kind):
+    """Value and gradients of the whole loss of a batch with labels."""
+    x, label, loss = batch(kind, 6), torch.arange(6) % 3, ttf.TwinFlowLoss(share=1 / 3, guidance=0.5)
+    net.zero_grad()
+    total = loss(net, x, label, null=torch.tensor([3]), generator=torch.Generator().manual_seed(0)).total
+    total.backward()
+    return [total.detach(), *(p.grad.clone() for p in net.parameters())]
+
+
+class Backend:
+    """Stands in for inductor, which writes and builds code for minutes: the traced graphs run as they are."""
+
+    def __init__(self, monkeypatch):
+        self.modes, self.graphs, self.compile = [], 0, torch.compile
+        monkeypatch.setattr(torch, "compile", self)
+
+    def __call__(self, model, mode=None):
+        self.modes.append(mode)
+        return self.compile(model, backend=aot_autograd(fw_compiler=self.keep))
+
+    def keep(self, graph, inputs):
+        self.graphs += 1
+        return make_boxed_func(graph.forward)
+
+
 @pytest.mark.parametrize("kind, how", [("dit", "default"), ("unet", "graphs")])
-def test_compiled_equals_eager(kind, how):
-    """Value and gradient of the whole loss, through torch.compile."""
-    net, x, label = awake(KINDS[kind][0](3)).requires_grad_(True), batch(kind, 6), torch.arange(6) % 3
-    loss = ttf.TwinFlowLoss(share=1 / 3, guidance=0.5)
-
-    def gradients(net):
-        net.zero_grad()
-        total = loss(net, x, label, null=torch.tensor([3]), generator=torch.Generator().manual_seed(0)).total
-        total.backward()
-        return [total.detach(), *(p.grad for p in net.parameters())]
-
-    eager = [g.clone() for g in gradients(net)]
+def test_compiled_equals_eager(kind, how, monkeypatch):
+    """Value and gradient of the whole loss, traced by torch.compile; "graphs" asks for CUDA graphs."""
+    net = awake(KINDS[kind][0](3)).requires_grad_(True)
+    eager, backend = gradients_of(net, kind), Backend(monkeypatch)
     compile_as(net, how)
-    for a, b in zip(gradients(net), eager):
+    for a, b in zip(gradients_of(net, kind), eager):
         close(a, b, atol=1e-4, rtol=1e-3)
+    assert backend.modes == ["reduce-overhead" if how == "graphs" else None] and backend.graphs >= 2
+    compile_as(net, "none")
+    assert len(backend.modes) == 1
+
+
+def test_what_inductor_builds_equals_eager():
+    """Value and gradient of one call of the smallest network, by the code that users run."""
+    net, x, t = awake(KINDS["mlp"][0](3)).requires_grad_(True), batch("mlp", 6), torch.linspace(0.1, 1, 6)
+
+    def found():
+        value = net(x, t, -t, torch.arange(6) % 4)
+        return [value.detach(), *torch.autograd.grad(value.square().sum(), list(net.parameters()))]
+
+    eager = found()
+    compile_as(net, "default")
+    for a, b in zip(found(), eager):
+        close(a, b, atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["inductor"], "inductor was at work"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs are recorded on a GPU alone")

@@ -1,6 +1,7 @@
 """Many processes: their mean gradient is that of one process, and a checkpoint belongs to no number of them.
 
-Processes are real ones, on the CPU, joined by gloo. `together` runs a function of this file in each of them.
+Processes are real ones, on the CPU, joined by gloo. `launched` starts a function of a test file in each of them and
+plays torchrun, whose own processes would import for seconds what these have at once.
 """
 
 import json
@@ -8,17 +9,21 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ended, fresh
+from torch import distributed as dist
 
 import tinytwinflow as ttf
+from tinytwinflow.cli.commands import main
 from tinytwinflow.data.points import Points
+from tinytwinflow.runs.build import state_of
 from tinytwinflow.runs.folder import trained
+from tinytwinflow.runs.recipes import settings
 from tinytwinflow.training import distributed as scale
 from tinytwinflow.training import sharded
 from tinytwinflow.training.loop import autocast, loss_of_batch, train
@@ -39,20 +44,33 @@ def torchrun(processes, *command, **options):
     )
 
 
-def together(processes, function, folder, file=__file__):
-    """Run a function of a test file, given its World, in so many processes.  -> what each returned."""
-    run = torchrun(processes, file, function, folder)
-    out = run.communicate(timeout=100)[0]
-    assert run.returncode == 0, out
-    return [torch.load(folder / f"{function}-{rank}.pt") for rank in range(processes)]
+def launched(size, folder, function, *args, machines=1):
+    """Start a function in so many processes, told of each other as torchrun does.  -> processes, the store they meet in
+
+    What process 0 says comes to be in the file said-0 of the folder.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(size)}
+    env |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    local, processes = size // machines, []
+    for rank in range(size):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local)}
+        processes.append(fresh(folder / f"said-{rank}", env | own, function, *args))
+    return processes, store
 
 
-def work(functions):
+def work(function, folder):
     """What a process that `together` started does."""
-    name, folder = sys.argv[1:]
     with scale.joined("cpu", seed=7) as world:
-        world.folder = Path(folder)
-        torch.save(functions[name](world), world.folder / f"{name}-{world.rank}.pt")
+        world.folder = folder
+        torch.save(function(world), folder / f"{function.__name__}-{world.rank}.pt")
+
+
+def together(size, function, folder):
+    """Run a function of a test file, given its World, in so many processes.  -> what each returned."""
+    processes, _store = launched(size, folder, work, function, folder)
+    assert ended(processes, 100) == [0] * size, [(folder / f"said-{rank}").read_text() for rank in range(size)]
+    return [torch.load(folder / f"{function.__name__}-{rank}.pt") for rank in range(size)]
 
 
 def small_net(weights=True):
@@ -141,7 +159,7 @@ def all_gradients(world):
 def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     """grad of DDP and FSDP2 = mean over processes of grad of each one's loss: one batch or summed in parts,
     activations kept or computed again, and with a row on each, where a process alone would skip calls."""
-    found = together(2, "all_gradients", tmp_path)
+    found = together(2, all_gradients, tmp_path)
     expected, in_parts = mean_gradients(2), mean_gradients(2, parts=3)
     one_row, halves = mean_gradients(2, n=1), mean_gradients(2, precision="bf16")
     assert max((expected[name] - in_parts[name]).abs().max() for name in expected) > 1e-3
@@ -215,7 +233,7 @@ def one_process_like(size, state=None, batch_of=batch_of, null=None, ema=0.999):
 def test_training_in_pieces_is_training_and_its_checkpoint_loads_on_any_number(tmp_path):
     """Two sharded processes = one process fed with both parts: records, weights and both averages. What they saved
     on 2 loads on 1 without torchrun, on 2 and on 3, tensor for tensor, with the optimiser's moments."""
-    found = together(2, "trained_in_pieces", tmp_path)
+    found = together(2, trained_in_pieces, tmp_path)
     state, totals = one_process_like(2)
     for mine in found:
         assert [record["total"] for record in mine["records"]] == pytest.approx(totals, rel=1e-4)
@@ -230,7 +248,7 @@ def test_training_in_pieces_is_training_and_its_checkpoint_loads_on_any_number(t
     for part, tensors in alone.weights().items():
         for name, value in tensors.items():
             assert torch.equal(value, found[0]["weights"][f"{part}.{name}"])
-    for other in together(3, "loaded_again", tmp_path):
+    for other in together(3, loaded_again, tmp_path):
         assert all(torch.equal(other["weights"][name], value) for name, value in found[0]["weights"].items())
         assert all(torch.equal(a, b) for a, b in zip(other["moments"], found[0]["moments"]))
         for a, p in zip(other["moments"], alone.net.parameters()):
@@ -281,7 +299,7 @@ def test_adapters_in_float32_learn_on_pieces_of_bfloat16(tmp_path):
     """Two sharded processes, their blocks computed again in the backward pass = one process fed with both parts, but
     for roundings, which AdamW makes a part of a step; the backbone stays in bfloat16 and where it was."""
     pytest.importorskip("diffusers")
-    found = together(2, "adapters_in_pieces", tmp_path)
+    found = together(2, adapters_in_pieces, tmp_path)
     state, began = of_adapters(backbone(), lambda net: net), backbone().state_dict()
     state.restart()
     state, totals = one_process_like(2, state, prompts_of, NULL, ema=0.9)
@@ -347,45 +365,73 @@ def test_batches_of_processes_are_the_parts_of_the_whole(tmp_path):
             Points(name, 12, part=(0, 5)).batch(0)
 
 
+STEPS, DEATH = 40, 25
+
+
 def command(out, *more):
-    changes = ["steps=300", "batch_size=48", "width=16", "checkpoint_every=10", "eval_samples=100"]
-    return ["-m", "tinytwinflow", "train", "toy", "--out", out, "--set", *changes, *more]
+    changes = [f"steps={STEPS}", "batch_size=48", "width=16", "checkpoint_every=10", "eval_samples=100"]
+    return ["train", "toy", "--out", str(out), "--set", *changes, *more]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "hsdp"])
-def test_killing_one_process_ends_the_run_and_it_resumes_bit_for_bit(tmp_path, parallel):
-    """A run on two processes, one of them killed with -9 in the middle: the launcher ends with an error that names
-    the signal, the last checkpoint is whole, and going on from it gives the weights of a run left alone."""
+def line(argv, death=None):
+    """The command line; the second process kills itself with -9 where the noise of step `death` is drawn."""
+    reseed = scale.World.reseed
+
+    def dying(world, generator, step):
+        if world.rank == 1 and step == death:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return reseed(world, generator, step)
+
+    scale.World.reseed = dying
+    sys.exit(main(argv))
+
+
+def run_of_two(folder, argv, machines=1, death=None):
+    """The command line in two processes.  -> their exit statuses, what the first said"""
+    processes, _store = launched(2, folder, line, argv, death, machines=machines)
+    return ended(processes), (folder / "said-0").read_text()
+
+
+@pytest.mark.parametrize("parallel, machines", [("ddp", 1), ("fsdp", 1), ("hsdp", 2)])
+def test_killing_one_process_ends_the_run_and_it_resumes_bit_for_bit(tmp_path, parallel, machines):
+    """A run on two processes, one of them killed with -9 in the middle: the other ends with one line, the last
+    checkpoint is whole, and going on from it gives the weights of a run left alone."""
     quiet, hurt = tmp_path / "quiet", tmp_path / "hurt"
-    run = torchrun(2, *command(hurt, f"parallel={parallel}"))
-    log, deadline = hurt / "log.jsonl", time.monotonic() + 120
-    while not log.exists() or len(log.read_text().splitlines()) < 31:
-        assert time.monotonic() < deadline and run.poll() is None, run.stdout.read()
-        time.sleep(0.02)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    statuses, said = run_of_two(tmp_path, command(hurt, f"parallel={parallel}"), machines, DEATH)
+    assert statuses == [2, -signal.SIGKILL]
+    assert said.splitlines()[-1] == "tinytwinflow: process 0: another process of the run has ended"
+    assert "Traceback" not in said and trained(hurt)[2]["step"] == 20
+    for argv in (command(quiet, f"parallel={parallel}"), [*command(hurt), "--resume"]):
+        statuses, said = run_of_two(tmp_path, argv, machines)
+        assert statuses == [0, 0], said
+    a, b = trained(quiet), trained(hurt)
+    assert a[2]["step"] == b[2]["step"] == STEPS
+    assert all(torch.equal(x, y) for x, y in zip(a[0].state_dict().values(), b[0].state_dict().values()))
+    logs = [(folder / "log.jsonl").read_text() for folder in (quiet, hurt)]
+    records = [[json.loads(line)["total"] for line in log.splitlines()] for log in logs]
+    assert records[0] == records[1] and len(records[0]) == STEPS
+
+
+def test_torchrun_ends_a_run_one_of_whose_processes_is_killed(tmp_path):
+    """The launcher's error names the signal, the last checkpoint is whole, and one process alone goes on from it."""
+    run = torchrun(2, __file__, *command(tmp_path / "run"))
     said = run.communicate(timeout=120)[0]
     assert run.returncode != 0 and "Signal 9 (SIGKILL)" in said
-    assert 10 <= trained(hurt)[2]["step"] < 300
-    for again in (torchrun(2, *command(quiet, f"parallel={parallel}")), torchrun(2, *command(hurt), "--resume")):
-        out = again.communicate(timeout=120)[0]
-        assert again.returncode == 0, out
-    a, b = trained(quiet), trained(hurt)
-    assert a[2]["step"] == b[2]["step"] == 300
-    assert all(torch.equal(x, y) for x, y in zip(a[0].state_dict().values(), b[0].state_dict().values()))
-    records = [
-        [json.loads(line)["total"] for line in (f / "log.jsonl").read_text().splitlines()] for f in (quiet, hurt)
-    ]
-    assert records[0] == records[1] and len(records[0]) == 300
+    assert trained(tmp_path / "run")[2]["step"] == 20
 
 
-def test_wrong_uses_end_in_one_line(tmp_path):
-    for change, what in (("method=dmd", "method dmd trains on one process"), ("batch_size=47", "multiple of the 2")):
-        run = torchrun(2, *command(tmp_path / change, change))
-        assert what in run.communicate(timeout=120)[0] and run.returncode != 0
+def test_wrong_uses_are_refused(tmp_path):
+    """What two processes cannot do, from how many they are said to be; and the command line says so in one line."""
+    world = scale.World(0, 2, "cpu")
+    for change, what in (("method=dmd", "method dmd trains on one process"), ("optimizer=adafactor", "parallel=fsdp")):
+        with pytest.raises(ValueError, match=what):
+            state_of({**settings("toy", []), **dict([change.split("=")])}, (2,), 0, "cpu", world)
     with pytest.raises(ValueError, match="recompute needs a network with blocks, MLP has none"):
         scale.prepare(ttf.nets.MLP(2), recompute=True)
+    statuses, said = run_of_two(tmp_path, command(tmp_path / "run", "batch_size=47"))
+    assert statuses == [2, 2] and said.startswith("tinytwinflow: ") and len(said.splitlines()) == 1
+    assert "batch_size 47 must be a multiple of the 2 processes" in said
 
 
 if __name__ == "__main__":
-    work(globals())
+    line(sys.argv[1:], DEATH)

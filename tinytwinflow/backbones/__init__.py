@@ -1,9 +1,11 @@
 """Backbones: the flow transformers of diffusers.
 
-Rooms, in reading order: families, velocity, lora, lora_files, states, prompts, captions.
+Rooms, in reading order: families, velocity, velocity_files, lora, lora_files, states, prompts, captions, painting.
 May import: training, data, nets, method, files, ranges.
 """
 
-from . import captions, families, lora, lora_files, prompts, states, velocity
+from . import captions, families, lora, lora_files, painting, prompts, states, velocity, velocity_files
 
-__all__ = ["captions", "families", "lora", "lora_files", "prompts", "states", "velocity"]
+__all__ = [
+    "captions", "families", "lora", "lora_files", "painting", "prompts", "states", "velocity", "velocity_files",
+]  # fmt: skip

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..data.batches import mine, rows_of_step
 from ..data.readers import Folder
-from ..files import aside, write_json
+from ..data.shards import damage_named, place_of, shard_rows, write_index, write_shards
 from ..method.conditions import join
-from .prompts import claim, encode_images, encode_text
+from .prompts import encode_images, encode_text
 
-INDEX, BEGUN, NULL, LATENTS = "texts.json", "begun.json", "null.safetensors", "latents"
+TEXTS_INDEX, NULL, LATENTS = "texts.json", "null.safetensors", "latents"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -88,20 +87,14 @@ class Pairs(Folder):
         self.folder, self.size, self.shape, self.pool = folder, size, (3, size, size), ThreadPoolExecutor()
 
 
-def is_texts(folder):
-    return (Path(folder) / INDEX).is_file()
-
-
 def embed(prompts, pipeline, out, images=None, tokens=None, batch_size=16, shard=256):
     """Encode a list of prompts, and the images of a `Pairs` if given, into shards in the folder `out`, its index last.
 
-    pipeline: of `prompts.load_pipeline`; tokens: see `encode_text`. A shard is written aside and renamed; after a stop
-    those that are there are not made again, and the folder ends the same byte for byte. Raises ValueError if `out`
-    holds a finished set or one begun with other settings, or if what the encoders make is not finite.
+    pipeline: of `prompts.load_pipeline`; tokens: see `encode_text`. After a stop the shards that are there are not made
+    again, and the folder ends the same byte for byte. Raises ValueError if `out` holds a finished set or one begun with
+    other settings, or if what the encoders make is not finite.
     """
     out = Path(out)
-    if is_texts(out):
-        raise ValueError(f"{out} already holds texts: choose another --out")
     if not prompts:
         raise ValueError("there are no prompts to encode")
     settings = {
@@ -113,35 +106,36 @@ def embed(prompts, pipeline, out, images=None, tokens=None, batch_size=16, shard
         "batch_size": batch_size,
         "shard": shard,
     }
-    null = encode_text(pipeline, [""], tokens)
-    claim(out, out / BEGUN, settings)
-    _write(out / NULL, null, "the empty prompt")
-    names = []
-    for begin in tqdm(range(0, len(prompts), shard), disable=None):
-        names.append(f"texts-{begin // shard:05d}.safetensors")
-        if (out / names[-1]).exists():
-            continue
+
+    def make(rows):
+        if rows is None:
+            return _finite(encode_text(pipeline, [""], tokens), "the empty prompt")
         parts = []
-        for rows in torch.arange(begin, min(begin + shard, len(prompts))).split(batch_size):
-            part = encode_text(pipeline, [prompts[row] for row in rows], tokens)
+        for some in rows.split(batch_size):
+            part = encode_text(pipeline, [prompts[row] for row in some], tokens)
             if images is not None:
-                part[LATENTS] = encode_images(images.read(rows, None)[0], pipeline.vae).half()
+                part[LATENTS] = encode_images(images.read(some, None)[0], pipeline).half()
             parts.append({name: value.cpu() for name, value in part.items()})
-        _write(out / names[-1], join(*parts), f"prompts from {begin} on")
-    tensors = {name: [kind, shape[1:]] for name, (kind, shape) in _header(out / names[0]).items()}
-    sizes = [min(shard, len(prompts) - begin) for begin in range(0, len(prompts), shard)]
-    write_json(out / INDEX, {"shards": names, "sizes": sizes, "tensors": tensors, "null": NULL})
-    (out / BEGUN).unlink()
+        return _finite(join(*parts), f"prompts from {rows[0]} on")
+
+    shards = shard_rows(len(prompts), shard, "texts-{:05d}.safetensors")
+    write_shards(out, TEXTS_INDEX, settings, {NULL: None, **shards}, make, _save)
+    tensors = {name: [kind, shape[1:]] for name, (kind, shape) in _header(out / next(iter(shards))).items()}
+    sizes = [len(rows) for rows in shards.values()]
+    write_index(out, TEXTS_INDEX, {"shards": list(shards), "sizes": sizes, "tensors": tensors, "null": NULL})
 
 
-def _write(path, tensors, what):
-    from safetensors.torch import save
-
+def _finite(tensors, what):
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise ValueError(f"{what}: {name} would hold NaN or infinity in {value.dtype}")
-    with aside(path) as file:
-        file.write(save({name: value.cpu().contiguous() for name, value in tensors.items()}))
+    return tensors
+
+
+def _save(file, tensors):
+    from safetensors.torch import save
+
+    file.write(save({name: value.cpu().contiguous() for name, value in tensors.items()}))
 
 
 @contextmanager
@@ -153,11 +147,8 @@ def _open(path):
         raise ValueError("texts need safetensors: pip install 'tinytwinflow[large]'") from None
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise ValueError(f"{path}: damaged, or no safetensors file ({error!r})") from None
+    with damage_named(path, "damaged, or no safetensors file"), safe_open(path, "pt") as file:
+        yield file
 
 
 def _header(path):
@@ -179,16 +170,14 @@ class Texts:
 
     def __init__(self, folder, batch_size, seed=0, part=(0, 1), shape=None):
         self.folder, self.batch_size, self.seed, self.part = Path(folder), batch_size, seed, part
-        index = self.folder / INDEX
+        index = self.folder / TEXTS_INDEX
         if not index.is_file():
             raise ValueError(f"{index}: no such file; `python -m tinytwinflow embed` makes one")
-        try:
+        with damage_named(index):
             about = json.loads(index.read_text())
             self.shards, sizes = [self.folder / name for name in about["shards"]], [int(n) for n in about["sizes"]]
             self.tensors = {name: (kind, list(tail)) for name, (kind, tail) in about["tensors"].items()}
             null = self.folder / about["null"]
-        except Exception as error:  # whatever a damaged file makes the reader raise
-            raise ValueError(f"{index}: damaged ({error!r})") from None
         if not sizes or len(sizes) != len(self.shards) or min(sizes) < 1:
             raise ValueError(f"{index}: damaged ({len(self.shards)} shards, {len(sizes)} sizes)")
         self.ends = np.cumsum(sizes)
@@ -210,8 +199,8 @@ class Texts:
     def batch(self, step):
         """Latents (b, C, h, w) float32, zeros if there are none, and conditions, a dict of (b, ...), of one step."""
         rows = mine(rows_of_step(len(self), self.batch_size, step, self.seed), self.part).numpy()
-        shard = np.searchsorted(self.ends, rows, side="right")
-        at, order = rows - np.concatenate([[0], self.ends])[shard], np.argsort(shard, kind="stable")
+        shard, at = place_of(rows, self.ends)
+        order = np.argsort(shard, kind="stable")
         parts = [self._read(self.shards[s], self.tensors, at[order][shard[order] == s]) for s in np.unique(shard)]
         back = torch.from_numpy(np.argsort(order))
         cond = {name: value[back] for name, value in join(*parts).items()}
@@ -224,7 +213,7 @@ class Texts:
         for name in sorted(found.keys() | tensors.keys()):
             here, there = found.get(name), (tensors[name][0], [rows, *tensors[name][1]]) if name in tensors else None
             if here != there:
-                raise ValueError(f"{path}: {name} is {here} there, {there} in {INDEX}")
+                raise ValueError(f"{path}: {name} is {here} there, {there} in {TEXTS_INDEX}")
 
     def _read(self, path, tensors, rows):
         """Some rows of a file's tensors. Raises ValueError that names a row with a number that is not finite."""

@@ -13,7 +13,7 @@ A layer must be called: an adapter of a layer whose weight alone is read has no 
 import copy
 import fnmatch
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -34,8 +34,6 @@ class Adapters:
     layers: tuple  # names of the adapted layers
     also: tuple  # names of the modules trained in full
     active: str = STUDENT
-    merged: bool = False
-    hooks: list = field(default_factory=list)
 
 
 def add(net, layers, rank, alpha=None, also=(), dtype=None, seed=0):
@@ -75,7 +73,7 @@ def add(net, layers, rank, alpha=None, also=(), dtype=None, seed=0):
                 value = value.to(layer.weight.device, dtype or layer.weight.dtype, copy=True)
                 setattr(layer, part, _linear(value, which == STUDENT))
         layer.lora = net.lora
-        net.lora.hooks.append(layer.register_forward_hook(_adapt))
+        layer.register_forward_hook(_adapt)
     net.lora_also = nn.ModuleDict({which: nn.ModuleList() for which in (AVERAGE, ORIGINAL)})
     for module in map(modules.get, also):
         module.to(dtype=dtype)
@@ -84,7 +82,7 @@ def add(net, layers, rank, alpha=None, also=(), dtype=None, seed=0):
             kept.append(copies[which])
         module.lora, module.lora_copies = net.lora, copies
         module.requires_grad_()
-        net.lora.hooks.append(module.register_forward_hook(_replace, with_kwargs=True))
+        module.register_forward_hook(_replace, with_kwargs=True)
 
 
 def average(net):
@@ -115,49 +113,10 @@ def adapter_state(net):
     return {name: value for name, value in net.state_dict().items() if name in names}
 
 
-def merge(net, which=STUDENT):
-    """Add an adapter to the weights, W + (alpha / rank) B A, computed in float32 and rounded once to W's precision.
-
-    From then on net is that student or average, and has no views, until `unmerge`; `remove` makes it a plain network.
-    Raises ValueError if something is merged already.
-    """
-    adapters = adapters_of(net, merged=False)
-    _shift_weights(net, which, 1.0)
-    adapters.active, adapters.merged = which, True
-
-
-def unmerge(net):
-    """Take `merge` back, but for two roundings to W's precision: relative to the larger of W and the merged W they
-    are 1e-7 in float32 and half a percent in bfloat16, so keep a copy where that matters. The adapters must not have
-    changed in between. Raises ValueError if nothing is merged.
-    """
-    adapters = adapters_of(net, merged=True)
-    _shift_weights(net, adapters.active, -1.0)
-    adapters.active, adapters.merged = STUDENT, False
-
-
-def remove(net):
-    """Make a merged network a plain one again, frozen: weights as merged, no adapters, no switch."""
-    adapters = adapters_of(net, merged=True)
-    for hook in adapters.hooks:
-        hook.remove()
-    for name in adapters.layers:
-        layer = net.get_submodule(name)
-        for part in (*PAIRS[STUDENT], *PAIRS[AVERAGE], "lora"):
-            delattr(layer, part)
-    for name in adapters.also:
-        module = net.get_submodule(name)
-        if adapters.active == AVERAGE:
-            module.load_state_dict(module.lora_copies[AVERAGE].state_dict())
-        del module.lora, module.lora_copies
-    del net.lora, net.lora_also
-    net.requires_grad_(False)
-
-
 def _adapt(layer, inputs, output):
     """Hook on a linear layer: its output, plus that of the active adapter."""
     adapters = layer.lora
-    if adapters.merged or adapters.active == ORIGINAL:
+    if adapters.active == ORIGINAL:
         return output
     x = inputs[0]
     # in the layer's precision: float32 matrices keep small steps, and rounded for a product they are in error by no
@@ -177,7 +136,7 @@ def _replace(module, args, kwargs, output):
 # without gradient: where activations are computed again in backward, the switch would be back at the student
 @torch.no_grad()
 def _view(net, which, x, t, r, cond=None):
-    adapters = adapters_of(net, merged=False)
+    adapters = adapters_of(net)
     before, adapters.active = adapters.active, which
     try:
         return net(x, t, r, cond)
@@ -185,20 +144,16 @@ def _view(net, which, x, t, r, cond=None):
         adapters.active = before
 
 
-def adapters_of(net, merged=None):
-    """The Adapters of a network. Raises ValueError if it has none or, where asked, is merged or not."""
+def adapters_of(net):
+    """The Adapters of a network. Raises ValueError if it has none."""
     adapters = getattr(net, "lora", None)
     if not isinstance(adapters, Adapters):
         raise ValueError("this network has no adapters: lora.add puts them in")
-    if merged is not None and adapters.merged != merged:
-        raise ValueError("the adapters are not merged" if merged else "the adapters are merged: unmerge them first")
     return adapters
 
 
 def weights_of(net, which):
     """The parameters of the student or of the average, by their names in a file."""
-    if which not in PAIRS:
-        raise ValueError(f"which must be one of {', '.join(PAIRS)}, got {which!r}")
     found, adapters = {}, adapters_of(net)
     for name in adapters.layers:
         for part, here in zip(PAIRS[STUDENT], PAIRS[which]):
@@ -209,15 +164,6 @@ def weights_of(net, which):
         module = module if which == STUDENT else module.lora_copies[which]
         found |= {f"lora_also.{name}.{key}": value for key, value in module.named_parameters()}
     return found
-
-
-@torch.no_grad()
-def _shift_weights(net, which, sign):
-    adapters, weights = adapters_of(net), iter(weights_of(net, which).values())
-    for name in adapters.layers:
-        A, B = next(weights), next(weights)
-        weight = net.get_submodule(name).weight
-        weight.copy_(weight.float() + sign * adapters.alpha / adapters.rank * (B.float() @ A.float()))
 
 
 def prefix_of(net):

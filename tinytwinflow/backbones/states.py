@@ -6,7 +6,7 @@ from ..training.ema import warmed_up
 from ..training.in_backward import in_backward
 from ..training.state import WEIGHT_DTYPES, State, adamw, new_state
 from . import lora
-from .velocity import load_structure, load_velocity
+from .velocity_files import load_structure, load_velocity
 
 
 class LowRank(State):

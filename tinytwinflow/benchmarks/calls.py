@@ -17,46 +17,30 @@ from torch.nn import functional as f
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..backbones.families import diffusers_class, published_backbone
 from ..backbones.velocity import Velocity
 from ..method.losses import TwinFlowLoss
 from ..training.distributed import without_weights
 from .memory import LiveBytes
 
-BACKBONES = {  # diffusers class, its settings where they differ from diffusers' own, latents (C, H, W), tokens of text
-    "qwen-image": ("QwenImageTransformer2DModel", {}, (16, 128, 128), 512),
-    "flux": ("FluxTransformer2DModel", {}, (16, 128, 128), 512),
-    "sd3.5-large": (
-        "SD3Transformer2DModel",
-        {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
-         "qk_norm": "rms_norm"},
-        (16, 128, 128), 333,
-    ),
-    "sana-1.6b": ("SanaTransformer2DModel", {}, (32, 32, 32), 300),
-}  # fmt: skip
-
 
 def named_structure(name, **changes):
-    """A backbone of its real configuration, or with some settings changed, without weights.
+    """A published backbone, or with some settings changed, without weights, and its Configuration.
 
     Raises ValueError for an unknown name.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"unknown backbone {name!r}: choose from {', '.join(BACKBONES)}")
-    try:
-        import diffusers
-    except ImportError:
-        raise ValueError("backbones need diffusers: pip install 'tinytwinflow[large]'") from None
-    kind, own, _, _ = BACKBONES[name]
+    kind, about = published_backbone(name)
     with without_weights():
-        return Velocity(getattr(diffusers, kind)(**{**own, **changes}))
+        return Velocity(diffusers_class(kind, name)(**{**about.settings, **changes})), about
 
 
 def meta_backbone(name):
-    """A backbone on the meta device in bfloat16, and the shape of its latents."""
-    return named_structure(name).to("meta", torch.bfloat16), BACKBONES[name][2]
+    """A published backbone on the meta device in bfloat16, and its Configuration."""
+    net, about = named_structure(name)
+    return net.to("meta", torch.bfloat16), about
 
 
-def condition(net, rows, tokens, make=torch.empty, device="meta"):
+def condition_for(net, rows, tokens, make=torch.empty, device="meta"):
     """A condition that fits a network: dict of (rows, ...), by default without values."""
     widths = {"prompt_embeds": (tokens,), "prompt_mask": (tokens,), "pooled": (), "guidance": ()}
     found = {}
@@ -149,12 +133,12 @@ def _free(parameter):
     parameter.grad = None
 
 
-def activations(net, shape, tokens, calls, free_gradients=False, autocast=False, others=None):
+def bytes_of_calls(net, about, calls, free_gradients=False, autocast=False, others=None):
     """Most bytes that the calls and their backward pass hold beyond the weights, gradients included.
 
     net: the backbone, its blocks recomputed, which stands for every network that is called but for others, those that
-    learn beside it, by name: each has gradients of its own. free_gradients: those of weights are let go as soon
-    as they are there. autocast: networks run under autocast in bfloat16.
+    learn beside it, by name: each has gradients of its own. about: its Configuration. free_gradients: those of weights
+    are let go as soon as they are there. autocast: networks run under autocast in bfloat16.
     """
     others = others or {}
     counter, networks = LiveBytes(), [net, *others.values()]
@@ -167,9 +151,9 @@ def activations(net, shape, tokens, calls, free_gradients=False, autocast=False,
         for gradient, some in groupby(calls, lambda call: call.gradient):
             # calls without gradient leave nothing behind: the largest stands for all that follow one another
             for call in some if gradient else [max(some, key=lambda call: call.rows)]:
-                x, t = torch.empty(call.rows, *shape, device="meta"), torch.empty(call.rows, device="meta")
+                x, t = torch.empty(call.rows, *about.latents, device="meta"), torch.empty(call.rows, device="meta")
                 with torch.set_grad_enabled(gradient):
-                    y = others.get(call.network, net)(x, t, t, condition(net, call.rows, tokens))
+                    y = others.get(call.network, net)(x, t, t, condition_for(net, call.rows, about.tokens))
                 if gradient:
                     graphs.append(y)
                 del y
@@ -184,20 +168,20 @@ def activations(net, shape, tokens, calls, free_gradients=False, autocast=False,
     return counter.peak - start
 
 
-def flops(net, shape, tokens):
+def flops_of_call(net, about):
     """Floating-point operations of one forward call on one row."""
-    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    x, t = torch.empty(1, *about.latents, device="meta"), torch.empty(1, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
-        net(x, t, t, condition(net, 1, tokens))
+        net(x, t, t, condition_for(net, 1, about.tokens))
     return counted.get_total_flops()
 
 
-def work(calls, low_rank):
+def work_of_calls(calls, low_rank):
     """A step in forward calls of one row. A call with gradient is one, one again for its recomputed blocks, one for
     the gradient of activations and, unless the weights are frozen, one for that of the weights.
     """
     return sum(call.rows * ((3 if low_rank else 4) if call.gradient else 1) for call in calls)
 
 
-def nbytes(tensors):
+def bytes_of(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -49,8 +49,8 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     left = [(folder, config, method) for folder, config, method in todo if not (folder / "metrics.json").exists()]
     jobs = min(jobs or os.cpu_count(), max(1, len(left)))
     if left:
-        with ProcessPoolExecutor(jobs, get_context("spawn"), alone, (os.getpid(),)) as pool:
-            running = [pool.submit(one, *job) for job in left]
+        with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (os.getpid(),)) as pool:
+            running = [pool.submit(train_and_measure, *job) for job in left]
             bar = tqdm(as_completed(running), "compare", len(todo), initial=len(todo) - len(left), disable=None)
             try:
                 for done in bar:
@@ -61,7 +61,7 @@ def compare(names, methods, seeds, changes, out, jobs=None):
                 pool.shutdown(cancel_futures=True)  # or it would first work off what waits
                 raise
     results = [json.loads((folder / "metrics.json").read_text()) for folder, _, _ in todo]
-    costs = cost(methods, changes, Path(out) / "cost.json")
+    costs = costs_of_methods(methods, changes, Path(out) / "cost.json")
     rows, floors = summary(results, names, methods), {name: floor_of(results, name) for name in names}
     text = comparison_table(rows, floors, names, methods, costs)
     print(text)
@@ -73,7 +73,7 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     print(f"\n{out}/table.md  {out}/compare.png  {out}/metrics.json")
 
 
-def alone(parent):
+def begin_worker(parent):
     """Begin a worker: one thread, and an end with Ctrl-C or with its parent, so that no run has two writers."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -86,7 +86,7 @@ def alone(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def one(folder, config, method):
+def train_and_measure(folder, config, method):
     """Train and measure one method on one data set with one seed; the result is left in its folder."""
     began, yard = time.perf_counter(), yardstick(config, folder=folder)
     try:
@@ -101,14 +101,14 @@ def one(folder, config, method):
     write_json(Path(folder) / "metrics.json", {**about, **spent, "floor": yard.floor, "rows": rows})
 
 
-def cost(methods, changes, path):
+def costs_of_methods(methods, changes, path):
     """What a step of each method takes, measured once and kept: see `memory.step_cost`."""
     if path.exists() and json.loads(path.read_text()).keys() == set(methods):
         return json.loads(path.read_text())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     configs = {method: entry(method, changes) for method in {LINE[0]: None, **dict.fromkeys(methods)}}
-    found = memory.in_two_dimensions(configs)
+    found = memory.costs_in_two_dimensions(configs)
     torch.set_num_threads(threads)
     found = {method: found[method] for method in methods}
     write_json(path, found)

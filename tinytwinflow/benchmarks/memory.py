@@ -9,12 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..data.points import Points
+from ..evaluation.tables import markdown
 from ..nets.dit import DiT, dimensions
 from ..runs.build import net_of
 from ..runs.settings import loss_of
 from ..training.loop import autocast, loss_of_batch, train
 from ..training.state import new_state
-from .speed import in_turn
+from .speed import median_seconds
 
 
 class LiveBytes(TorchDispatchMode):
@@ -90,7 +91,7 @@ def step_cost(loss, net, x, steps=8):
     return figures, records
 
 
-def in_two_dimensions(configs, rounds=5, repeats=6):
+def costs_in_two_dimensions(configs, rounds=5, repeats=6):
     """What a training step of several methods costs on 2D data.  name -> settings  ->  name -> figures of `step_cost`.
 
     seconds_ratio: median step time over that of flow matching, which must be among them, all called in turn.
@@ -102,7 +103,7 @@ def in_two_dimensions(configs, rounds=5, repeats=6):
         net = net_of(config, points.shape, 0)
         found[name], records = step_cost(loss_of(config), net, points.batch(0)[0])
         steps[name] = partial(next, records)
-    times = in_turn(steps, "cpu", rounds, repeats)
+    times = median_seconds(steps, "cpu", rounds, repeats)
     for name, seconds in times.items():
         found[name]["seconds_ratio"] = seconds / times["flow matching"]
     return found
@@ -111,7 +112,7 @@ def in_two_dimensions(configs, rounds=5, repeats=6):
 BATCHES = (6, 12)  # which divide into the parts of every loss
 
 
-def at_scale(losses, name, batch_size, size=32, channels=4, classes=1000):
+def costs_of_dit(losses, name, batch_size, size=32, channels=4, classes=1000):
     """Bytes of a training step of a published DiT on latents, in bfloat16 autocast.  name -> loss  ->  name -> figures.
 
     Counted on any machine: all bytes are a + b depth in the network's depth and c + d batch in the batch, so the
@@ -131,7 +132,7 @@ def at_scale(losses, name, batch_size, size=32, channels=4, classes=1000):
             for samples in BATCHES:
                 net = DiT(size, channels, classes, width, blocks, heads, patch)
                 corners[blocks, samples] = forward_cost(loss, net, torch.zeros(samples, channels, size, size))
-        found[method] = f = {key: carried(corners, key, depth, batch_size) for key in corners[1, BATCHES[0]]}
+        found[method] = f = {key: extrapolated(corners, key, depth, batch_size) for key in corners[1, BATCHES[0]]}
         f["graph"] = max(f["graph"], f.pop("passing"))
         f["peak"] = f["weights"] + f["moments"] + max(f["graph"], f["gradients"])
         f |= auxiliary(loss)
@@ -155,7 +156,7 @@ def forward_cost(loss, net, x):
     return {**of_state, "graph": graph, "passing": counter.peak - weights}
 
 
-def carried(corners, key, depth, batch):
+def extrapolated(corners, key, depth, batch):
     """A figure, known at depths 1 and 2 and at two batch sizes and bilinear in them, at another depth and batch."""
     low, high = BATCHES
     small, large = ([corners[blocks, samples][key] for samples in BATCHES] for blocks in (1, 2))
@@ -164,12 +165,10 @@ def carried(corners, key, depth, batch):
 
 
 def memory_table(found):
-    """The figures of `at_scale` as a Markdown table in GiB, with what a method needs beyond flow matching."""
-    lines = ["| method | trained / frozen | weights | moments | graph or gradients | a step | beyond flow matching |"]
-    lines.append("|---" * 7 + "|")
-    base = found["flow matching"]["peak"]
+    """The figures of `costs_of_dit` as a Markdown table in GiB, with what a method needs beyond flow matching."""
+    header = "method | trained / frozen | weights | moments | graph or gradients | a step | beyond flow matching"
+    base, rows = found["flow matching"]["peak"], []
     for method, f in found.items():
         parts = [f["weights"], f["moments"], max(f["graph"], f["gradients"]), f["peak"], f["peak"] - base]
-        numbers = " | ".join(f"{part / 2**30:.1f}" for part in parts)
-        lines.append(f"| {method} | {f['trained']} / {f['frozen']} | {numbers} |")
-    return "\n".join(lines)
+        rows.append([method, f"{f['trained']} / {f['frozen']}", *(f"{part / 2**30:.1f}" for part in parts)])
+    return markdown(header.split(" | "), rows)

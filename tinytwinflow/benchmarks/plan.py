@@ -6,21 +6,30 @@ import math
 import torch
 
 from ..backbones.states import adapt
+from ..evaluation.tables import markdown
 from ..training.distributed import forget
 from ..training.in_backward import as_matrix, in_backward
-from .calls import BACKBONES, activations, calls_of, flops, meta_backbone, nbytes, work
+from .calls import bytes_of, bytes_of_calls, calls_of, flops_of_call, meta_backbone, work_of_calls
 from .memory import LiveBytes
 
 ON_BACKBONES = ("twinflow", "dmd2", "sana-sprint")
-TRAININGS = {  # what learns, in which precision it is kept, its optimiser
-    "adapters": "rank 64 on the linear layers of attention and MLPs (SANA's MLPs are convolutions, which get none), "
-    "float32, with their average; AdamW; the backbone bf16, frozen",
-    "in backward": "all parameters, bf16, no average; Adafactor inside the backward pass, random rounding",
-    "float32": "all parameters and one average, float32; AdamW; computed in bf16",
-}
+TRAININGS = {  # what learns, in which precision it is kept, its optimiser; and the settings of recipe text for it
+    "adapters": (
+        "rank 64 on the linear layers of attention and MLPs (SANA's MLPs are convolutions, which get none), float32, "
+        "with their average; AdamW; the backbone bf16, frozen", (),
+    ),
+    "in backward": (
+        "all parameters, bf16, no average; Adafactor inside the backward pass, random rounding",
+        ("lora_rank=0", "optimizer=adafactor"),
+    ),
+    "float32": (
+        "all parameters and one average, float32; AdamW; computed in bf16",
+        ("lora_rank=0", "weights=float32", "precision=bf16"),
+    ),
+}  # fmt: skip
 
 
-def of_one_step(shape):
+def bytes_of_optimiser_step(shape):
     """Most bytes that a step of one bfloat16 parameter inside the backward pass holds beyond it, for a moment."""
     parameter = torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
     optimizer = in_backward([("parameter", parameter)], lr=1e-5)
@@ -33,12 +42,12 @@ def of_one_step(shape):
     return counter.peak - start
 
 
-def steps_of(loss, batch_size, steps=96):
+def calls_of_steps(loss, batch_size, steps=96):
     """The calls of so many steps, enough to have drawn each division of the rows among the parts, the rarest 1 in 6."""
     return [tuple(calls_of(loss, batch_size, seed)) for seed in range(steps)]
 
 
-def heaviest(steps):
+def heaviest_steps(steps):
     """Of all steps those that may need most: none whose calls are, in order and with as many rows, within another's."""
 
     def within(step, other):
@@ -56,15 +65,15 @@ def heaviest(steps):
     return kept
 
 
-def step_of(name, loss, batch_size, training, rank=64):
+def needs_of_step(name, loss, batch_size, training, rank=64):
     """Bytes and floating-point operations of a training step of a backbone; see TRAININGS.
 
     weights: all networks that the loss needs, and averages; optimiser: its state; passing: the most that any step
     makes and lets go, gradients included; peak: their sum; flops: the mean of the steps.
     """
-    net, shape = meta_backbone(name)
-    tokens, low_rank, layerwise = BACKBONES[name][3], training == "adapters", training == "in backward"
-    operations = flops(net, shape, tokens)
+    net, about = meta_backbone(name)
+    low_rank, layerwise = training == "adapters", training == "in backward"
+    operations = flops_of_call(net, about)
     for block in net.blocks():
         forget(block)
     helpers = {key: kind for key, kind in getattr(loss, "helpers", {}).items() if kind != "average"}
@@ -74,30 +83,27 @@ def step_of(name, loss, batch_size, training, rank=64):
     elif not layerwise:
         net.float()
     trained = [p for p in net.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
+    whole, moments = bytes_of(net.parameters()), 2 * bytes_of(trained)
     if low_rank:
-        weights = nbytes(net.parameters()) + (learning - 1) * nbytes(trained)
-        optimiser = learning * 2 * nbytes(trained)
+        weights = whole + (learning - 1) * bytes_of(trained)
     elif layerwise:
-        weights = nbytes(net.parameters()) * (1 + len(helpers))
-        optimiser = learning * 4 * sum(sum(as_matrix(p).shape) for p in trained)  # a number a row and a column
+        weights = whole * (1 + len(helpers))
+        moments = 4 * sum(sum(as_matrix(p).shape) for p in trained)  # a number a row and a column
     else:
-        weights = nbytes(net.parameters()) * (2 + len(helpers))
-        optimiser = learning * 2 * nbytes(trained)
-    steps = steps_of(loss, batch_size)
+        weights = whole * (2 + len(helpers))
+    optimiser, steps = learning * moments, calls_of_steps(loss, batch_size)
     others = {key: copy.deepcopy(net) for key, kind in helpers.items() if kind != "frozen"}
     how = {"free_gradients": layerwise, "autocast": not (low_rank or layerwise), "others": others}
-    passing = max(activations(net, shape, tokens, calls, **how) for calls in heaviest(steps))
+    passing = max(bytes_of_calls(net, about, calls, **how) for calls in heaviest_steps(steps))
     if layerwise:
-        passing += of_one_step(max(trained, key=torch.numel).shape)
-    mean = sum(work(calls, low_rank) for calls in steps) / len(steps)
+        passing += bytes_of_optimiser_step(max(trained, key=torch.numel).shape)
     return {
-        "trained": learning * count,
+        "trained": learning * sum(p.numel() for p in trained),
         "weights": weights,
         "optimiser": optimiser,
         "passing": passing,
         "peak": weights + optimiser + passing,
-        "flops": mean * operations,
+        "flops": operations * sum(work_of_calls(calls, low_rank) for calls in steps) / len(steps),
     }
 
 
@@ -105,7 +111,7 @@ RATE = 250e12  # operations a second of one H100 in such a step: 548 TFLOP in 2.
 WITHIN, BETWEEN, GPUS = 450e9, 400e9, 8  # bytes a second into a GPU by NVLink, into a machine by its network; of GPUs
 
 
-def traffic(net, calls, machines=1, parallel="fsdp"):
+def traffic_of_step(net, calls, machines=1, parallel="fsdp"):
     """Bytes that a step brings to each GPU from its own machine, and to each machine from the others.
 
     A forward pass gathers the weights in bfloat16, each call anew, and the backward pass once more; then it hands out
@@ -118,30 +124,29 @@ def traffic(net, calls, machines=1, parallel="fsdp"):
     return within, between * (machines - 1) / machines
 
 
-def spread(name, loss, batch_size, figures):
+def print_spread(name, loss, batch_size, figures):
     """Print how training all parameters in float32 spreads over 8, 64 and 1,000 GPUs, so many rows on each.
 
-    figures: of such a step on one GPU, see `step_of`.
+    figures: of such a step on one GPU, see `needs_of_step`.
     """
-    net, shape = meta_backbone(name)  # in bfloat16, as pieces are gathered
-    steps = steps_of(loss, batch_size)
-    calls, block = max(steps, key=len), 2 * max(nbytes(block.parameters()) for block in net.blocks())
+    net, about = meta_backbone(name)  # in bfloat16, as pieces are gathered
+    steps = calls_of_steps(loss, batch_size)
+    block = 2 * max(bytes_of(block.parameters()) for block in net.blocks())
     gradients = 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
     for each in net.blocks():
         forget(each)
-    how = {"free_gradients": True, "autocast": True}
-    own = block + max(activations(net, shape, BACKBONES[name][3], calls, **how) for calls in heaviest(steps))
-    held = figures["weights"] + figures["optimiser"] + gradients
+    passing = (bytes_of_calls(net, about, calls, free_gradients=True, autocast=True) for calls in heaviest_steps(steps))
+    own, held = block + max(passing), figures["weights"] + figures["optimiser"] + gradients
+    rows = []
+    for machines, parallel in ((1, "fsdp"), (8, "fsdp"), (8, "hsdp"), (125, "fsdp"), (125, "hsdp")):
+        pieces = GPUS * (machines if parallel == "fsdp" else 1)
+        within, between = traffic_of_step(net, max(steps, key=len), machines, parallel)
+        numbers = [(held / pieces + own) / 2**30, within / 1e9, between / 1e9]
+        numbers += [max(within / WITHIN, between / BETWEEN), figures["flops"] / RATE]
+        rows.append([str(GPUS * machines), parallel, *(f"{number:.1f}" for number in numbers)])
+    header = "GPUs | parallel | held, GiB | from its machine, GB | to its machine, GB | receiving, s | computing, s"
     print("\nall parameters in float32, with an average, on machines of 8 GPUs; a step:\n")
-    print("| GPUs | parallel | held, GiB | from its machine, GB | to its machine, GB | receiving, s | computing, s |")
-    print("|---" * 7 + "|")
-    for machines in (1, 8, 125):
-        for parallel in ("fsdp", "hsdp") if machines > 1 else ("fsdp",):
-            pieces = GPUS * (machines if parallel == "fsdp" else 1)
-            within, between = traffic(net, calls, machines, parallel)
-            numbers = [(held / pieces + own) / 2**30, within / 1e9, between / 1e9]
-            numbers += [max(within / WITHIN, between / BETWEEN), figures["flops"] / RATE]
-            print(f"| {GPUS * machines} | {parallel} | {' | '.join(f'{number:.1f}' for number in numbers)} |")
+    print(markdown(header.split(" | "), rows))
 
 
 def largest_batch(figures, batch_size, name, loss, training, memory=79 * 2**30):
@@ -154,7 +159,7 @@ def largest_batch(figures, batch_size, name, loss, training, memory=79 * 2**30):
         return 0
     last, rows = (batch_size, figures["peak"]), batch_size + 8
     for _ in range(5):
-        now = rows, step_of(name, loss, rows, training)["peak"]
+        now = rows, needs_of_step(name, loss, rows, training)["peak"]
         slope = max(1, (now[1] - last[1]) / (now[0] - last[0]))
         last, rows = now, min(max(0, math.floor(now[0] + (memory - now[1]) / slope)), 10**4)
         if rows in (0, now[0]):
@@ -162,26 +167,26 @@ def largest_batch(figures, batch_size, name, loss, training, memory=79 * 2**30):
     return rows
 
 
-def report(name, losses, batch_size):
+def print_needs(name, losses, batch_size):
     """Print what a step of each loss needs with each training, a row each, as a Markdown table in GiB.
 
-    -> dict (method, training) -> the figures of `step_of`.
+    -> dict (method, training) -> the figures of `needs_of_step`.
     """
-    found = {}
-    net, shape = meta_backbone(name)
-    size = " x ".join(map(str, shape))
-    count, operations = sum(p.numel() for p in net.model.parameters()), flops(net, shape, BACKBONES[name][3])
-    print(f"{name}: {count / 1e9:.2f} B parameters; latents {size}, {BACKBONES[name][3]} tokens of text, ", end="")
+    net, about = meta_backbone(name)
+    count, operations = sum(p.numel() for p in net.model.parameters()), flops_of_call(net, about)
+    size = " x ".join(map(str, about.latents))
+    print(f"{name}: {count / 1e9:.2f} B parameters; latents {size}, {about.tokens} tokens of text, ", end="")
     print(f"batch {batch_size}; one forward call on one row is {operations / 1e12:.1f} TFLOP")
-    for training, what in TRAININGS.items():
+    for training, (what, _) in TRAININGS.items():
         print(f"- {training}: {what}")
-    print("\n| method | what learns | parameters | weights | optimiser | passing | a step | rows on 80 GB | PFLOP |")
-    print("|---" * 9 + "|")
+    found, rows = {}, []
     for method, loss in losses.items():
         for training in TRAININGS:
-            figures = found[method, training] = step_of(name, loss, batch_size, training)
+            figures = found[method, training] = needs_of_step(name, loss, batch_size, training)
             sizes = (f"{figures[key] / 2**30:.1f}" for key in ("weights", "optimiser", "passing", "peak"))
             learnt, work = f"{figures['trained'] / 1e6:,.0f} M", f"{figures['flops'] / 1e15:.2f}"
-            rows = largest_batch(figures, batch_size, name, loss, training)
-            print(f"| {method} | {training} | {learnt} | {' | '.join(sizes)} | {rows} | {work} |", flush=True)
+            most = largest_batch(figures, batch_size, name, loss, training)
+            rows.append([method, training, learnt, *sizes, str(most), work])
+    header = "method | what learns | parameters | weights | optimiser | passing | a step | rows on 80 GB | PFLOP"
+    print("\n" + markdown(header.split(" | "), rows))
     return found

@@ -23,7 +23,7 @@ def synchronize(device):
         torch.accelerator.synchronize(device)
 
 
-def seconds(run, device, repeats=1):
+def seconds_a_call(run, device, repeats=1):
     """Seconds of one call."""
     synchronize(device)
     began = time.perf_counter()
@@ -33,14 +33,14 @@ def seconds(run, device, repeats=1):
     return (time.perf_counter() - began) / repeats
 
 
-def in_turn(runs, device, rounds, repeats):
+def median_seconds(runs, device, rounds, repeats):
     """Median seconds of each of several functions, called in turn so that a drift of the machine hits all."""
     for run in runs.values():
-        seconds(run, device, 3)
+        seconds_a_call(run, device, 3)
     times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            times[name].append(seconds(run, device, repeats))
+            times[name].append(seconds_a_call(run, device, repeats))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -49,7 +49,7 @@ def matrix_peak(device, dtype):
     n = 8192 if str(device).startswith("cuda") else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
+    return 2 * n**3 / min(seconds_a_call(lambda: a @ b, device) for _ in range(8))
 
 
 def peak_memory(step, device):
@@ -84,7 +84,7 @@ def training_steps(net, losses, shape, batch_size, device, precision):
     return {name: functools.partial(step, loss) for name, loss in losses.items()}, average
 
 
-def network(name, device):
+def net_to_measure(name, device):
     """A network with labels to measure.  -> net, shape of a sample, what it is, batch size, samples to draw."""
     if name == "mlp":
         return MLP(2, classes=8), (2,), "MLP 4 x 256", 512, 10000
@@ -99,7 +99,7 @@ def network(name, device):
 
 def bench_steps(device="cpu", net="mlp", batch_size=None, points=None, rounds=9, precision=None, compile="none"):
     """Measure and print. Returns the figures as a dict."""
-    net, shape, title, usual, many = network(net, device)
+    net, shape, title, usual, many = net_to_measure(net, device)
     batch_size, points, repeats = batch_size or usual, points or many, 20 if len(shape) == 1 else 2
     precision = precision or ("bf16" if str(device).startswith("cuda") else "float32")
     losses = {
@@ -115,7 +115,7 @@ def bench_steps(device="cpu", net="mlp", batch_size=None, points=None, rounds=9,
     compile_as(net, compile)
     compile_as(average, compile)
     memory = {name: peak_memory(step, device) for name, step in steps.items()}
-    times = in_turn(steps, device, rounds, repeats)
+    times = median_seconds(steps, device, rounds, repeats)
     peak = matrix_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     share = counter.get_total_flops() / times["flow matching"] / peak
 
@@ -127,7 +127,7 @@ def bench_steps(device="cpu", net="mlp", batch_size=None, points=None, rounds=9,
             sample(average, z, n, cond=cond)
 
     calls = {n: functools.partial(draw, n) for n in (1, 2, 100)}
-    sampling = in_turn(calls, device, rounds=min(3, rounds), repeats=1)
+    sampling = median_seconds(calls, device, rounds=min(3, rounds), repeats=1)
 
     where = f"{precision}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{title}, batch {batch_size}, {where}, compile {compile}")

@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 
 from ..backbones import states
+from ..backbones.families import FAMILIES, published_backbone
 from ..method.draws import normal
 from ..method.samplers import sample
 from ..runs.methods import FLOW_MATCHING, RCGM, entry, named
@@ -16,15 +17,10 @@ from ..runs.settings import loss_of
 from ..training.distributed import prepare
 from ..training.loop import autocast, train
 from ..training.state import WEIGHT_DTYPES
-from .calls import BACKBONES, condition, named_structure
-from .speed import peak_memory, seconds
+from .calls import condition_for, named_structure
+from .plan import TRAININGS
+from .speed import peak_memory, seconds_a_call
 
-CHANGES = {  # of recipe text; see plan.TRAININGS
-    "adapters": (),
-    "in backward": ("lora_rank=0", "optimizer=adafactor"),
-    "float32": ("lora_rank=0", "weights=float32", "precision=bf16"),
-}
-SMALL = {"num_layers": 1, "num_attention_heads": 2}  # on a CPU
 LARGEST = "largest"  # in place of a batch size
 
 
@@ -41,11 +37,11 @@ def loss_for(method, training):
 
     Raises ValueError for an unknown method or training, and for two that do not go together.
     """
-    if training not in CHANGES:
-        raise ValueError(f"training must be one of {', '.join(CHANGES)}, got {training!r}")
+    if training not in TRAININGS:
+        raise ValueError(f"training must be one of {', '.join(TRAININGS)}, got {training!r}")
     own = {"twinflow": {}, "rcgm": RCGM, "flow matching": {**FLOW_MATCHING, "guidance": 0.0}}
     if method in own:
-        return loss_of(configured("text", CHANGES[training]) | own[method])
+        return loss_of(configured("text", TRAININGS[training][1]) | own[method])
     if named(method)[0] in own:
         raise ValueError(f"{method!r}: of {', '.join(own)} the settings are those of recipe text, and no others")
     loss = loss_of(entry(method))
@@ -54,7 +50,7 @@ def loss_for(method, training):
     return loss
 
 
-def largest(fits):
+def largest_that_fits(fits):
     """The most rows for which fits(rows) is true, found by doubling, then halving; 0 if a single one is too many."""
     low, high = 0, 1
     while fits(high):
@@ -65,42 +61,40 @@ def largest(fits):
     return low
 
 
-def prepared(name, training, device, method):
+def backbone_in_training(name, training, device, method):
     """A backbone in training.  -> State, settings, batch: rows -> x, cond, and steps: rows -> records without end."""
     loss, on_gpu = loss_for(method, training), torch.device(device).type == "cuda"
-    config, net = (
-        configured("text", CHANGES[training]),
-        named_structure(name, **({} if on_gpu else small(name))),
-    )
-    _, _, shape, tokens = BACKBONES[name]
-    shape = shape if on_gpu else (shape[0], 16, 16)
+    config = configured("text", TRAININGS[training][1])
+    small = {} if on_gpu else FAMILIES[published_backbone(name)[0]].small
+    net, about = named_structure(name, **small)
+    shape = about.latents if on_gpu else (about.latents[0], 16, 16)
     with_random_weights(net, WEIGHT_DTYPES[config["weights"]], device)
     if config["lora_rank"]:
         states.adapt(net, config["lora_rank"])
     state = states.backbone_state(net, config, partial(prepare, recompute=True), getattr(loss, "helpers", None))
-    options = {key: config[key] for key in ("ema", "teacher_ema", "precision")}
 
     def batch(rows):
         x = normal(torch.empty(rows, *shape, device=device), torch.Generator(device).manual_seed(0))
-        return x, condition(net, rows, tokens, torch.ones, device)
+        return x, condition_for(net, rows, about.tokens, torch.ones, device)
 
     def steps(rows):
         some = batch(rows)
         null = {key: value[:1] for key, value in some[1].items()}
+        options = {key: config[key] for key in ("ema", "teacher_ema", "precision")}
         return train(state, loss, lambda step: some, 10**6, null=null, **options)
 
     return state, config, batch, steps
 
 
-def release():
+def release_memory():
     """Give back what only cycles hold, as networks and their hooks are held, and what the allocator keeps of it."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def fits(steps, rows):
+def fits_in_memory(steps, rows):
     """Whether some steps of so many rows find the memory that they need; many of few, which have not all parts."""
-    release()
+    release_memory()
     try:
         for _ in islice(steps(rows), 24 if rows < 6 else 3):
             pass
@@ -118,25 +112,26 @@ def bench_backbone(name, training="adapters", batch_size=1, device="cpu", method
     method, for what does not go together, and if the memory does not suffice.
     """
     on_gpu = torch.device(device).type == "cuda"
-    if name not in BACKBONES:
-        raise ValueError(f"unknown backbone {name!r}: choose from {', '.join(BACKBONES)}")
+    published_backbone(name)
     if batch_size == LARGEST and not on_gpu:
         raise ValueError(f"the largest batch is looked for on a GPU, not on {device}: give --batch-size a number")
-    release()
+    release_memory()
     rows = batch_size
     try:
-        state, config, batch, steps = prepared(name, training, device, method)
+        state, config, batch, steps = backbone_in_training(name, training, device, method)
         if batch_size == LARGEST:
-            rows = max(1, largest(partial(fits, steps)))
-        release()
+            rows = max(1, largest_that_fits(partial(fits_in_memory, steps)))
+        release_memory()
         records, times, (x, cond) = steps(rows), [], batch(rows)
         next(records)
         some = 24 if on_gpu else 2  # taken twice. A step of one row has one part of the loss, the rarest 1 in 6
-        memory = peak_memory(lambda: times.extend(seconds(partial(next, records), device) for _ in range(some)), device)
+        memory = peak_memory(
+            lambda: times.extend(seconds_a_call(partial(next, records), device) for _ in range(some)), device
+        )
         with autocast(device, config["precision"]):
             draw = partial(sample, state.average, x, cond=cond)
             draw(1)
-            sampling = {calls: seconds(partial(draw, calls), device) for calls in (1, 2, 100)}
+            sampling = {calls: seconds_a_call(partial(draw, calls), device) for calls in (1, 2, 100)}
         if training == "in backward":
             state.optimizer.stop()
     except torch.OutOfMemoryError as error:
@@ -145,7 +140,7 @@ def bench_backbone(name, training="adapters", batch_size=1, device="cpu", method
         raise ValueError(
             f"{device} has no memory left for {name}, {training}, {method}, batch {rows} "
             f"({asked[1] if asked else 'more'} was asked for): "
-            f"try {smaller}--training {' or '.join(other for other in CHANGES if other != training)}"
+            f"try {smaller}--training {' or '.join(other for other in TRAININGS if other != training)}"
         ) from None
     what = name if on_gpu else f"one layer of two heads (on a CPU in place of {name})"
     count = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
@@ -155,15 +150,3 @@ def bench_backbone(name, training="adapters", batch_size=1, device="cpu", method
     print(f"peak memory {memory / 2**30:.1f} GiB{'' if on_gpu else ' of the whole process'}")
     print("sampling: " + ", ".join(f"{calls} NFE {value:.3f} s" for calls, value in sampling.items()))
     return {"rows": rows, "step": times, "memory": memory, "sampling": sampling, "parameters": count}
-
-
-def small(name):
-    """Settings that make a backbone small without changing its kind."""
-    more = {
-        "QwenImageTransformer2DModel": {},
-        "FluxTransformer2DModel": {"num_single_layers": 1},
-        "SD3Transformer2DModel": {"caption_projection_dim": 128},
-        "SanaTransformer2DModel": {"num_cross_attention_heads": 1, "cross_attention_head_dim": 64,
-                                   "cross_attention_dim": 64},
-    }  # fmt: skip
-    return {**SMALL, **more[BACKBONES[name][0]]}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from ..backbones.prompts import LAYOUTS
+from ..backbones.families import published_names
+from ..backbones.painting import LAYOUTS
 from ..benchmarks import compare, plan, speed_backbone
 from ..data.readers import IMAGE_SETS
 from ..data.toys import TOYS
@@ -130,13 +131,15 @@ def parser():
 
     count = add("memory", "bytes of a training step of every method, counted")
     count.add_argument(
-        "--net", default="dit-xl-2", help=f"dit-s-2 ... dit-xl-8 (default dit-xl-2), {', '.join(plan.BACKBONES)}"
+        "--net", default="dit-xl-2", help=f"dit-s-2 ... dit-xl-8 (default dit-xl-2), {', '.join(published_names())}"
     )
     count.add_argument("--batch-size", type=int, metavar="B", help="default 64, of a backbone 1")
     count.add_argument("--methods", nargs="+", metavar="M", help="default all; three of them on a backbone")
 
     speed = add("bench", "step time, sampling time, memory, and share of the machine's matrix peak")
-    speed.add_argument("--net", default="mlp", help=f"mlp (default), dit-s-2 ... dit-xl-8, {', '.join(plan.BACKBONES)}")
+    speed.add_argument(
+        "--net", default="mlp", help=f"mlp (default), dit-s-2 ... dit-xl-8, {', '.join(published_names())}"
+    )
     speed.add_argument("--training", help=f"of a backbone: {', '.join(plan.TRAININGS)} (default the first)")
     speed.add_argument("--methods", nargs="+", help="of a backbone: twinflow (default), flow matching, dmd2 ...")
     speed.add_argument(

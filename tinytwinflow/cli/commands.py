@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..backbones import captions, lora_files, prompts, velocity
+from ..backbones import captions, lora_files, painting, prompts, velocity_files
+from ..backbones.families import published_names
 from ..benchmarks import compare, memory, plan, speed, speed_backbone
 from ..data.given import in_units
 from ..data.latents import autoencoder, decode, encode
@@ -145,10 +146,10 @@ def run_compare(args):
 
 def is_backbone(name, others):
     """Whether a net is a backbone. Raises ValueError if it is neither that nor begins as one of the others do."""
-    if name not in plan.BACKBONES and not name.startswith(others):
+    if name not in published_names() and not name.startswith(others):
         known = [f"{other}s-2 ... {other}xl-8" if other == "dit-" else other for other in others]
-        raise ValueError(f"unknown net {name!r}: choose from {', '.join((*known, *plan.BACKBONES))}")
-    return name in plan.BACKBONES
+        raise ValueError(f"unknown net {name!r}: choose from {', '.join((*known, *published_names()))}")
+    return name in published_names()
 
 
 def run_memory(args):
@@ -160,12 +161,12 @@ def run_memory(args):
     if not on_backbone:
         losses = {method: loss_of(entry(method)) for method in methods}
         print(f"{args.net}, 32 x 32 x 4 latents, batch {rows}, bf16 autocast, float32 weights, GiB\n")
-        print(memory.memory_table(memory.at_scale(losses, args.net, rows)))
+        print(memory.memory_table(memory.costs_of_dit(losses, args.net, rows)))
         return
     losses = {method: speed_backbone.loss_for(method, "float32") for method in methods}
-    figures = plan.report(args.net, losses, rows)
+    figures = plan.print_needs(args.net, losses, rows)
     if "twinflow" in losses:
-        plan.spread(args.net, losses["twinflow"], rows, figures["twinflow", "float32"])
+        plan.print_spread(args.net, losses["twinflow"], rows, figures["twinflow", "float32"])
 
 
 def run_embed(args):
@@ -187,7 +188,7 @@ def run_paint(args):
             raise ValueError(f"--size must be a multiple of {factor} for this pipeline, got {size}")
         side = size // factor
         shape = (shape[0] if shape else net.channels, side, side)
-    prompts.write_pictures(
+    painting.write_pictures(
         net, pipeline, records, args.out, shape, source, args.layout, args.n, args.steps, args.mode, args.seed,
         args.tokens, args.batch_size,
     )  # fmt: skip
@@ -202,7 +203,7 @@ def run_export(args):
     if config["lora_rank"]:
         lora_files.save_adapters(net, out)
     else:
-        velocity.save_velocity(net, out)
+        velocity_files.save_velocity(net, out)
     print(out)
 
 

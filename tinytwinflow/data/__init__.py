@@ -1,11 +1,11 @@
 """Data: what is dealt out to training steps.
 
-Rooms, in reading order: batches, toys, given, points, readers, latents, images.
+Rooms, in reading order: batches, toys, given, points, readers, shards, latents, images.
 May import: method, files, ranges.
 """
 
-from . import batches, given, images, latents, points, readers, toys
+from . import batches, given, images, latents, points, readers, shards, toys
 from .images import Images
 from .points import Points
 
-__all__ = ["Images", "Points", "batches", "given", "images", "latents", "points", "readers", "toys"]
+__all__ = ["Images", "Points", "batches", "given", "images", "latents", "points", "readers", "shards", "toys"]

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..files import aside, write_json
+from .shards import damage_named, place_of, shard_rows, write_index, write_shards
 
-INDEX, BEGUN = "latents.json", "begun.json"
+LATENTS_INDEX = "latents.json"
 
 
 def is_latents(folder):
-    return (Path(folder) / INDEX).is_file()
+    return (Path(folder) / LATENTS_INDEX).is_file()
 
 
 def autoencoder(path, device="cpu"):
@@ -39,44 +39,40 @@ def autoencoder(path, device="cpu"):
 def encode(images, vae, out, batch_size=32, shard=4096):
     """Encode every image of a `Folder` into shards in the folder `out`, and last its index.
 
-    A shard is written aside and renamed, so that what is there is whole; after a stop the shards that are there
-    are not made again. Raises ValueError if `out` holds a finished set, or one begun with other images, size or
-    autoencoder, or if a latent is not finite.
+    After a stop the shards that are there are not made again. Raises ValueError if `out` holds a finished set, or one
+    begun with other images, size or autoencoder, or if a latent is not finite.
     """
-    out = Path(out)
-    if is_latents(out):
-        raise ValueError(f"{out} already holds latents: choose another --out")
-    begun = json.dumps([str(images.folder), len(images), images.size, str(vae.config._name_or_path), shard])
-    if (out / BEGUN).exists() and (out / BEGUN).read_text() != begun:
-        raise ValueError(f"{out} was begun with other images, size or autoencoder: choose another --out")
-    device, names = next(vae.parameters()).device, []
-    for begin in range(0, len(images), shard):
-        name = f"latents-{begin // shard:05d}.npy"
-        names.append(name)
-        if (out / name).exists():
-            continue
+    out, device = Path(out), next(vae.parameters()).device
+    settings = {
+        "images": str(images.folder),
+        "count": len(images),
+        "size": images.size,
+        "autoencoder": str(vae.config._name_or_path),
+        "shard": shard,
+    }
+
+    def make(rows):
         parts = []
-        for rows in torch.arange(begin, min(begin + shard, len(images))).split(batch_size):
-            x = images.read(rows, None)[0].to(device)
+        for some in rows.split(batch_size):
+            x = images.read(some, None)[0].to(device)
             posterior = vae.encode(torch.cat([x, x.flip(-1)])).latent_dist
             both = torch.cat([posterior.mean, posterior.std], dim=1).chunk(2)
             parts.append(torch.stack(both, dim=1).half().cpu())
         whole = torch.cat(parts)
         if not whole.isfinite().all():
-            raise ValueError(f"images {begin} to {begin + len(whole) - 1}: their latents are not finite in float16")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / BEGUN).write_text(begun)
-        with aside(out / name) as file:
-            np.save(file, whole.numpy())
+            raise ValueError(f"images {rows[0]} to {rows[-1]}: their latents are not finite in float16")
+        return whole.numpy()
+
+    shards = shard_rows(len(images), shard, "latents-{:05d}.npy")
+    write_shards(out, LATENTS_INDEX, settings, shards, make, np.save)
     about = {
-        "shards": names,
+        "shards": list(shards),
         "labels": images.labels.tolist(),
         "classes": images.classes,
         "scale": vae.config.scaling_factor,
         "shift": getattr(vae.config, "shift_factor", None) or 0.0,
     }
-    write_json(out / INDEX, about)
-    (out / BEGUN).unlink()
+    write_index(out, LATENTS_INDEX, about)
 
 
 class Latents:
@@ -88,14 +84,11 @@ class Latents:
 
     def __init__(self, folder, mirrored=False):
         self.folder, self.mirrored = Path(folder), mirrored
-        try:
-            about = json.loads((self.folder / INDEX).read_text())
-            self.labels, self.classes = torch.tensor(about["labels"]), about["classes"]
-            self.scale, self.shift, names = about["scale"], about["shift"], about["shards"]
-            self.shards = [np.load(self.folder / name, mmap_mode="r") for name in names]
-            self.labels, self.scale, self.shift = self.labels.long(), float(self.scale), float(self.shift)
-        except Exception as error:  # whatever a damaged file makes the readers raise
-            raise ValueError(f"{self.folder}: damaged latents ({error})") from None
+        with damage_named(self.folder, "damaged latents"):
+            about = json.loads((self.folder / LATENTS_INDEX).read_text())
+            self.labels, self.classes = torch.tensor(about["labels"]).long(), about["classes"]
+            self.scale, self.shift = float(about["scale"]), float(about["shift"])
+            self.shards = [np.load(self.folder / name, mmap_mode="r") for name in about["shards"]]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         shapes = {shard.shape[1:] for shard in self.shards}
         if len(shapes) != 1 or self.ends[-1] != len(self.labels):
@@ -111,9 +104,8 @@ class Latents:
     def read(self, rows, generator):
         mirror = torch.rand(len(rows), generator=generator) < (0.5 if self.mirrored else 0.0)
         noise = torch.randn(len(rows), *self.shape, generator=generator)
-        shard = np.searchsorted(self.ends, rows.numpy(), side="right")
-        at = rows.numpy() - np.concatenate([[0], self.ends])[shard]
-        x = np.stack([self.shards[s][i, int(m)] for s, i, m in zip(shard, at, mirror)])
+        places = zip(*place_of(rows.numpy(), self.ends), mirror)
+        x = np.stack([self.shards[shard][at, int(m)] for shard, at, m in places])
         mean, std = torch.from_numpy(x).float().chunk(2, dim=1)
         bad = ~(mean + std).flatten(1).isfinite().all(1)
         if bad.any():

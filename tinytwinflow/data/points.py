@@ -66,7 +66,6 @@ class Points(Table):
             super().__init__(read_points(name), batch_size, seed, part)
             self.name = name
             return
-        draw_points(name, 1)
         self.name, self.batch_size, self.seed, self.part = name, batch_size, seed, part
         self.table, self.shape, self.classes = None, (2,), count_labels(name)
 

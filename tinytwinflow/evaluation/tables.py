@@ -19,6 +19,12 @@ def run_table(result):
     return "\n".join(lines)
 
 
+def markdown(header, rows):
+    """A Markdown table of a list of cells and a list of such lists."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
 def floor_of(results, name):
     """Each metric between two sets of real data, mean over the runs on one data set."""
     own = [r["floor"] for r in results if r["data"] == name]

@@ -5,12 +5,19 @@
     loss = peers.DMD2()
     out = loss(net, x, original=flow_model, fake=fake, critic=critic)
 
-A loss is called with net, the data x (B, *D), cond (None or a tensor of B rows), a generator, progress (how far
-training is, 0 to 1), and the networks that it needs beside net, by name. `helpers` says which: "average", the moving
-average of net; "frozen", the flow model that training began with; "trained", an auxiliary one that begins as
-that flow model; "critic", an auxiliary one that begins anew. All get gradient from their own terms only. It
-returns scalars, the total and its terms, each with its graph. `mode` is how its model samples in
-several steps, None where it learns the step from noise to data alone.
+The contract of a loss: it is called with net, the data x (B, *D), cond (None or a tensor of B rows), a generator,
+progress (how far training is, 0 to 1), and the networks that it needs beside net, by name. `helpers` says which:
+"average", the moving average of net; "frozen", the flow model that training began with; "trained", an auxiliary one
+that begins as that flow model; "critic", an auxiliary one that begins anew. All get gradient from their own terms only.
+It returns a named tuple of scalars, `total` and its terms. `mode` is how its model samples in several steps, None where
+it learns the step from noise to data alone. One of your own, which `training.train` takes as it takes these:
+
+>>> class Halfway:
+...     helpers, mode = {"teacher": "average"}, "multi"
+...     def __call__(self, net, x, cond=None, teacher=None, generator=None, **_):
+...         z, t = normal(x, generator), uniform(x, generator)
+...         error = net(interpolate(x, z, t), t, t, cond) - velocity(x, z)
+...         return terms(flow=error.square().mean())
 
 Rooms, in reading order: common, consistency, scm, meanflow, shortcut, progressive, vsd, dmd, dmd2, sid, sana_sprint.
 May import: method.

@@ -46,13 +46,14 @@ def yardstick(config, data=None, folder=None, device="cpu"):
     def pixels(x):
         return x if vae is None else decode(x, vae, **source.scaling)
 
-    if real.ndim == 2:
+    by_classifier = config.get("features", "classifier") == "classifier"
+    if real.ndim == 2 or by_classifier and not source.classes:  # images without labels are measured as points
         mixture = toys.mixture(config["data"])
 
         def measure(x, label):
-            return measure_points(x, real, mixture)
+            return measure_points(x.flatten(1), real.flatten(1), mixture)
     else:
-        if config.get("features", "classifier") == "classifier":
+        if by_classifier:
             common = {"seed": 0, "batch_size": 128, "subset": 0, "flip": False}
             judged_by = data_of({**config, **common}) if data is None or config["data"] else data
             net = classifier_of(folder, judged_by, device)

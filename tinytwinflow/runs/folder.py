@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..backbones import states
-from ..backbones.velocity import load_velocity
+from ..backbones.velocity_files import load_velocity
 from ..method.conditions import move, take
 from ..method.draws import seeded
 from ..method.samplers import sample

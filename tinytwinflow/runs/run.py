@@ -73,16 +73,16 @@ class Run:
         return Trained(self.state.average, self.config, saved, self.folder, self.data)
 
 
-def begin(config, folder=None, device="cpu", world=None, data=None, net=None, replace=False):
+def begin(config, folder=None, device="cpu", world=None, data=None, net=None, replace=False, measured=True):
     """A new run, and its folder if it is to have one: nothing is written before everything is found to fit.  -> Run
 
     data, net: where they are given and not what the settings name. world: the processes that train together. replace:
-    a run that is in the folder already is moved out of the way. Raises ValueError if anything that the settings name is
-    not there or does not fit, or a run is in the folder.
+    a run that is in the folder already is moved out of the way. measured: images too few to be measured are refused.
+    Raises ValueError if anything that the settings name is not there or does not fit, or a run is in the folder.
     """
     folder, device = folder and Path(folder), world.device if world else device
     data = data_of(config, world) if data is None else data
-    first(world, lambda: refuse_misfits(config, data, net, None if replace else folder))
+    first(world, lambda: refuse_misfits(config, data, net, None if replace else folder, measured))
     state = state_of(config, data, device, world, net=net)
     run = Run(config, data, state, device, folder, world)
     if folder is not None:
@@ -168,7 +168,7 @@ def _ctrl_c(noted):
         signal.signal(signal.SIGINT, before)
 
 
-def refuse_misfits(config, data, net=None, folder=None):
+def refuse_misfits(config, data, net=None, folder=None, measured=True):
     """Raise ValueError if a run would fail after its beginning for what can be seen before; write nothing."""
     if folder is not None and ((folder / "config.json").exists() or has_checkpoint(folder)):
         raise ValueError(f"{folder} already holds a run: --resume continues it, --out DIR starts another")
@@ -182,7 +182,7 @@ def refuse_misfits(config, data, net=None, folder=None):
             net = net_of(config, data.shape, data.classes)
     if config["recompute"] and not blocks_of(net):
         raise ValueError(f"recompute is for networks with blocks, net {config['net']!r} has none")
-    if hasattr(data, "test_rows"):
+    if measured and hasattr(data, "test_rows"):
         _enough_to_measure(config, data)
     if config.get("features", "classifier") != "classifier":
         judged = Inception(config["features"])

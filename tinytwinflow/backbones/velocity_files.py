@@ -1,0 +1,105 @@
+"""Files of backbones: folders that diffusers reads and writes, and beside the weights what `Velocity` adds to them."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ..data.shards import read_json
+from ..files import aside, fill
+from .families import diffusers_class, family_of
+from .velocity import Velocity
+
+EXTRA, WEIGHTS_FILE = "twinflow.safetensors", "diffusion_pytorch_model.safetensors"
+
+
+def load_velocity(path, dtype=torch.float32):
+    """A Velocity from a diffusers transformer folder or a pipeline folder that holds one, and its extra embedders.
+
+    These come from `twinflow.safetensors`, see `save_velocity`, or from among the weights, where the authors publish
+    them; they stay at zero if they are in neither. Raises ValueError if the folder holds no such model, its weights do
+    not fit it, or the scheduler beside it is not of flow matching.
+    """
+    folder, kind, model = _found(path)
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it would warn that the extra embedders are not used; errors we raise
+    try:
+        model, about = model.from_pretrained(folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: no {kind} ({str(error).strip().splitlines()[0]})") from None
+    finally:
+        logging.set_verbosity(level)
+    net = Velocity(model)
+    strange = [name for name in about["unexpected_keys"] if not name.startswith(net.family.roots())]
+    if about["missing_keys"] or strange:
+        raise ValueError(f"{folder}: weights of another model ({[*about['missing_keys'], *strange][0]} does not fit)")
+    weights = _extra_weights(folder, net.family)
+    if weights:
+        with_twin = any(name.startswith(net.family.names()[1]) for name in weights)
+        fill(_extra_tensors(net, with_twin), weights, folder)
+    return net
+
+
+def load_structure(path, dtype=torch.float32):
+    """What `load_velocity` gives, its weights not read, for another process to fill. Raises ValueError as that does."""
+    folder, _, model = _found(path)
+    return Velocity(model.from_config(read_json(folder / "config.json", "diffusers model"))).to(dtype)
+
+
+def save_velocity(net, path):
+    """Write a folder that diffusers reads as the plain model, and beside it `twinflow.safetensors`, emb_r and emb_twin.
+
+    Raises ValueError if there is something at `path`.
+    """
+    from safetensors.torch import save
+
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} already exists: choose another folder")
+    writing = path.with_name(path.name + ".tmp")
+    net.model.save_pretrained(writing)
+    with aside(writing / EXTRA) as file:
+        file.write(save(_extra_tensors(net)))
+    os.replace(writing, path)
+
+
+def _found(path):
+    """The folder of the transformer in `path`, the name of its class, and the class."""
+    folder = Path(path) / "transformer" if (Path(path) / "transformer").is_dir() else Path(path)
+    kind = read_json(folder / "config.json", "diffusers model").get("_class_name")
+    family_of(kind, folder)
+    for file in (folder.parent / "scheduler/scheduler_config.json", folder / "scheduler/scheduler_config.json"):
+        if file.is_file():
+            about = read_json(file, "diffusers scheduler")
+            name, target = about.get("_class_name", "unnamed"), about.get("prediction_type")
+            if not ("FlowMatch" in name or target == "flow_prediction" or about.get("use_flow_sigmas")):
+                raise ValueError(f"{file}: {name} with prediction_type {target} is not of flow matching")
+    return folder, kind, diffusers_class(kind, folder)
+
+
+def _extra_tensors(net, with_twin=True):
+    """The tensors of emb_r, and of emb_twin, by their names in a file."""
+    new = zip(net.family.names(), (net.r_embedder, net.twin_embedder) if with_twin else (net.r_embedder,))
+    return {f"{name}.{key}": value for name, module in new for key, value in module.state_dict().items()}
+
+
+def _extra_weights(folder, family):
+    """What a folder holds of the extra embedders, by name."""
+    from safetensors import safe_open
+
+    index = folder / (WEIGHTS_FILE + ".index.json")
+    if (folder / EXTRA).is_file():
+        files = [folder / EXTRA]
+    else:
+        parts = read_json(index, "diffusers model")["weight_map"].values() if index.is_file() else [WEIGHTS_FILE]
+        files = [folder / name for name in sorted(set(parts)) if (folder / name).is_file()]
+    weights = {}
+    for name in files:
+        try:
+            with safe_open(name, "pt") as file:
+                weights |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(family.roots())}
+        except Exception:  # whatever a damaged file makes the reader raise
+            raise ValueError(f"{name}: no safetensors file, or a damaged one") from None
+    return weights
