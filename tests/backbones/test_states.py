@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tinytwinflow.runs.config import loss_of
 
 from tinytwinflow import TwinFlowLoss
 from tinytwinflow.backbones import lora
@@ -21,7 +20,8 @@ from tinytwinflow.backbones.velocity_files import load_velocity
 from tinytwinflow.benchmarks import speed_backbone as bench_large
 from tinytwinflow.cli.commands import main
 from tinytwinflow.runs.folder import backbone_of, painter
-from tinytwinflow.runs.recipes import settings
+from tinytwinflow.runs.recipes import configured
+from tinytwinflow.runs.settings import loss_of
 from tinytwinflow.training import sharded
 from tinytwinflow.training.loop import train
 from tinytwinflow.training.state import adamw
@@ -164,7 +164,7 @@ def test_layerwise_training_in_pieces_goes_on_with_as_many(folders, tmp_path, ca
 
 def test_adapters_learn_and_the_original_stays(folders):
     """Data-free training moves the adapters and the embedders alone; the original's velocity is that of the file."""
-    config = settings("text", [f"model={folders / 'model'}", "weights=float32", "lora_rank=2", "data_free=true"])
+    config = configured("text", [f"model={folders / 'model'}", "weights=float32", "lora_rank=2", "data_free=true"])
     net = large.build_backbone({"seed": 0, **config})
     state = large.backbone_state(net, {"seed": 0, **config}, place=lambda net: net)
     x, cond = Texts(folders / "texts", 4).batch(0)
@@ -239,7 +239,7 @@ def test_a_backbone_is_measured(name, capsys):
 def test_methods_are_measured_next_to_it(capsys):
     """Flow matching is the recipe's loss with order 0 and neither twin nor guidance; a peer has its own networks, in
     float32 alone; samples are drawn in the precision of the training, once before the clock runs."""
-    config = settings("text")
+    config = configured("text")
     plain = bench_large.loss_for("flow matching", "adapters")
     assert (plain.order, plain.share, plain.guidance) == (0, 0.0, 0.0)
     assert bench_large.loss_for("twinflow", "adapters") == loss_of(config)

@@ -24,7 +24,7 @@ from tinytwinflow.training.distributed import forget
 from tinytwinflow.training.in_backward import in_backward
 
 diffusers = pytest.importorskip("diffusers")
-from test_distributed import LOSS, small_net, together  # noqa: E402
+from test_distributed import LOSS, placed_state, small_net, together  # noqa: E402
 from test_velocity import TINY  # noqa: E402
 
 ABOUT = Configuration({}, (4, 8, 8), tokens=6)
@@ -224,11 +224,10 @@ class Messages(TorchDispatchMode):
 
 def traffic_counted(world):
     """The messages of one step of a sharded loss, and the number of calls that were made."""
-    from tinytwinflow.training import distributed as scale
     from tinytwinflow.training.loop import loss_of_batch
     from tinytwinflow.training.state import new_state
 
-    state, made = scale.placed_state(small_net, world, parallel="fsdp", recompute=True, make=new_state), []
+    state, made = placed_state(small_net, world, parallel="fsdp", recompute=True, make=new_state), []
     for network in (state.net, state.teacher):
         network.register_forward_hook(lambda *_: made.append(1))
     same = world.reseed(state.generator, 0)

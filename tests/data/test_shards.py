@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinytwinflow.data.shards import BEGUN, finish, place_of, shard_rows, write_shards
+from tinytwinflow.data.shards import BEGUN, place_of, shard_rows, write_index, write_shards
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())
@@ -36,7 +36,7 @@ def write(out, made, stop=None, **settings):
 
     shards = shard_rows(5, 2, "part-{:05d}.bin")
     write_shards(out, "things.json", {"size": 3, **settings}, shards, make, lambda file, content: file.write(content))
-    finish(out, "things.json", {"shards": list(shards)})
+    write_index(out, "things.json", {"shards": list(shards)})
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2])

@@ -73,6 +73,22 @@ def together(size, function, folder):
     return [torch.load(folder / f"{function.__name__}-{rank}.pt") for rank in range(size)]
 
 
+def placed_state(build, world, parallel="ddp", weights=True, make=new_state, **how):
+    """The State of a network on its processes; build(weights) makes the network."""
+    place = partial(scale.prepare, world=world, parallel=parallel, **how)
+    if parallel == "ddp":
+        state = make(build(True), place=place)
+        state.call = scale.as_copies(state.net, "cpu")
+        return state
+    with scale.without_weights():
+        net = build(False)
+    state = make(net, place=place)
+    if weights:
+        scale.deal_out(state.net, build(True).state_dict() if world.rank == 0 else {})
+        state.restart()
+    return state
+
+
 def small_net(weights=True):
     """A DiT with no zero weights, so that every part of the loss has a gradient."""
     torch.manual_seed(0)
@@ -120,7 +136,7 @@ def mean_gradients(size, parts=1, n=6, precision="float32"):
 
 def gradients(world, parallel, parts=1, n=6, **how):
     """What one process of many finds."""
-    state = scale.placed_state(small_net, world, parallel=parallel, make=new_state, **how)
+    state = placed_state(small_net, world, parallel=parallel, make=new_state, **how)
     state.teacher.load_state_dict(state.net.state_dict())
     with torch.no_grad():
         for i, parameter in enumerate(state.teacher.parameters()):
@@ -189,10 +205,10 @@ def test_processes_have_their_own_noise_and_the_same_counts():
 
 def trained_in_pieces(world):
     """Three steps sharded; the record, all weights, and weights of the average."""
-    state = scale.placed_state(small_net, world, parallel="fsdp")
+    state = placed_state(small_net, world, parallel="fsdp")
     records = list(train(state, LOSS, lambda i: batch_of(world.rank, i), 3, null=3, world=world, clip_norm=1.0))
     sharded.save_pieces(world.folder, state, {"shape": [1, 4, 4]})
-    again = scale.placed_state(small_net, world, parallel="fsdp", weights=False)
+    again = placed_state(small_net, world, parallel="fsdp", weights=False)
     data = sharded.load_pieces(sharded.newest(world.folder), again)
     weights = {f"{kind}.{k}": whole(v) for kind, part in state.weights().items() for k, v in part.items()}
     loaded = {f"{kind}.{k}": whole(v) for kind, part in again.weights().items() for k, v in part.items()}
@@ -201,7 +217,7 @@ def trained_in_pieces(world):
 
 
 def loaded_again(world):
-    state = scale.placed_state(small_net, world, parallel="fsdp", weights=False)
+    state = placed_state(small_net, world, parallel="fsdp", weights=False)
     sharded.load_pieces(sharded.newest(world.folder), state)
     weights = {f"{kind}.{k}": whole(v) for kind, part in state.weights().items() for k, v in part.items()}
     return {"weights": weights, "moments": [whole(state.optimizer.state[p]["exp_avg"]) for p in state.net.parameters()]}
@@ -289,7 +305,7 @@ NULL = {"prompt_embeds": torch.zeros(1, 5, 12), "pooled": torch.zeros(1, 10)}
 
 def adapters_in_pieces(world):
     """Three steps of adapters in float32 on pieces of bfloat16; the record and all weights."""
-    state = scale.placed_state(backbone, world, parallel="fsdp", make=of_adapters, recompute=True)
+    state = placed_state(backbone, world, parallel="fsdp", make=of_adapters, recompute=True)
     batch = partial(prompts_of, world.rank)
     records = list(train(state, LOSS, batch, 3, ema=0.9, null=NULL, world=world, clip_norm=1.0))
     return {"records": records, "weights": {name: whole(value) for name, value in state.net.state_dict().items()}}

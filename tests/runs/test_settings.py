@@ -1,0 +1,91 @@
+"""Settings: one definition each, which recipes, the loss, error messages and the command all read."""
+
+import inspect
+import math
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinytwinflow import TwinFlowLoss
+from tinytwinflow.cli.commands import main
+from tinytwinflow.ranges import setting
+from tinytwinflow.runs.recipes import RECIPES, configured
+from tinytwinflow.runs.settings import LOSS, SETTINGS, loss_of
+from tinytwinflow.training import new_state, train
+
+
+@given(st.integers(-3, 3), st.integers(0, 3), st.booleans(), st.booleans(), st.floats(-8, 8))
+def test_a_number_is_taken_just_where_it_lies_in_the_interval(low, width, closed, closed_above, value):
+    """And a refusal names the setting, the interval and the number."""
+    high = low + width + 1
+    within = f"{'[' if closed else '('}{low}, {high}{']' if closed_above else ')'}"
+    inside = low < value < high or value == low and closed or value == high and closed_above
+    one = setting(float(low), "of a test", within)
+    if inside:
+        one.check("it", value)
+    else:
+        with pytest.raises(ValueError) as refused:
+            one.check("it", value)
+        assert str(refused.value) == f"it must lie in {within}, got {value!r}"
+
+
+def test_what_is_of_another_kind_is_refused():
+    for name, wrong in [
+        ("steps", 1.5), ("steps", True), ("steps", "7"), ("lr", "fast"), ("lr", math.nan), ("sharp", 1), ("data", 3),
+        ("peer", []), ("times", 1.0), ("times", (1.0,)), ("times", (0.0, 1.0)), ("metric", "lpips"), ("ema", 1),
+        ("clip", None), ("gain", 0.0),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name} must .*, got "):
+            SETTINGS[name].check(name, wrong)
+    for name, right in [("clip_norm", None), ("gain", math.inf), ("lr", 1), ("times", [2, 1.0]), ("lora_layers", [])]:
+        SETTINGS[name].check(name, right)
+
+
+def test_each_default_and_each_recipe_keeps_to_the_ranges():
+    for name, one in SETTINGS.items():
+        one.check(name, one.default)
+        assert one.meaning and len(one.meaning) < 110
+    for recipe in RECIPES:
+        config = configured(recipe)
+        assert config["recipe"] == recipe and config["seed"] == 0 and RECIPES[recipe].keys() <= SETTINGS.keys()
+
+
+def test_the_loss_has_the_settings_of_the_recipes_and_the_paper_its_own():
+    """TwinFlowLoss() is what the toy recipe trains with; paper() is what is printed, and takes changes."""
+    assert {f.name for f in fields(TwinFlowLoss)} == set(LOSS)
+    assert loss_of(configured("toy")) == TwinFlowLoss()
+    printed = TwinFlowLoss.paper()
+    assert (printed.order, printed.share, printed.dt, printed.clip, printed.gain) == (2, 1 / 3, 0.01, 1.0, math.inf)
+    assert (printed.adversarial_weight, printed.rectify_weight, printed.one_step_share) == (1.0, 1.0, 0.0)
+    assert not printed.even_inner and printed.rectify_clip is None
+    assert TwinFlowLoss.paper(order=3, clip=2.0).order == 3
+
+
+def test_functions_have_the_defaults_of_the_settings():
+    for function, names in ((train, ("ema", "teacher_ema", "accumulate", "clip_norm", "precision")), (new_state, ())):
+        defaults = inspect.signature(function).parameters
+        assert all(defaults[name].default == SETTINGS[name].default for name in names)
+
+
+def test_a_value_is_the_same_by_name_and_by_text():
+    by_text = configured("toy", ["steps=40", "lr=1", "sharp=false", "clip_norm=None", "times=[2,1]", 'peer={"a":1}'][:5])
+    assert by_text == configured("toy", steps=40, lr=1.0, sharp=False, clip_norm=None, times=[2, 1])
+    assert by_text["warmup_steps"] == 10 and by_text["base_steps"] == 14
+    assert configured("toy", ["lr=1"], lr=2.0)["lr"] == 2.0
+
+
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+def test_the_command_tells_each_setting_its_range_and_its_value(recipe, capsys):
+    assert main(["settings", *([recipe] if recipe else [])]) == 0
+    told = capsys.readouterr().out
+    for name in RECIPES[recipe] if recipe else SETTINGS:
+        line = next(line for line in told.splitlines() if line.startswith(f"  {name} = "))
+        assert line.endswith(f"must {SETTINGS[name].range}") and SETTINGS[name].meaning in told
+    assert recipe != "fashion" or "  one_step_share = 0.7" in told
+
+
+def test_the_command_knows_no_other_recipe(capsys):
+    assert main(["settings", "cifar100"]) == 2
+    assert "unknown recipe 'cifar100': choose from toy" in capsys.readouterr().err

@@ -1,0 +1,49 @@
+"""Which recipe fits some data, and what of it has to be another: what `fit` trains with where it is not told."""
+
+import os
+from pathlib import Path
+
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ..backbones.captions import TEXTS_INDEX
+from ..data.latents import Latents, is_latents
+from ..data.readers import IMAGE_SETS
+
+
+def fitting_name(name, size=None):
+    """Recipe and settings for data that a name, a file or a folder is; size: of images, where it is given."""
+    path = str(Path(name).resolve())
+    if name in IMAGE_SETS:
+        return "cifar" if name == "cifar10" else "fashion", {"data": name}
+    if (Path(name) / TEXTS_INDEX).is_file():
+        return "text", {"data": path}
+    if is_latents(name):
+        return "imagenet", {"data": path, "size": Latents(name).shape[-1]}
+    if not Path(name).is_dir():
+        return "toy", {"data": path if name.endswith((".npy", ".csv")) else name}
+    files = (Path(here) / file for here, _, files in os.walk(name) for file in sorted(files))
+    first = next((file for file in files if file.suffix.lower() in IMG_EXTENSIONS), None)
+    if first is None:
+        raise ValueError(f"{name}: holds no images")
+    if size is None:
+        with Image.open(first) as image:
+            size = min(32, *image.size) // 2 * 2
+    in_classes = any(entry.is_dir() for entry in Path(name).iterdir())
+    return "fashion", {"data": path, "conditional": in_classes, **_for_images(size)}
+
+
+def fitting_data(data):
+    """Recipe and settings for a data set that is handed over, see `data.given`."""
+    found = {"conditional": data.fresh(1)[1] is not None}
+    found |= {"batch_size": data.batch_size} if hasattr(data, "batch_size") else {}
+    if len(data.shape) == 1:
+        return "toy", found
+    if data.shape[-1] != data.shape[-2]:
+        raise ValueError(f"images must be square, got {data.shape[-2]} x {data.shape[-1]} pixels")
+    return "fashion", found | _for_images(data.shape[-1])
+
+
+def _for_images(size):
+    """Settings of recipe fashion for images of another size: patches that divide it into at most 256, if they can."""
+    return {"size": size, "patch": next((p for p in (2, 4, 8) if size % p == 0 and size <= 16 * p), 1)}

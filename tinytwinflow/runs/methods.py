@@ -1,0 +1,55 @@
+"""Methods by name, with the settings that were found for each: what a row of a table of methods is trained with."""
+
+from .. import peers
+from .recipes import configured
+
+METHODS = ("flow matching", "rcgm", *peers.PEERS, "twinflow")
+FLOW_MATCHING = {"method": "twinflow", "peer": {}, "order": 0, "share": 0.0, "warmup_steps": 0, "base_steps": 0}
+RCGM = {"share": 0.0}
+# the network is a smooth one, for sCM and MeanFlow differentiate it in time, and so learns at a higher rate
+EQUAL = ("steps=3000", "batch_size=256", "lr=4e-3", "eval_samples=20000", "checkpoint_every=1000", "sharp=false")
+TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutorials/peers.md
+    "consistency training": ("lr=1e-3", "warmup_steps=750", 'peer={"c":null}'),
+    "consistency distillation": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9", 'peer={"steps":12}'),
+    "scm": ("lr=1e-3", "warmup_steps=0"),
+    "scm by differences": ("lr=1e-3", "warmup_steps=0"),
+    "meanflow": ("lr=1e-3", "warmup_steps=0", 'peer={"power":0.5}'),
+    "shortcut": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9"),
+    "progressive distillation": ("lr=4e-3", "warmup_steps=750", "ema=0.99"),
+    "vsd": ("lr=4e-3", "warmup_steps=1500"),
+    "dmd": ("lr=4e-3", "warmup_steps=1500", 'peer={"regression":1.0}'),
+    "dmd2": ("lr=4e-3", "warmup_steps=1500", 'peer={"gan":0.3}'),
+    "sid": ("lr=4e-3", "warmup_steps=750"),
+    "sana-sprint": ("lr=1e-3", "warmup_steps=1500", 'peer={"warm_up":0.5}'),
+}
+
+
+def named(text):
+    """A line's method and the settings after it.  "dmd2 lr=1e-3" -> "dmd2", ["lr=1e-3"]."""
+    words = text.split()
+    return " ".join(word for word in words if "=" not in word), [word for word in words if "=" in word]
+
+
+def entry(text, changes=()):
+    """Settings of one line of the table: a method's name, and settings of its own after it.
+
+    text: "dmd2" or "dmd2 lr=1e-3 warmup_steps=1500". changes: those for all. Later ones win: EQUAL, TUNED, changes,
+    own. Raises ValueError for an unknown method or setting.
+    """
+    name, own = named(text)
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    steps = configured("toy", [change for change in (*EQUAL, *changes, *own) if change.startswith("steps=")])["steps"]
+    given = [*EQUAL, *tuned(name, steps), *changes, *own]
+    if name in peers.PEERS:
+        given = [change for change in given if not change.startswith("base_steps=")]  # only TwinFlow has that phase
+        return configured("toy", [f"method={name}", *given])
+    return configured("toy", given) | {"flow matching": FLOW_MATCHING, "rcgm": RCGM}.get(name, {})
+
+
+def tuned(name, steps):
+    """The settings found for a method, with flow matching at its beginning for the same share of the steps."""
+    of_trials = configured("toy", EQUAL)["steps"]
+    for change in TUNED.get(name, ()):
+        key, _, value = change.partition("=")
+        yield f"{key}={round(int(value) * steps / of_trials)}" if key == "warmup_steps" else change

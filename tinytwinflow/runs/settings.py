@@ -1,0 +1,159 @@
+"""Every setting of a run: what it means, what it may be, its default; and the loss that settings amount to.
+
+A run's settings are a flat dict, its config.json. Recipes, `fit(**settings)`, `--set`, error messages and
+`python -m tinytwinflow settings` all read them here; those of the loss stand beside the equations, in `TwinFlowLoss`.
+"""
+
+from .. import peers
+from ..method.losses import TwinFlowLoss
+from ..ranges import setting, settings_of
+from ..training.distributed import COMPILE, PARALLEL
+from ..training.loop import PRECISIONS
+from ..training.state import WEIGHT_DTYPES
+
+DATA = {
+    "data": setting("8gaussians", "a set's name, FILE.npy, FILE.csv, or a folder of images, latents or texts"),
+    "data_dir": setting("data", "folder in which named image sets are looked for"),
+    "conditional": setting(False, "whether the network is told the labels, or the prompts"),
+    "size": setting(32, "side of an image, or of a latent", "[1, inf)", unit="pixels"),
+    "flip": setting(False, "mirror half of the images, at random"),
+    "subset": setting(0, "train on the first so many images of each class; 0: on all", "[0, inf)", unit="images"),
+}
+NETWORK = {
+    "net": setting("mlp", "mlp for points; unet, dit, dit-s-2 ... dit-xl-8 for images"),
+    "width": setting(256, "width of a layer; of the U-Net, its channels at full size", "[1, inf)"),
+    "depth": setting(4, "layers; of the U-Net, blocks at each size", "[1, inf)"),
+    "heads": setting(4, "attention heads of the DiT", "[1, inf)"),
+    "patch": setting(2, "side of a DiT's patch", "[1, inf)", unit="pixels"),
+    "sharp": setting(True, "the MLP is steep: x doubled, rectified units"),
+    "epsilon": setting(False, "the DiT's published weights predict noise; its answer is translated"),
+    "init_from": setting("", "first weights: a run's folder, a checkpoint, sit:FILE or dit:FILE, published ones"),
+}
+TRAINING = {
+    "seed": setting(0, "of weights, batches and noise", "[0, 9223372036854775807]"),
+    "steps": setting(2000, "training steps", "[1, inf)", unit="steps"),
+    "batch_size": setting(512, "samples a step, of all processes together", "[1, inf)", unit="samples"),
+    "lr": setting(2.5e-3, "learning rate of AdamW at its highest", "(0, inf)"),
+    "warmup_steps": setting(500, "steps of flow matching alone, at first", "[0, inf)", unit="steps"),
+    "base_steps": setting(700, "steps of the base without the twin, after those", "[0, inf)", unit="steps"),
+    "method": setting("twinflow", "the loss", choices=("twinflow", *peers.PEERS)),
+    "peer": setting({}, "settings of a method that is not twinflow, fields of its class in peers/"),
+    "ema": setting(0.999, "decay of the moving average that samples", "[0, 1)"),
+    "teacher_ema": setting(0.99, "decay of the moving average that teaches, F^-", "[0, 1)"),
+    "label_dropout": setting(0.1, "share of the conditions that are dropped", "[0, 1)"),
+    "accumulate": setting(1, "parts in which a batch is worked through", "[1, inf)"),
+    "clip_norm": setting(None, "longest gradient", "(0, inf)", kind=float, none=True),
+    "precision": setting("float32", "what networks compute in; bf16: autocast", choices=PRECISIONS),
+}
+PLACING = {
+    "parallel": setting("ddp", "many processes: copies, pieces (FSDP2), pieces in a machine", choices=PARALLEL),
+    "recompute": setting(False, "compute blocks again in the backward pass, to save memory"),
+    "compile": setting("none", "torch.compile; graphs: CUDA graphs, for small networks", choices=COMPILE),
+}
+LOSS = settings_of(TwinFlowLoss)
+MEASURING = {
+    "log_every": setting(1, "steps from one line of the log to the next", "[1, inf)", unit="steps"),
+    "checkpoint_every": setting(500, "steps from one checkpoint to the next", "[1, inf)", unit="steps"),
+    "sample_every": setting(500, "steps from one picture of samples to the next", "[1, inf)", unit="steps"),
+    "eval_samples": setting(20000, "samples that are measured", "[2, inf)", unit="samples"),
+    "features": setting("classifier", "what judges images: a classifier trained here, or a file of Inception v3"),
+    "vae": setting("", "autoencoder that decodes latents for Inception and for pictures"),
+}
+BACKBONE = {
+    "model": setting("model", "folder of a diffusers flow transformer, or of a pipeline with one"),
+    "weights": setting("bf16", "what a backbone's weights are kept in", choices=tuple(WEIGHT_DTYPES)),
+    "lora_rank": setting(64, "rank of the adapters; 0: all parameters learn", "[0, inf)"),
+    "lora_layers": setting([], "endings of the names of adapted layers; none: those of attention and MLPs"),
+    "optimizer": setting("adamw", "adafactor: inside the backward pass, for all parameters", choices=("adamw", "adafactor")),
+    "latents": setting([], "shape of a latent, where the data hold none"),
+}
+GROUPS = {
+    "data": DATA, "network": NETWORK, "training": TRAINING, "loss (method twinflow)": LOSS, "many processes": PLACING,
+    "measuring": MEASURING, "backbone": BACKBONE,
+}  # fmt: skip
+SETTINGS = {name: made for group in GROUPS.values() for name, made in group.items()}
+
+
+def check(config):
+    """Raise ValueError for a setting out of its range, or for settings that do not go together."""
+    for name in config.keys() & SETTINGS.keys():
+        SETTINGS[name].check(name, config[name])
+    if "size" in config and config["eval_samples"] < 6:  # more than the neighbours that are looked for
+        raise ValueError(f"eval_samples must be at least 6 for images, got {config['eval_samples']}")
+    if config["batch_size"] % config["accumulate"]:
+        raise ValueError(f"batch_size {config['batch_size']} must be a multiple of accumulate {config['accumulate']}")
+    if config["compile"] == "graphs" and (config["accumulate"] > 1 or config["parallel"] != "ddp"):
+        raise ValueError("graphs overwrite gradients and know no pieces: --set accumulate=1 parallel=ddp")
+    for name in ("warmup_steps", "base_steps"):
+        if config[name] > config["steps"]:
+            raise ValueError(f"{name} must lie in [0, steps], got {config[name]} of {config['steps']} steps")
+    before = config["warmup_steps"] + config["base_steps"]
+    if method_of(config) not in ("rcgm", "flow matching") and before >= config["steps"]:
+        raise ValueError(f"the method never starts: warmup_steps + base_steps = {before} of {config['steps']} steps")
+    if config["method"] != "twinflow" and (config["guidance"] or config["base_steps"]):
+        raise ValueError("guidance and base_steps are for method twinflow: --set guidance=0 base_steps=0")
+    if config["guidance"] and not config["conditional"]:
+        raise ValueError("guidance needs labels: --set conditional=true")
+    if "model" in config:
+        check_backbone(config)
+    loss_of(config)
+
+
+def check_backbone(config):
+    """Raise ValueError for settings of a pretrained backbone that do not go together."""
+    if not config["conditional"]:
+        raise ValueError("a backbone needs its prompts: --set conditional=true")
+    in_backward = config["optimizer"] == "adafactor"
+    if config["lora_rank"] and in_backward:
+        raise ValueError("optimizer adafactor is for all parameters: --set lora_rank=0, or optimizer=adamw")
+    if not config["lora_rank"] and not in_backward and config["weights"] == "bf16":
+        raise ValueError("adamw would lose small steps in bf16: --set weights=float32, or optimizer=adafactor")
+    if in_backward and (config["accumulate"] > 1 or config["clip_norm"] is not None):
+        raise ValueError("optimizer adafactor steps inside the backward pass: --set accumulate=1 clip_norm=None")
+    if config["data_free"] and not config["lora_rank"]:
+        raise ValueError("data_free learns from the frozen original, which adapters keep: --set lora_rank=64")
+    if config["method"] != "twinflow" or config["init_from"]:
+        raise ValueError("a backbone begins as its model and has method twinflow: --set method=twinflow init_from=")
+
+
+def loss_of(config):
+    """The loss that a run's settings describe."""
+    if config["method"] != "twinflow":
+        try:
+            return peers.PEERS[config["method"]](**config["peer"])
+        except TypeError as error:
+            raise ValueError(f"peer: {config['method']} has no such setting ({error})") from error
+    if config["peer"]:
+        raise ValueError(f"peer is for all methods but twinflow, got {config['peer']}")
+    own = {name: config[name] for name in LOSS if name in config}
+    return TwinFlowLoss(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
+
+
+def method_of(config):
+    """What a run's settings amount to: a peer, "twinflow", "rcgm" (the any-step base alone) or "flow matching"."""
+    if config["method"] in peers.PEERS:
+        return config["method"]
+    if config["share"] > 0:
+        return "twinflow"
+    return "rcgm" if config["order"] > 0 and config["warmup_steps"] < config["steps"] else "flow matching"
+
+
+def mode_of(config):
+    """How a run's model samples in several steps; None if it makes one step only."""
+    method = method_of(config)
+    return peers.PEERS[method]().mode if method in peers.PEERS else "multi" if method == "flow matching" else "any"
+
+
+def listed(config=None):
+    """All settings, or those of a config with their values there, a line each, as text."""
+    lines = []
+    for title, group in GROUPS.items():
+        names = [name for name in group if config is None or name in config]
+        if names:
+            lines += ["", f"{title}:"]
+        for name in names:
+            value, made = group[name].default if config is None else config[name], group[name]
+            shown = "" if value == "" else list(value) if isinstance(value, tuple) else value
+            lines.append(f"  {name} = {shown}".ljust(38) + f"must {made.range}")
+            lines.append(f"      {made.meaning}{f' ({made.unit})' if made.unit else ''}")
+    return "\n".join(lines[1:])
