@@ -21,9 +21,10 @@ from torch import distributed as dist
 import tinytwinflow as ttf
 from tinytwinflow.cli.commands import main
 from tinytwinflow.data.points import Points
+from tinytwinflow.method.draws import draw_for
 from tinytwinflow.runs.build import state_of
 from tinytwinflow.runs.folder import trained
-from tinytwinflow.runs.recipes import settings
+from tinytwinflow.runs.recipes import configured
 from tinytwinflow.training import distributed as scale
 from tinytwinflow.training import sharded
 from tinytwinflow.training.loop import autocast, loss_of_batch, train
@@ -34,7 +35,7 @@ ENV = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[2], *sys.path))),
 }
-LOSS = ttf.TwinFlowLoss(guidance=0.5, guidance_range=(0.0, 0.4), gain=4.0)
+LOSS = ttf.TwinFlowLoss.paper(flow_share=0.5, guidance=0.5, guidance_range=(0.0, 0.4), gain=4.0)
 
 
 def torchrun(processes, *command, **options):
@@ -195,7 +196,7 @@ def test_processes_have_their_own_noise_and_the_same_counts():
     for rank in range(3):
         for step in range(4):
             generator, world = torch.Generator(), scale.World(rank, 3, "cpu", seed=1)
-            draws[rank, step] = LOSS.draw(x, generator, world.reseed(generator, step))
+            draws[rank, step] = draw_for(LOSS, x, generator, world.reseed(generator, step))
     noise = [tuple(d.z.flatten().tolist()) for d in draws.values()]
     assert len(set(noise)) == 12
     for step in range(4):
@@ -441,7 +442,7 @@ def test_wrong_uses_are_refused(tmp_path):
     world = scale.World(0, 2, "cpu")
     for change, what in (("method=dmd", "method dmd trains on one process"), ("optimizer=adafactor", "parallel=fsdp")):
         with pytest.raises(ValueError, match=what):
-            state_of({**settings("toy", []), **dict([change.split("=")])}, (2,), 0, "cpu", world)
+            state_of(configured("toy") | dict([change.split("=")]), Points("moons", 8), "cpu", world)
     with pytest.raises(ValueError, match="recompute needs a network with blocks, MLP has none"):
         scale.prepare(ttf.nets.MLP(2), recompute=True)
     statuses, said = run_of_two(tmp_path, command(tmp_path / "run", "batch_size=47"))
