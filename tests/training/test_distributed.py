@@ -382,11 +382,11 @@ def test_batches_of_processes_are_the_parts_of_the_whole(tmp_path):
             Points(name, 12, part=(0, 5)).batch(0)
 
 
-STEPS, DEATH = 40, 25
+STEPS, DEATH = 20, 12
 
 
 def command(out, *more):
-    changes = [f"steps={STEPS}", "batch_size=48", "width=16", "checkpoint_every=10", "eval_samples=100"]
+    changes = [f"steps={STEPS}", "batch_size=48", "width=16", "checkpoint_every=5", "eval_samples=100"]
     return ["train", "toy", "--out", str(out), "--set", *changes, *more]
 
 
@@ -417,7 +417,7 @@ def test_killing_one_process_ends_the_run_and_it_resumes_bit_for_bit(tmp_path, p
     statuses, said = run_of_two(tmp_path, command(hurt, f"parallel={parallel}"), machines, DEATH)
     assert statuses == [2, -signal.SIGKILL]
     assert said.splitlines()[-1] == "tinytwinflow: process 0: another process of the run has ended"
-    assert "Traceback" not in said and trained(hurt)[2]["step"] == 20
+    assert "Traceback" not in said and trained(hurt)[2]["step"] == 10
     for argv in (command(quiet, f"parallel={parallel}"), [*command(hurt), "--resume"]):
         statuses, said = run_of_two(tmp_path, argv, machines)
         assert statuses == [0, 0], said
@@ -434,7 +434,7 @@ def test_torchrun_ends_a_run_one_of_whose_processes_is_killed(tmp_path):
     run = torchrun(2, __file__, *command(tmp_path / "run"))
     said = run.communicate(timeout=120)[0]
     assert run.returncode != 0 and "Signal 9 (SIGKILL)" in said
-    assert trained(tmp_path / "run")[2]["step"] == 20
+    assert trained(tmp_path / "run")[2]["step"] == 10
 
 
 def test_wrong_uses_are_refused(tmp_path):
