@@ -92,3 +92,18 @@ def test_an_upward_import_is_seen(line):
     """The test above would fail if a room of `method` had one, in each way to write it."""
     code = (PACKAGE / "method" / "path.py").read_text()
     assert not strays(code, "method", []) and strays(f"{code}\n{line}\n", "method", [])
+
+
+def test_no_two_things_have_one_name():
+    """Of functions, classes and constants at the top of a room, but for those that a room keeps to itself."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node]
+            named = [part for target in targets for part in ast.walk(target) if isinstance(target, ast.expr)]
+            names = [part.id for part in named if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+            names += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            for name in names:
+                found.setdefault(name, []).append(path.relative_to(PACKAGE).as_posix())
+    twice = {name: rooms for name, rooms in found.items() if len(rooms) > 1 and not name.startswith("_")}
+    assert twice == {}, twice

@@ -121,26 +121,38 @@ def test_a_run_trains_resumes_bit_for_bit_and_paints(folders, tmp_path, monkeypa
 
 @pytest.mark.parametrize("lora_rank", [3, 0])
 def test_pieces_train_as_copies_do(folders, tmp_path, lora_rank):
-    """On two processes FSDP2, its blocks recomputed, ends with the weights of DDP, and a run of adapters saved in
-    pieces by two goes on with one."""
+    """On two processes FSDP2, its blocks recomputed, ends with the weights of DDP, also when both are resumed there,
+    and a run of adapters saved in pieces by two goes on with one."""
     how = ["weights=float32", f"lora_rank={lora_rank}", "lr=0.1", "warmup_steps=1"]
-    for parallel in ("ddp", "fsdp"):
-        words = command(folders, tmp_path / parallel, *how, f"parallel={parallel}", "sample_every=100")
+
+    def on_two(*words):
         launched = torchrun(2, "-m", "tinytwinflow", *words)
         out = launched.communicate(timeout=100)[0]
         assert launched.returncode == 0, out
-    a, b = numbers(tmp_path / "ddp"), numbers(tmp_path / "fsdp")
-    began = load_velocity(folders / "model").state_dict()
-    moved = [name for name in a if name not in began or (a[name] - began[name]).abs().max() > 1e-4]
-    assert a.keys() == b.keys() and len(moved) > 20
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)
-    config = tmp_path / "fsdp" / "config.json"
-    config.write_text(config.read_text().replace('"steps": 4', '"steps": 6'))
-    assert run("train", "text", "--out", tmp_path / "fsdp", "--resume", "--data", folders / "texts") == 0
-    assert sharded.about(sharded.newest(tmp_path / "fsdp")) == {
+
+    def same():
+        a, b = numbers(tmp_path / "ddp"), numbers(tmp_path / "fsdp")
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5)
+        return a
+
+    for parallel in ("ddp", "fsdp"):
+        on_two(*command(folders, tmp_path / parallel, *how, f"parallel={parallel}", "sample_every=100"))
+    a, began = same(), load_velocity(folders / "model").state_dict()
+    assert sum(name not in began or (a[name] - began[name]).abs().max() > 1e-4 for name in a) > 20
+    for parallel in ("ddp", "fsdp"):
+        config = tmp_path / parallel / "config.json"
+        config.write_text(config.read_text().replace('"steps": 4', '"steps": 6'))
+    shutil.copytree(tmp_path / "fsdp", tmp_path / "alone")
+    assert run("train", "text", "--out", tmp_path / "alone", "--resume", "--data", folders / "texts") == 0
+    assert sharded.about(sharded.newest(tmp_path / "alone")) == {
         "step": 6, "size": 1, "data": {"shape": [4, 4, 4], "classes": 0},
     }  # fmt: skip
+    if lora_rank:
+        for parallel in ("ddp", "fsdp"):
+            on_two("train", "text", "--out", tmp_path / parallel, "--resume", "--data", folders / "texts")
+        same()
 
 
 def test_layerwise_training_in_pieces_goes_on_with_as_many(folders, tmp_path, capsys):

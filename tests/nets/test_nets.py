@@ -13,6 +13,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn import functional as f
 
 import tinytwinflow as ttf
+from tinytwinflow.method.draws import draw_for
 from tinytwinflow.nets import MLP, DiT, UNet, dit, load_published
 from tinytwinflow.nets.dit import from_epsilon, positions
 from tinytwinflow.training.distributed import compile_as
@@ -433,7 +434,7 @@ def test_the_loss_and_one_step_samples_survive_bfloat16(kind, seed):
     with torch.autocast("cpu", torch.bfloat16):
         close(value(net, x), exact, atol=0.02, rtol=0.1)
     close(value(half, x), exact, atol=0.02, rtol=0.1)
-    draws = loss.draw(x.bfloat16(), torch.Generator().manual_seed(seed))
+    draws = draw_for(loss, x.bfloat16(), torch.Generator().manual_seed(seed))
     assert draws.t.dtype == torch.float32
     sampled = ttf.sample(half, x, 2, cond=label)
     close(sampled, ttf.sample(net, x, 2, cond=label), atol=0.2, rtol=0.1)

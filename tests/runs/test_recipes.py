@@ -11,8 +11,8 @@ from test_commands import fails
 from test_nets import published
 
 from tinytwinflow.cli.commands import main
-from tinytwinflow.runs.folder import read_log, trained
 from tinytwinflow.nets.dit import SIZES
+from tinytwinflow.runs.folder import read_log, trained
 from tinytwinflow.runs.recipes import RECIPES
 
 ENGINE = [

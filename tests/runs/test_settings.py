@@ -70,7 +70,9 @@ def test_functions_have_the_defaults_of_the_settings():
 
 
 def test_a_value_is_the_same_by_name_and_by_text():
-    by_text = configured("toy", ["steps=40", "lr=1", "sharp=false", "clip_norm=None", "times=[2,1]", 'peer={"a":1}'][:5])
+    by_text = configured(
+        "toy", ["steps=40", "lr=1", "sharp=false", "clip_norm=None", "times=[2,1]", 'peer={"a":1}'][:5]
+    )
     assert by_text == configured("toy", steps=40, lr=1.0, sharp=False, clip_norm=None, times=[2, 1])
     assert by_text["warmup_steps"] == 10 and by_text["base_steps"] == 14
     assert configured("toy", ["lr=1"], lr=2.0)["lr"] == 2.0

@@ -21,9 +21,10 @@ from torch import distributed as dist
 import tinytwinflow as ttf
 from tinytwinflow.cli.commands import main
 from tinytwinflow.data.points import Points
+from tinytwinflow.method.draws import draw_for
 from tinytwinflow.runs.build import state_of
 from tinytwinflow.runs.folder import trained
-from tinytwinflow.runs.recipes import settings
+from tinytwinflow.runs.recipes import configured
 from tinytwinflow.training import distributed as scale
 from tinytwinflow.training import sharded
 from tinytwinflow.training.loop import autocast, loss_of_batch, train
@@ -34,7 +35,7 @@ ENV = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[2], *sys.path))),
 }
-LOSS = ttf.TwinFlowLoss(guidance=0.5, guidance_range=(0.0, 0.4), gain=4.0)
+LOSS = ttf.TwinFlowLoss.paper(flow_share=0.5, guidance=0.5, guidance_range=(0.0, 0.4), gain=4.0)
 
 
 def torchrun(processes, *command, **options):
@@ -195,7 +196,7 @@ def test_processes_have_their_own_noise_and_the_same_counts():
     for rank in range(3):
         for step in range(4):
             generator, world = torch.Generator(), scale.World(rank, 3, "cpu", seed=1)
-            draws[rank, step] = LOSS.draw(x, generator, world.reseed(generator, step))
+            draws[rank, step] = draw_for(LOSS, x, generator, world.reseed(generator, step))
     noise = [tuple(d.z.flatten().tolist()) for d in draws.values()]
     assert len(set(noise)) == 12
     for step in range(4):
@@ -381,11 +382,11 @@ def test_batches_of_processes_are_the_parts_of_the_whole(tmp_path):
             Points(name, 12, part=(0, 5)).batch(0)
 
 
-STEPS, DEATH = 40, 25
+STEPS, DEATH = 20, 12
 
 
 def command(out, *more):
-    changes = [f"steps={STEPS}", "batch_size=48", "width=16", "checkpoint_every=10", "eval_samples=100"]
+    changes = [f"steps={STEPS}", "batch_size=48", "width=16", "checkpoint_every=5", "eval_samples=100"]
     return ["train", "toy", "--out", str(out), "--set", *changes, *more]
 
 
@@ -416,7 +417,7 @@ def test_killing_one_process_ends_the_run_and_it_resumes_bit_for_bit(tmp_path, p
     statuses, said = run_of_two(tmp_path, command(hurt, f"parallel={parallel}"), machines, DEATH)
     assert statuses == [2, -signal.SIGKILL]
     assert said.splitlines()[-1] == "tinytwinflow: process 0: another process of the run has ended"
-    assert "Traceback" not in said and trained(hurt)[2]["step"] == 20
+    assert "Traceback" not in said and trained(hurt)[2]["step"] == 10
     for argv in (command(quiet, f"parallel={parallel}"), [*command(hurt), "--resume"]):
         statuses, said = run_of_two(tmp_path, argv, machines)
         assert statuses == [0, 0], said
@@ -433,7 +434,7 @@ def test_torchrun_ends_a_run_one_of_whose_processes_is_killed(tmp_path):
     run = torchrun(2, __file__, *command(tmp_path / "run"))
     said = run.communicate(timeout=120)[0]
     assert run.returncode != 0 and "Signal 9 (SIGKILL)" in said
-    assert trained(tmp_path / "run")[2]["step"] == 20
+    assert trained(tmp_path / "run")[2]["step"] == 10
 
 
 def test_wrong_uses_are_refused(tmp_path):
@@ -441,7 +442,7 @@ def test_wrong_uses_are_refused(tmp_path):
     world = scale.World(0, 2, "cpu")
     for change, what in (("method=dmd", "method dmd trains on one process"), ("optimizer=adafactor", "parallel=fsdp")):
         with pytest.raises(ValueError, match=what):
-            state_of({**settings("toy", []), **dict([change.split("=")])}, (2,), 0, "cpu", world)
+            state_of(configured("toy") | dict([change.split("=")]), Points("moons", 8), "cpu", world)
     with pytest.raises(ValueError, match="recompute needs a network with blocks, MLP has none"):
         scale.prepare(ttf.nets.MLP(2), recompute=True)
     statuses, said = run_of_two(tmp_path, command(tmp_path / "run", "batch_size=47"))

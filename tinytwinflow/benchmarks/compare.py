@@ -17,10 +17,11 @@ from ..data.points import Points
 from ..evaluation import pictures
 from ..evaluation.tables import LINE, NFES, comparison_table, floor_of, summary
 from ..files import write_json
+from ..runs.checks import refuse_misfits
 from ..runs.evaluate import rows_of, yardstick
 from ..runs.folder import read_config, trained
 from ..runs.methods import entry
-from ..runs.run import finish, make_folder, refuse_misfits, resume
+from ..runs.run import finish, make_folder, resume
 from . import memory
 
 COMPARED_SETS = ("8gaussians", "checkerboard")

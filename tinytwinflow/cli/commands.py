@@ -32,7 +32,7 @@ def show(folder, result, kept):
     """Draw a measured run: real data, one call, flow matching at 100 and at 1, the gap."""
     config = read_config(folder)
     method = method_of(config)
-    panels = [("data", kept["data"], pictures.DATA), (f"{method}, 1 NFE", kept[method, 1], pictures.ONE)]
+    panels = [("data", kept["data"], pictures.REAL), (f"{method}, 1 NFE", kept[method, 1], pictures.ONE)]
     for nfe in (100, 1):
         if ("flow matching", nfe) in kept and method != "flow matching":
             panels.append((f"flow matching, {nfe} NFE", kept["flow matching", nfe], pictures.FLOW))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-INK, DATA, ONE, FLOW = "#222222", "#555555", "#d1495b", "#2e6f95"
+INK, REAL, ONE, FLOW = "#222222", "#555555", "#d1495b", "#2e6f95"
 
 
 def _canvas(panels, width=3.1, height=3.6):
@@ -104,7 +104,7 @@ def draw_comparison(path, rows, floors, names, methods):
     figure, axes = _canvas(len(names), width=4.4, height=1.4 + 0.26 * len(methods))
     for axis, name in zip(axes, names):
         for place, method in enumerate(reversed(methods)):
-            color = {"twinflow": ONE, "flow matching": FLOW}.get(method, DATA)
+            color = {"twinflow": ONE, "flow matching": FLOW}.get(method, REAL)
             for r in rows:
                 if (r["data"], r["method"]) != (name, method) or "sliced_wasserstein" not in r:
                     continue

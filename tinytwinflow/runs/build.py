@@ -46,7 +46,11 @@ def net_of(config, shape, classes):
         raise ValueError(
             f"net {kind!r} does not fit samples of shape {tuple(shape)}: mlp is for points, others for images"
         )
-    needed = {"mlp": ("width", "depth", "sharp"), "unet": ("width", "depth"), "dit": ("width", "depth", "heads", "patch")}
+    needed = {
+        "mlp": ("width", "depth", "sharp"),
+        "unet": ("width", "depth"),
+        "dit": ("width", "depth", "heads", "patch"),
+    }
     missing = [key for key in needed.get(kind, ()) if key not in config]
     if missing:
         raise ValueError(f"net {kind!r} needs {', '.join(missing)}, which recipe {config['recipe']} does not set")
@@ -75,7 +79,7 @@ def first_weights(net, source):
 
 
 def first_net(config, data, weights=True, fresh=True):
-    """The network of a run as its seed makes it, and its first weights if it is fresh; weights=False: structure alone."""
+    """The network as a run's seed makes it, and its first weights if it is fresh; weights=False: structure alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
         if "model" in config:

@@ -17,18 +17,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..backbones.states import build_backbone
 from ..data.batches import read_ahead
-from ..data.latents import autoencoder
-from ..evaluation.features import Inception
 from ..evaluation.pictures import draw_one
 from ..files import aside, write_json
 from ..method.conditions import move, take
 from ..training.checkpoints import NAME, has_checkpoint, keep_state, restore_state
-from ..training.distributed import World, blocks_of, first, without_weights
+from ..training.distributed import World, first
 from ..training.loop import autocast, train
 from ..training.state import State
-from .build import OWN, data_of, net_of, state_of
+from .build import data_of, state_of
+from .checks import refuse_misfits
 from .folder import Trained, read_config, read_log, sampled
 from .settings import loss_of
 
@@ -168,31 +166,6 @@ def _ctrl_c(noted):
         signal.signal(signal.SIGINT, before)
 
 
-def refuse_misfits(config, data, net=None, folder=None, measured=True):
-    """Raise ValueError if a run would fail after its beginning for what can be seen before; write nothing."""
-    if folder is not None and ((folder / "config.json").exists() or has_checkpoint(folder)):
-        raise ValueError(f"{folder} already holds a run: --resume continues it, --out DIR starts another")
-    if "model" in config:
-        with without_weights():
-            net = build_backbone(config, weights=False)
-        x, cond = data.batch(0)
-        net.check(x, cond), net.check(x[:1], data.null)
-    elif net is None:
-        with torch.device("meta"):
-            net = net_of(config, data.shape, data.classes)
-    if config["recompute"] and not blocks_of(net):
-        raise ValueError(f"recompute is for networks with blocks, net {config['net']!r} has none")
-    if measured and hasattr(data, "test_rows"):
-        _enough_to_measure(config, data)
-    if config.get("features", "classifier") != "classifier":
-        judged = Inception(config["features"])
-        if data.shape[0] != 3 and not config.get("vae"):
-            raise ValueError(f"Inception takes RGB images, not {data.shape[0]} channels: --set features=classifier")
-        del judged
-    if config.get("vae"):
-        autoencoder(config["vae"])
-
-
 def make_folder(folder, config, replace=False):
     """Make the folder of a new run, with its settings; an earlier one becomes folder.1, folder.2, ..."""
     folder = Path(folder)
@@ -204,17 +177,6 @@ def make_folder(folder, config, replace=False):
         print(f"{folder} moved to {folder}.{number}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
-
-
-def _enough_to_measure(config, data):
-    """Raise ValueError if too few images are kept from training for the metrics of a run."""
-    kept = f"{config['data']}: {len(data.test_rows)} images are kept to measure against, of a folder every twentieth"
-    if len(data.test_rows) < 12:
-        raise ValueError(f"{kept}; at least 12 are needed")
-    for draw in (0, 1) if config["conditional"] else ():
-        labels = data.test.labels[data.fresh_rows(config["eval_samples"], draw)]
-        if labels.bincount().max() < 2:
-            raise ValueError(f"{kept}; diversity needs two of one class among the {len(labels)} that are looked at")
 
 
 def _cut_log(folder, step):

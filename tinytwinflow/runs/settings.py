@@ -64,7 +64,9 @@ BACKBONE = {
     "weights": setting("bf16", "what a backbone's weights are kept in", choices=tuple(WEIGHT_DTYPES)),
     "lora_rank": setting(64, "rank of the adapters; 0: all parameters learn", "[0, inf)"),
     "lora_layers": setting([], "endings of the names of adapted layers; none: those of attention and MLPs"),
-    "optimizer": setting("adamw", "adafactor: inside the backward pass, for all parameters", choices=("adamw", "adafactor")),
+    "optimizer": setting(
+        "adamw", "adafactor: inside the backward pass, for all parameters", choices=("adamw", "adafactor")
+    ),
     "latents": setting([], "shape of a latent, where the data hold none"),
 }
 GROUPS = {

@@ -44,7 +44,7 @@ def train(
     condition of one row; it replaces a share `label_dropout` of the conditions. ema and teacher_ema are the decays
     of the two averages (Table 6: 0.99 for the teacher). accumulate: the batch is worked through in so
     many equal parts. clip_norm: longest gradient, or None. precision "bf16": the networks run under autocast.
-    world: the processes that train together, each on its part of the batch, see `scale`.
+    world: the processes that train together, each on its part of the batch, see `distributed`.
     Raises FloatingPointError, before the weights are touched, if a loss term is not finite.
     """
     peer = not isinstance(loss, TwinFlowLoss)

@@ -83,10 +83,12 @@ def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None, place=lambd
     """Start of training: AdamW, the averages equal to the network.
 
     helpers: of a peer's loss, name -> kind; see `peers`. one_average: to sample from and to teach. place: what is
-    done to each network before the optimiser is made, see `scale.prepare`.
+    done to each network before the optimiser is made, see `distributed.prepare`.
     """
     kinds = {name: kind for name, kind in (helpers or {}).items() if kind != "average"}
-    made = torch.nn.ModuleDict({name: copy.deepcopy(net).requires_grad_(kinds[name] != "frozen") for name in kinds})
+    made = torch.nn.ModuleDict(
+        {name: average_of(net) if kinds[name] == "frozen" else copy.deepcopy(net) for name in kinds}
+    )
     average = average_of(net)
     teacher = average if one_average else average_of(net)
     for network in dict.fromkeys((net, average, teacher, *made.values())):

@@ -1,0 +1,46 @@
+"""What would fail after an hour of training is refused before the first step, and before anything is written."""
+
+import torch
+
+from ..backbones.states import build_backbone
+from ..data.latents import autoencoder
+from ..evaluation.features import Inception
+from ..training.checkpoints import has_checkpoint
+from ..training.distributed import blocks_of, without_weights
+from .build import net_of
+
+
+def refuse_misfits(config, data, net=None, folder=None, measured=True):
+    """Raise ValueError if a run would fail after its beginning for what can be seen before; write nothing."""
+    if folder is not None and ((folder / "config.json").exists() or has_checkpoint(folder)):
+        raise ValueError(f"{folder} already holds a run: --resume continues it, --out DIR starts another")
+    if "model" in config:
+        with without_weights():
+            net = build_backbone(config, weights=False)
+        x, cond = data.batch(0)
+        net.check(x, cond), net.check(x[:1], data.null)
+    elif net is None:
+        with torch.device("meta"):
+            net = net_of(config, data.shape, data.classes)
+    if config["recompute"] and not blocks_of(net):
+        raise ValueError(f"recompute is for networks with blocks, net {config['net']!r} has none")
+    if measured and hasattr(data, "test_rows"):
+        _enough_to_measure(config, data)
+    if config.get("features", "classifier") != "classifier":
+        judged = Inception(config["features"])
+        if data.shape[0] != 3 and not config.get("vae"):
+            raise ValueError(f"Inception takes RGB images, not {data.shape[0]} channels: --set features=classifier")
+        del judged
+    if config.get("vae"):
+        autoencoder(config["vae"])
+
+
+def _enough_to_measure(config, data):
+    """Raise ValueError if too few images are kept from training for the metrics of a run."""
+    kept = f"{config['data']}: {len(data.test_rows)} images are kept to measure against, of a folder every twentieth"
+    if len(data.test_rows) < 12:
+        raise ValueError(f"{kept}; at least 12 are needed")
+    for draw in (0, 1) if config["conditional"] else ():
+        labels = data.test.labels[data.fresh_rows(config["eval_samples"], draw)]
+        if labels.bincount().max() < 2:
+            raise ValueError(f"{kept}; diversity needs two of one class among the {len(labels)} that are looked at")
