@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,9 +41,10 @@ LOSS = ttf.TwinFlowLoss.paper(flow_share=0.5, guidance=0.5, guidance_range=(0.0,
 
 def torchrun(processes, *command, **options):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    return subprocess.Popen(
-        [*launcher, *map(str, command)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-    )
+    command = [*launcher, *map(str, command)]
+    run = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    weakref.finalize(run, run.stdout.close)
+    return run
 
 
 def launched(size, folder, function, *args, machines=1):
