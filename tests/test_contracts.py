@@ -9,9 +9,7 @@ import torch
 
 import tinytwinflow as ttf
 from tinytwinflow.data.batches import DataSet
-from tinytwinflow.method.draws import normal, seeded, uniform
-from tinytwinflow.method.path import interpolate, velocity
-from tinytwinflow.peers.common import terms
+from tinytwinflow.method.draws import seeded
 
 
 def example(thing, **known):
@@ -40,9 +38,12 @@ def test_a_network_of_ones_own_trains_and_samples():
     assert torch.equal(ttf.sample(lambda x, t, r, cond=None: x, torch.ones(3, 2)), torch.zeros(3, 2))
 
 
-def test_a_loss_of_ones_own_trains_in_the_loop():
-    known = {"normal": normal, "uniform": uniform, "interpolate": interpolate, "velocity": velocity, "terms": terms}
-    loss, data = example(ttf.peers, **known)["Halfway"](), ttf.data.Points("moons", 128)
+def test_a_loss_of_ones_own_trains_in_the_loop_and_has_a_name_once_it_is_among_the_peers(monkeypatch):
+    halfway = example(ttf.peers)["Halfway"]
+    loss, data = halfway(), ttf.data.Points("moons", 128)
     state = ttf.training.new_state(ttf.nets.MLP(2, 32, 2), lr=1e-2, helpers=loss.helpers)
     totals = [record["flow"] for record in ttf.training.train(state, loss, lambda i: (data.batch(i)[0], None), 200)]
     assert sum(totals[-20:]) < 0.9 * sum(totals[:20])
+    monkeypatch.setitem(ttf.peers.PEERS, "halfway", halfway)
+    model = ttf.fit("moons", method="halfway", steps=30, width=16, warmup_steps=0)
+    assert model.config["method"] == "halfway" and model.sample(5, steps=4).shape == (5, 2)

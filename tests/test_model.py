@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 import tinytwinflow as ttf
-from tinytwinflow.data.given import Table, in_units
-from tinytwinflow.data.given import given as given_data
+from tinytwinflow.data.given import Table, as_data_set, in_units
 from tinytwinflow.training.loop import train
 
 QUICK = {"steps": 6, "width": 16, "depth": 2, "batch_size": 16, "eval_samples": 60}
@@ -108,7 +107,7 @@ def test_streams_a_loader_a_generator_and_a_function_of_the_step():
     assert model.sample(3).shape == (3, 2) and set(range(6)) <= set(asked)
     with pytest.raises(ValueError, match="the iterable ended before step 5: give one that can be gone through again"):
         ttf.fit((x[:20] for _ in range(4)), **QUICK)
-    stream = given_data([x[:20], x[20:40]], 1)
+    stream = as_data_set([x[:20], x[20:40]], 1)
     one, other = stream.fresh(20, 0)[0], stream.fresh(20, 1)[0]
     assert not any((row == other).all(1).any() for row in one)
 

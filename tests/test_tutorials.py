@@ -159,5 +159,5 @@ def test_each_equation_has_its_code_and_its_test():
     for row in rows:
         first, *others = (int(number) for number in re.findall(r"\d+", row.split("|")[1]))
         numbers |= set(range(first, (others or [first])[-1] + 1))
-        assert "(tinytwinflow/" in row and "(tests/test_" in row
+        assert "(tinytwinflow/" in row and "(tests/method/test_" in row
     assert numbers == set(range(1, 11))

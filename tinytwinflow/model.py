@@ -5,19 +5,21 @@ model.sample(1000)                   # in the units and the type of x
 model.save("model.pt"); model = load("model.pt")
 """
 
+import copy
 import io
+import operator
 import os
 import sys
 from pathlib import Path
 
 import torch
 
-from .data.given import given, in_units
+from .data.given import as_data_set, in_units
 from .evaluation.pictures import draw_one
 from .evaluation.tables import run_table
 from .files import aside, load_weights, read_checkpoint
 from .runs.build import OWN, net_of
-from .runs.choice import fitting_data, fitting_name
+from .runs.choice import recipe_for_data, recipe_for_name
 from .runs.evaluate import evaluate
 from .runs.folder import Trained, refuse_backbone, sampled, trained
 from .runs.recipes import configured
@@ -29,17 +31,17 @@ def fit(data, net=None, recipe=None, steps=None, device=None, out=None, seed=0, 
     """Train a model of the data.  -> Model
 
     data: an array or tensor (n, D) or (n, C, H, W), or a pair of it and labels; a DataLoader or any iterable of batches
-    x or (x, labels); a function of the step that returns one; a `DataSet` of your own; or in a word the name of a set,
-    a .npy or .csv file, a folder of images. net: your own network net(x, t, r, cond), else one that fits the data.
-    recipe, and every setting by name: `python -m tinytwinflow settings`. out: a run folder, which a stopped run goes
-    on from. device: a GPU if there is one. Ctrl-C ends training after a step, and the model can be sampled from and
+    x or (x, labels); a function of the step that returns one; a `DataSet` of your own; or, as a text, the name of a
+    set, a .npy or .csv file, a folder of images. net: your own network net(x, t, r, cond), else one that fits the data.
+    recipe, and every setting by name: `python -m tinytwinflow settings`. out: a run folder, where `load(out).train()`
+    goes on. device: a GPU if there is one. Ctrl-C ends training after a step, and the model can be sampled from and
     goes on with `train()`. Raises ValueError, in one line, for what does not fit.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings |= {} if steps is None else {"steps": steps}
     named = isinstance(data, str | os.PathLike)
-    own = None if named else given(data, settings.get("batch_size", 512), seed)
-    usual, found = fitting_name(str(data), settings.get("size")) if named else fitting_data(own)
+    own = None if named else as_data_set(data, settings.get("batch_size", 512), seed)
+    usual, found = recipe_for_name(str(data), settings.get("size")) if named else recipe_for_data(own)
     config = configured(recipe or usual, seed=seed, **found | settings)
     config |= {} if named else {"data": ""}  # no name under which it could be found again
     config |= {} if net is None else {"net": OWN}
@@ -59,18 +61,27 @@ class Model:
 
     @property
     def config(self):
+        """The settings of its run."""
         return self.own.config
 
     @property
     def saved(self):
+        """Steps done, and of the data shape, labels and scaling."""
         return self.own.saved
 
-    def train(self):
-        """Train to the last step, from wherever it stands.  -> the model; Ctrl-C ends it after a step."""
+    def train(self, data=None):
+        """Train to the last step, from wherever it stands.  -> the model; Ctrl-C ends it after a step.
+
+        data: what `fit` was given, for a model that was read back and whose data have no name.
+        """
         if self.run is None:
             if self.own.folder is None:
                 raise ValueError("a model from a file has nothing to go on training with: fit(..., out=DIR) keeps it")
-            self.run = resume(self.own.folder, self.device, net=self.net if self.config["net"] == OWN else None)
+            if data is None and not self.config["data"]:
+                raise ValueError("this model has been read back without its data: train(data) takes them")
+            data = None if data is None else as_data_set(data, self.config["batch_size"], self.config["seed"])
+            net = copy.deepcopy(self.net).requires_grad_().train() if self.config["net"] == OWN else None
+            self.run = resume(self.own.folder, self.device, data=data, net=net)
         finish(self.run, stoppable=True)
         self.own = self.run.trained()
         if self.saved["step"] < self.config["steps"]:
@@ -81,6 +92,7 @@ class Model:
         """What n samples are drawn for: a label for all, n rows as given, or by default each label in turn."""
         refuse_backbone(self.own.folder, self.config)
         classes = self.saved["data"]["classes"] if self.config["conditional"] else 0
+        cond = operator.index(cond) if hasattr(cond, "__index__") and getattr(cond, "ndim", 0) == 0 else cond
         if isinstance(cond, int) and not 0 <= cond < classes:
             known = f"labels 0 to {classes - 1}" if classes else "no labels, it is not conditional"
             raise ValueError(f"cond {cond}: this run knows {known}")

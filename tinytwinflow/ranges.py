@@ -4,6 +4,8 @@ The fields of `TwinFlowLoss` are made of these, and so are all other settings, i
 """
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list", dict: "a dict"}
@@ -14,7 +16,8 @@ class Setting:
     """One setting.
 
     kind: int, float, bool, str, list or dict. within: an interval such as "[0, 1)" or "(0, inf)", of a list the one
-    for each number. length: of a list of numbers. choices: all values there are. none: whether None is one too.
+    for each number. length: of a list of numbers. choices: all values there are, or a function that tells them. none:
+    whether None is one too.
     unit: what it counts.
     """
 
@@ -23,16 +26,21 @@ class Setting:
     kind: type
     within: str = ""
     length: int = 0
-    choices: tuple = ()
+    choices: tuple | Callable = ()
     none: bool = False
     unit: str = ""
+
+    @property
+    def known(self):
+        """All values there are, where that is how they are told."""
+        return self.choices() if callable(self.choices) else self.choices
 
     @property
     def range(self):
         """What it may be, in words."""
         low, _, high = self.within[1:-1].partition(", ")
         if self.choices:
-            words = f"be one of {', '.join(self.choices)}"
+            words = f"be one of {', '.join(self.known)}"
         elif self.length:
             words = f"be {self.length} numbers{f' in {self.within}' if self.within else ''}"
         elif not self.within:
@@ -48,7 +56,7 @@ class Setting:
         if isinstance(number, bool) or not isinstance(number, int if self.kind is int else int | float):
             return False
         if not self.within:
-            return number == number
+            return not math.isnan(number)
         low, high = map(float, self.within[1:-1].split(", "))
         above = number > low if self.within[0] == "(" else number >= low
         return above and (number < high if self.within[-1] == ")" else number <= high)
@@ -62,7 +70,7 @@ class Setting:
         elif self.kind in (int, float):
             fits = self._fits(value)
         else:
-            fits = isinstance(value, self.kind) and (not self.choices or value in self.choices)
+            fits = isinstance(value, self.kind) and (not self.choices or value in self.known)
         if not fits:
             raise ValueError(f"{name} must {self.range}, got {value!r}")
 

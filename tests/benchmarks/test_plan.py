@@ -46,7 +46,7 @@ def tiny(monkeypatch):
 def test_calls_are_those_that_the_loss_makes():
     """TwinFlow on twelve rows: fakes, guidance on both conditions, one call with gradient, two of the teacher for
     order 2, and the gap's two velocities. Flow matching makes one call, DMD2 three networks' with gradient."""
-    assert calls.calls_of(TwinFlowLoss(guidance=0.5, share=0.5), 12) == [
+    assert calls.calls_of(TwinFlowLoss.paper(flow_share=0.5, guidance=0.5, share=0.5), 12) == [
         Call("teacher", 12, False), Call("net", 3, False), Call("net", 12, True),
         Call("teacher", 3, False), Call("teacher", 3, False), Call("net", 6, False),
     ]  # fmt: skip

@@ -3,3 +3,7 @@
 Rooms, in reading order: speed, memory, calls, plan, compare, speed_backbone.
 May import: runs, backbones, evaluation, training, data, peers, nets, method, files, ranges.
 """
+
+from . import calls, compare, memory, plan, speed, speed_backbone
+
+__all__ = ["calls", "compare", "memory", "plan", "speed", "speed_backbone"]

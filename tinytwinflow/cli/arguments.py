@@ -11,7 +11,7 @@ from ..benchmarks import compare, plan, speed_backbone
 from ..data.readers import IMAGE_SETS
 from ..data.toys import TOYS
 from ..method.samplers import MODES
-from ..runs.methods import METHODS
+from ..runs.methods import known_methods
 from ..runs.recipes import RECIPES, configured
 from ..training.distributed import COMPILE
 
@@ -121,8 +121,8 @@ def parser():
 
     peers = add("compare", "TwinFlow and its peers on equal terms: one table")
     peers.add_argument("--data", nargs="+", default=list(compare.COMPARED_SETS), metavar="D")
-    known = f"from {', '.join(METHODS)}; with settings of its own: 'dmd2 lr=1e-3'; @FILE reads them, one a line"
-    peers.add_argument("--methods", nargs="+", default=list(METHODS), metavar="M", help=known)
+    known = f"from {', '.join(known_methods())}; with settings of its own: 'dmd2 lr=1e-3'; @FILE reads them, one a line"
+    peers.add_argument("--methods", nargs="+", default=list(known_methods()), metavar="M", help=known)
     peers.add_argument("--seeds", type=int, default=3, metavar="K", help="how many (default 3)")
     peers.add_argument("--first-seed", type=seed, default=0, metavar="S", help="the first of them (default 0)")
     peers.add_argument("--jobs", type=int, metavar="J", help="processes of one thread (default: one a core)")

@@ -19,7 +19,7 @@ from ..files import aside, write_json
 from ..model import load
 from ..runs.evaluate import evaluate
 from ..runs.folder import backbone_of, painter, read_config, read_log, trained
-from ..runs.methods import METHODS, entry
+from ..runs.methods import entry, known_methods
 from ..runs.recipes import configured
 from ..runs.run import begin, finish, resume
 from ..runs.settings import listed, loss_of, method_of
@@ -157,7 +157,9 @@ def run_memory(args):
     rows = (1 if on_backbone else 64) if args.batch_size is None else args.batch_size
     if rows < 1:
         raise ValueError(f"--batch-size must be at least 1, got {rows}")
-    methods = dict.fromkeys(["flow matching", *(args.methods or (plan.ON_BACKBONES if on_backbone else METHODS))])
+    methods = dict.fromkeys(
+        ["flow matching", *(args.methods or (plan.ON_BACKBONES if on_backbone else known_methods()))]
+    )
     if not on_backbone:
         losses = {method: loss_of(entry(method)) for method in methods}
         print(f"{args.net}, 32 x 32 x 4 latents, batch {rows}, bf16 autocast, float32 weights, GiB\n")

@@ -15,11 +15,14 @@ class DataSet(Protocol):
 
     shape     of one sample, (D,) or (C, H, W)
     classes   how many labels there are, 0 without; the null label, "no class", is `classes` itself
-    scaling   dict of what maps a sample back to the units of the data, kept in checkpoints; {} for none
+    scaling   dict kept in checkpoints, by which samples go back to the units of the data: mean and std, tensors, and
+              units, a pair such as ["numpy", "float64"]; {} for points as they are and for images in [-1, 1]
     on_disk   whether a batch takes time to read, so that the next one is read while a step is taken
     batch     step -> x (B, *shape) in float32 of about unit spread, and labels (B,), other conditions, or None.
               The same step gives the same batch whenever and wherever it is asked, so that a run resumes where it was
     fresh     n, draw -> x, labels to measure against, not more than n; draws 0 and 1 have no sample in common
+
+    It may also have batch_size, for the record, and null, a condition of one row that stands for none.
 
     A set of your own, given to `fit` or to `runs.run.begin`:
 

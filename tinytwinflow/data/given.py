@@ -1,7 +1,8 @@
 """Data that a user hands over: an array of rows, a DataLoader or any iterable of batches, or a function of the step.
 
-Each becomes a `batches.DataSet` in float32 of about unit spread. Points are brought there column by column, images by
-one number for all pixels, bytes as -1 ... 1; samples go back to the units and the type of what was given.
+Each becomes a `batches.DataSet` in float32 of about unit spread, but that an iterable deals in its own order, whatever
+the step. Points are brought there column by column, images by one number for all pixels, bytes as -1 ... 1; samples go
+back to the units and the type of what was given.
 """
 
 from itertools import chain, count, islice
@@ -9,16 +10,19 @@ from itertools import chain, count, islice
 import numpy as np
 import torch
 
-from ..method.conditions import take
+from ..method.conditions import join, take
 from ..method.draws import seeded
 from .batches import mine, rows_of_step
 
 LOOKED_AT = 16  # batches of a stream from which its spread is measured
 
 
-def given(data, batch_size, seed=0):
+def as_data_set(data, batch_size, seed=0):
     """The data set that a user's data are; what is one already stays as it is. Raises ValueError for anything else."""
-    if hasattr(data, "batch") and hasattr(data, "shape") and not hasattr(data, "__array__"):
+    if hasattr(data, "batch") and hasattr(data, "fresh"):
+        lacking = [name for name in ("shape", "classes", "scaling", "on_disk") if not hasattr(data, name)]
+        if lacking:
+            raise ValueError(f"a data set has {', '.join(lacking)} too, see data.batches.DataSet")
         return data
     if _is_array(data):
         return Table(data, batch_size, seed)
@@ -180,8 +184,7 @@ class Stream(Scaled):
             have += len(xs[-1])
             if have >= n:
                 break
-        whole = None if ys[0] is None else torch.cat(ys)[:n] if torch.is_tensor(ys[0]) else ys[0]
-        return torch.cat(xs)[:n], whole
+        return torch.cat(xs)[:n], take(join(*ys), slice(n))
 
 
 def in_units(x, about):

@@ -9,9 +9,14 @@ The contract of a loss: it is called with net, the data x (B, *D), cond (None or
 progress (how far training is, 0 to 1), and the networks that it needs beside net, by name. `helpers` says which:
 "average", the moving average of net; "frozen", the flow model that training began with; "trained", an auxiliary one
 that begins as that flow model; "critic", an auxiliary one that begins anew. All get gradient from their own terms only.
-It returns a named tuple of scalars, `total` and its terms. `mode` is how its model samples in several steps, None where
-it learns the step from noise to data alone. One of your own, which `training.train` takes as it takes these:
+`refill`, if it has one, says at which progress the frozen ones are filled anew. It returns a named tuple of scalars,
+`total` and its terms. `mode` is how its model samples in several steps: "any", "few" or "multi", see `samplers`, or None
+where it learns the step from noise to data alone. One of your own, which `training.train` takes as it takes these; as
+an entry of PEERS it has a name too, for `fit(x, method="halfway")` and, written here, for `compare`:
 
+>>> from tinytwinflow.method.draws import normal, uniform
+>>> from tinytwinflow.method.path import interpolate, velocity
+>>> from tinytwinflow.peers.common import terms
 >>> class Halfway:
 ...     helpers, mode = {"teacher": "average"}, "multi"
 ...     def __call__(self, net, x, cond=None, teacher=None, generator=None, **_):

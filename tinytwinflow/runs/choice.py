@@ -11,7 +11,7 @@ from ..data.latents import Latents, is_latents
 from ..data.readers import IMAGE_SETS
 
 
-def fitting_name(name, size=None):
+def recipe_for_name(name, size=None):
     """Recipe and settings for data that a name, a file or a folder is; size: of images, where it is given."""
     path = str(Path(name).resolve())
     if name in IMAGE_SETS:
@@ -33,7 +33,7 @@ def fitting_name(name, size=None):
     return "fashion", {"data": path, "conditional": in_classes, **_for_images(size)}
 
 
-def fitting_data(data):
+def recipe_for_data(data):
     """Recipe and settings for a data set that is handed over, see `data.given`."""
     found = {"conditional": data.fresh(1)[1] is not None}
     found |= {"batch_size": data.batch_size} if hasattr(data, "batch_size") else {}

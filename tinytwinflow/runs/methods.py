@@ -3,7 +3,6 @@
 from .. import peers
 from .recipes import configured
 
-METHODS = ("flow matching", "rcgm", *peers.PEERS, "twinflow")
 FLOW_MATCHING = {"method": "twinflow", "peer": {}, "order": 0, "share": 0.0, "warmup_steps": 0, "base_steps": 0}
 RCGM = {"share": 0.0}
 # the network is a smooth one, for sCM and MeanFlow differentiate it in time, and so learns at a higher rate
@@ -24,6 +23,11 @@ TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutori
 }
 
 
+def known_methods():
+    """The names that a row of a table of methods may have, in the order of its rows."""
+    return ("flow matching", "rcgm", *peers.PEERS, "twinflow")
+
+
 def named(text):
     """A line's method and the settings after it.  "dmd2 lr=1e-3" -> "dmd2", ["lr=1e-3"]."""
     words = text.split()
@@ -37,8 +41,8 @@ def entry(text, changes=()):
     own. Raises ValueError for an unknown method or setting.
     """
     name, own = named(text)
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    if name not in known_methods():
+        raise ValueError(f"unknown method {name!r}: choose from {', '.join(known_methods())}")
     steps = configured("toy", [change for change in (*EQUAL, *changes, *own) if change.startswith("steps=")])["steps"]
     given = [*EQUAL, *tuned(name, steps), *changes, *own]
     if name in peers.PEERS:

@@ -36,7 +36,7 @@ TRAINING = {
     "lr": setting(2.5e-3, "learning rate of AdamW at its highest", "(0, inf)"),
     "warmup_steps": setting(500, "steps of flow matching alone, at first", "[0, inf)", unit="steps"),
     "base_steps": setting(700, "steps of the base without the twin, after those", "[0, inf)", unit="steps"),
-    "method": setting("twinflow", "the loss", choices=("twinflow", *peers.PEERS)),
+    "method": setting("twinflow", "the loss", choices=lambda: ("twinflow", *peers.PEERS)),
     "peer": setting({}, "settings of a method that is not twinflow, fields of its class in peers/"),
     "ema": setting(0.999, "decay of the moving average that samples", "[0, 1)"),
     "teacher_ema": setting(0.99, "decay of the moving average that teaches, F^-", "[0, 1)"),
