@@ -99,15 +99,18 @@ def test_streams_a_loader_a_generator_and_a_function_of_the_step():
     """A loader is gone through again; a generator that ends too early is told so; a function is asked by step."""
     x = 3 * torch.randn(100, 2) + 7
     loader = DataLoader(TensorDataset(x, torch.arange(100) % 4), batch_size=20)
-    model = ttf.fit(loader, **QUICK | {"steps": 12})
-    assert model.net.classes == 4 and model.config["batch_size"] == 16
+    quick = {name: value for name, value in QUICK.items() if name != "batch_size"}
+    model = ttf.fit(loader, **quick | {"steps": 12})
+    assert model.net.classes == 4 and model.config["batch_size"] == 20
+    with pytest.raises(ValueError, match="the batches given have 20 rows, so batch_size cannot be 16"):
+        ttf.fit(loader, batch_size=16)
     assert (model.run.data.mean - x.double().mean(0)).abs().max() < 1e-6
     asked = []
-    model = ttf.fit(lambda step: asked.append(step) or x[step % 5 :: 5], **QUICK)
+    model = ttf.fit(lambda step: asked.append(step) or x[step % 5 :: 5], **quick)
     assert model.sample(3).shape == (3, 2) and set(range(6)) <= set(asked)
     with pytest.raises(ValueError, match="the iterable ended before step 5: give one that can be gone through again"):
-        ttf.fit((x[:20] for _ in range(4)), **QUICK)
-    stream = as_data_set([x[:20], x[20:40]], 1)
+        ttf.fit((x[:20] for _ in range(4)), **quick)
+    stream = as_data_set([x[:20], x[20:40]])
     one, other = stream.fresh(20, 0)[0], stream.fresh(20, 1)[0]
     assert not any((row == other).all(1).any() for row in one)
 

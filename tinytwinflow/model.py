@@ -40,7 +40,7 @@ def fit(data, net=None, recipe=None, steps=None, device=None, out=None, seed=0, 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings |= {} if steps is None else {"steps": steps}
     named = isinstance(data, str | os.PathLike)
-    own = None if named else as_data_set(data, settings.get("batch_size", 512), seed)
+    own = None if named else as_data_set(data, settings.get("batch_size"), seed)
     usual, found = recipe_for_name(str(data), settings.get("size")) if named else recipe_for_data(own)
     config = configured(recipe or usual, seed=seed, **found | settings)
     config |= {} if named else {"data": ""}  # no name under which it could be found again

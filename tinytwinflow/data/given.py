@@ -17,19 +17,25 @@ from .batches import mine, rows_of_step
 LOOKED_AT = 16  # batches of a stream from which its spread is measured
 
 
-def as_data_set(data, batch_size, seed=0):
-    """The data set that a user's data are; what is one already stays as it is. Raises ValueError for anything else."""
+def as_data_set(data, batch_size=None, seed=0):
+    """The data set that a user's data are; what is one already stays as it is. Raises ValueError for anything else.
+
+    batch_size: of rows in memory, default 512; a stream has its own, and another is refused.
+    """
     if hasattr(data, "batch") and hasattr(data, "fresh"):
         lacking = [name for name in ("shape", "classes", "scaling", "on_disk") if not hasattr(data, name)]
         if lacking:
             raise ValueError(f"a data set has {', '.join(lacking)} too, see data.batches.DataSet")
         return data
     if _is_array(data):
-        return Table(data, batch_size, seed)
+        return Table(data, batch_size or 512, seed)
     if isinstance(data, tuple) and len(data) == 2 and _is_array(data[0]):
-        return Table(data[0], batch_size, seed, labels=data[1])
+        return Table(data[0], batch_size or 512, seed, labels=data[1])
     if callable(data) or hasattr(data, "__iter__"):
-        return Stream(data)
+        stream = Stream(data)
+        if batch_size not in (None, stream.batch_size):
+            raise ValueError(f"the batches given have {stream.batch_size} rows, so batch_size cannot be {batch_size}")
+        return stream
     raise ValueError(
         f"data is an array, a pair of arrays, an iterable, a function or a name, got {type(data).__name__}"
     )

@@ -10,7 +10,7 @@ progress (how far training is, 0 to 1), and the networks that it needs beside ne
 "average", the moving average of net; "frozen", the flow model that training began with; "trained", an auxiliary one
 that begins as that flow model; "critic", an auxiliary one that begins anew. All get gradient from their own terms only.
 `refill`, if it has one, says at which progress the frozen ones are filled anew. It returns a named tuple of scalars,
-`total` and its terms. `mode` is how its model samples in several steps: "any", "few" or "multi", see `samplers`, or None
+`total` and its terms. `mode` is how its model samples in several steps: "any", "few" or "multi", see `samplers`, None
 where it learns the step from noise to data alone. One of your own, which `training.train` takes as it takes these; as
 an entry of PEERS it has a name too, for `fit(x, method="halfway")` and, written here, for `compare`:
 
