@@ -1,5 +1,7 @@
 """The front door: any data in, samples out in the units and the type of the data, and nothing lost on the way."""
 
+import copy
+import itertools
 import os
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from tinytwinflow.data.given import Table, as_data_set, in_units
 from tinytwinflow.training.loop import train
 
 QUICK = {"steps": 6, "width": 16, "depth": 2, "batch_size": 16, "eval_samples": 60}
+OF_NET = {"steps": 6, "batch_size": 16, "eval_samples": 60}  # of a network of one's own
 IMAGES = {"steps": 4, "width": 16, "depth": 1, "heads": 2, "batch_size": 8, "eval_samples": 20}
 
 
@@ -66,7 +69,12 @@ def test_labels_make_the_model_conditional():
     assert model.config["conditional"] and model.net.classes == 2
     low, high = (model.sample(200, cond=k, seed=0).mean() for k in (0, 1))
     assert high - low > 2
-    assert model.sample(4, cond=np.array([0, 1, 1, 0])).shape == (4, 2)
+    for cond in (np.array([0, 1, 1, 0]), [0, 1, 1, 0], np.int64(1), torch.tensor(1), True):
+        assert model.sample(4, cond=cond).shape == (4, 2)
+    with pytest.raises(ValueError, match="cond has 2 rows, x has 4"):
+        model.sample(4, cond=[0, 1])
+    with pytest.raises(ValueError, match=r"cond \[0, 1, 2, 0\]: this run knows labels 0 to 1"):
+        model.sample(4, cond=[0, 1, 2, 0])
     with pytest.raises(ValueError, match="cond 2: this run knows labels 0 to 1"):
         model.sample(4, cond=2)
 
@@ -110,13 +118,49 @@ def test_streams_a_loader_a_generator_and_a_function_of_the_step():
     assert model.sample(3).shape == (3, 2) and set(range(6)) <= set(asked)
     with pytest.raises(ValueError, match="the iterable ended before step 5: give one that can be gone through again"):
         ttf.fit((x[:20] for _ in range(4)), **quick)
-    stream = as_data_set([x[:20], x[20:40]])
-    one, other = stream.fresh(20, 0)[0], stream.fresh(20, 1)[0]
-    assert not any((row == other).all(1).any() for row in one)
+    for source in ([x[:20], x[20:40]], DataLoader(x, batch_size=20, shuffle=True), lambda step: x[step : step + 1]):
+        stream = as_data_set(source)
+        one, other = stream.fresh(20, 0)[0], stream.fresh(20, 1)[0]
+        assert len(one) == len(other) == 20 and not any((row == other).all(1).any() for row in one)
+    dicts = as_data_set([(x[:20], {"a": x[:20]}), (x[20:40], {"a": x[20:40]})])
+    rows, cond = dicts.fresh(20, 1)
+    assert torch.allclose(dicts.standardise(cond["a"]), rows)
+    with pytest.raises(ValueError, match="step 17: label 1, but in the first batches they ended with 0"):
+        ttf.fit([(x[:20], torch.zeros(20).long())] * 16 + [(x[:20], torch.ones(20).long())], **quick | {"steps": 20})
+
+
+def test_a_model_read_back_goes_on_with_its_data_and_its_network(tmp_path, monkeypatch):
+    """To the same end as one left alone; without its data it says so, whatever lies in the current folder."""
+    x = np.random.default_rng(0).normal(5, 2, (100, 2))
+    for name, more in (("points", {"width": 16, "depth": 2}), ("own", {"net": Net()})):
+        torch.manual_seed(0)
+        known = {"steps": 6, "batch_size": 16, "eval_samples": 60, "checkpoint_every": 3, "out": tmp_path / name}
+        state = {key: copy.deepcopy(value) for key, value in more.items()}
+        whole = ttf.fit(x, **known | more | {"out": tmp_path / f"{name}-whole"})
+
+        def stops(*args, **kwargs):
+            yield from itertools.islice(train(*args, **kwargs), 3)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("tinytwinflow.runs.run.train", stops)
+            ttf.fit(x, **known | state)
+        half = ttf.load(tmp_path / name, net=Net() if name == "own" else None)
+        assert half.saved["step"] == 3
+        with pytest.raises(ValueError, match="read back without its data: train.data. takes them"):
+            half.train()
+        assert np.array_equal(half.train(x).sample(9, seed=0), whole.sample(9, seed=0))
+
+
+def test_numbers_of_numpy_are_settings_and_leave_files_that_can_be_read(tmp_path):
+    x, run = np.random.default_rng(0).normal(0, 1, (50, 2)), tmp_path / "run"
+    numbers = {"lr": np.float64(1e-3), "seed": np.int64(3), "batch_size": np.int32(16), "share": np.float32(0.25)}
+    ttf.fit(x, **QUICK | numbers, out=run).save(tmp_path / "deep" / "m.pt")
+    assert ttf.load(run).config == ttf.load(tmp_path / "deep" / "m.pt").config
+    assert ttf.load(run).config["share"] == 0.25 and ttf.TwinFlowLoss(share=np.float32(0.25)).share == 0.25
 
 
 def test_a_network_of_ones_own_is_saved_and_read_back_with_it(tmp_path):
-    model = ttf.fit(torch.randn(100, 3), net=Net(3), **QUICK)
+    model = ttf.fit(torch.randn(100, 3), net=Net(3), **OF_NET)
     model.save(tmp_path / "own.pt")
     with pytest.raises(ValueError, match="of the user's own"):
         ttf.load(tmp_path / "own.pt")
@@ -195,7 +239,7 @@ def test_dropout_and_batch_norm_are_still_when_sampling():
 
     net = Noisy()
     net.norm = torch.nn.BatchNorm1d(2)
-    model = ttf.fit(torch.randn(200, 2), net=net, **QUICK)
+    model = ttf.fit(torch.randn(200, 2), net=net, **OF_NET)
     before = {name: value.clone() for name, value in model.net.state_dict().items()}
     assert torch.equal(model.sample(50, seed=0), model.sample(50, seed=0))
     assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
@@ -232,9 +276,25 @@ def test_wrong_data_is_told_in_one_line(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             ttf.fit(x, **QUICK | settings_)
+    for settings_, message in [
+        ({"conditional": True}, "labels are .n,. whole numbers from 0 on: other conditions need a net of your own"),
+        ({"net": Net(3)}, "shape|size"),
+        ({"net": lambda x, t, r, cond=None: x}, "a net to train is an nn.Module, got function"),
+        ({"net": Net(), "depth": 9}, "depth would not be read"),
+        ({"flip": True}, "flip would not be read"),
+        ({"seed": -1}, "seed must lie in"),
+        ({"device": "abacus"}, "device 'abacus'"),
+        ({"compile": "graphs"}, "compile graphs is for device cuda"),
+    ]:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            ttf.fit(x, **{k: v for k, v in QUICK.items() if "net" not in settings_} | settings_, out=tmp_path / "none")
+        assert not (tmp_path / "none").exists()
     model = ttf.fit(x, **QUICK, out=tmp_path / "run")
     with pytest.raises(ValueError, match="already holds a run"):
         ttf.fit(x, **QUICK, out=tmp_path / "run")
+    for n in (0, 2.0, -1):
+        with pytest.raises(ValueError, match="n must be a whole number of samples >= 1"):
+            model.sample(n)
     with pytest.raises(ValueError, match="read back without its data"):
         ttf.load(tmp_path / "run").evaluate()
     with pytest.raises(ValueError, match="no such checkpoint"):

@@ -7,24 +7,27 @@ model.save("model.pt"); model = load("model.pt")
 
 import copy
 import io
-import operator
 import os
 import sys
 from pathlib import Path
 
 import torch
 
-from .data.given import as_data_set, in_units
+from .data.given import Table, as_data_set, in_units
 from .evaluation.pictures import draw_one
 from .evaluation.tables import run_table
 from .files import aside, load_weights, read_checkpoint
+from .method.conditions import check_rows
+from .ranges import plain
 from .runs.build import OWN, net_of
 from .runs.choice import recipe_for_data, recipe_for_name
 from .runs.evaluate import evaluate
-from .runs.folder import Trained, refuse_backbone, sampled, trained
-from .runs.recipes import configured
+from .runs.folder import Trained, read_config, refuse_backbone, sampled, trained
+from .runs.recipes import RECIPES, configured
 from .runs.run import begin, finish, resume
-from .runs.settings import method_of, mode_of
+from .runs.settings import SETTINGS, method_of, mode_of
+from .training.checkpoints import NAME
+from .training.distributed import device_of
 
 
 def fit(data, net=None, recipe=None, steps=None, device=None, out=None, seed=0, **settings):
@@ -37,14 +40,26 @@ def fit(data, net=None, recipe=None, steps=None, device=None, out=None, seed=0, 
     goes on. device: a GPU if there is one. Ctrl-C ends training after a step, and the model can be sampled from and
     goes on with `train()`. Raises ValueError, in one line, for what does not fit.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    settings |= {} if steps is None else {"steps": steps}
-    named = isinstance(data, str | os.PathLike)
-    own = None if named else as_data_set(data, settings.get("batch_size"), seed)
-    usual, found = recipe_for_name(str(data), settings.get("size")) if named else recipe_for_data(own)
-    config = configured(recipe or usual, seed=seed, **found | settings)
-    config |= {} if named else {"data": ""}  # no name under which it could be found again
+    device = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(net, str):
+        settings["net"], net = net, None
+    settings |= {"seed": plain(seed)} if steps is None else {"seed": plain(seed), "steps": steps}
+    SETTINGS["seed"].check("seed", settings["seed"])
+    if isinstance(data, str | os.PathLike):
+        unread, own, (usual, found) = set(), None, recipe_for_name(str(data), settings.get("size"))
+    else:
+        own = as_data_set(data, settings.get("batch_size"), settings["seed"])
+        unread, (usual, found) = {"size", "flip", "subset", "data_dir", "data"}, recipe_for_data(own, net is not None)
+        found["data"] = ""  # no name under which they could be found again
+    if net is not None:
+        unread |= {"net", "width", "depth", "heads", "patch", "sharp", "epsilon", "init_from"}
+    for name in settings.keys() & unread:
+        raise ValueError(f"{name} would not be read: data or net are handed over as they are")
+    known = RECIPES.get(recipe or usual, found)
+    config = configured(recipe or usual, **{name: value for name, value in found.items() if name in known} | settings)
     config |= {} if net is None else {"net": OWN}
+    if isinstance(own, Table):
+        own.batch_size = config["batch_size"]
     return Model(run=begin(config, out, device, data=own, net=net, measured=False)).train()
 
 
@@ -92,21 +107,30 @@ class Model:
         """What n samples are drawn for: a label for all, n rows as given, or by default each label in turn."""
         refuse_backbone(self.own.folder, self.config)
         classes = self.saved["data"]["classes"] if self.config["conditional"] else 0
-        cond = operator.index(cond) if hasattr(cond, "__index__") and getattr(cond, "ndim", 0) == 0 else cond
-        if isinstance(cond, int) and not 0 <= cond < classes:
-            known = f"labels 0 to {classes - 1}" if classes else "no labels, it is not conditional"
-            raise ValueError(f"cond {cond}: this run knows {known}")
         if cond is None:
+            if self.config["conditional"] and not classes:
+                raise ValueError(f"this model is conditional: cond must hold {n} rows")
             return torch.arange(n) % classes if classes else None
-        if isinstance(cond, int):
-            return torch.full((n,), cond)
-        return cond if isinstance(cond, dict) else torch.as_tensor(cond)
+        if not isinstance(cond, dict):
+            cond = torch.as_tensor(plain(cond))
+            if not cond.is_floating_point() and not (0 <= cond.min() and cond.max() < classes):
+                known = f"labels 0 to {classes - 1}" if classes else "no labels, it is not conditional"
+                raise ValueError(f"cond {cond.tolist()}: this run knows {known}")
+            cond = cond if cond.is_floating_point() else cond.long()
+            cond = cond.expand(n) if cond.ndim == 0 else cond
+        check_rows(cond, n)
+        return cond
 
     def draw(self, n, steps=1, cond=None, seed=None, mode=None):
         """`sample` before units: of spread one, or images in [-1, 1], on the CPU."""
-        seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
-        mode, shape = mode or mode_of(self.config) or "any", self.saved["data"]["shape"]
-        return sampled(self.net, n, shape, steps, mode, seed, self.condition(n, cond))
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be a whole number of samples >= 1, got {n!r}")
+        usual = mode_of(self.config)
+        if steps != 1 and usual is None and mode is None:
+            raise ValueError(f"{method_of(self.config)} makes samples in one step: steps=1, or name a mode")
+        seed = int.from_bytes(os.urandom(4), "little") if seed is None else plain(seed)
+        shape = self.saved["data"]["shape"]
+        return sampled(self.net, n, shape, steps, mode or usual or "any", seed, self.condition(n, cond))
 
     def sample(self, n, steps=1, cond=None, seed=None, mode=None):
         """n samples in so many network evaluations, in the units and the type of the data.
@@ -132,11 +156,14 @@ class Model:
     def save(self, path):
         """Write architecture, settings, weights and scaling as one file, without pickled code."""
         about = {"config": self.config, **self.saved, "average": self.net.state_dict()}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with aside(path) as file:
             torch.save({key: about[key] for key in ("config", "step", "data", "average")}, file)
 
     def _repr_png_(self):
-        """What a notebook shows: samples of one step."""
+        """What a notebook shows: samples of one step, where they need no condition to be given."""
+        if "model" in self.config or self.config["conditional"] and not self.saved["data"]["classes"]:
+            return None
         picture, x = io.BytesIO(), self.draw(5000 if len(self.saved["data"]["shape"]) == 1 else 64, seed=0)
         draw_one(picture, x.numpy(), f"{method_of(self.config)}, 1 NFE, step {self.saved['step']}")
         return picture.getvalue()
@@ -151,9 +178,10 @@ def load(path, device="cpu", net=None):
     if path.is_dir():
         return Model(trained(path, device, net), device=device)
     content = read_checkpoint(path, keys=("average", "data", "step"))
-    if "config" not in content:
-        return Model(trained(path.parent, device, net), device=device)
-    config, saved = content["config"], {"step": content["step"], "data": content["data"]}
+    config = content["config"] if "config" in content else read_config(path.parent)
+    refuse_backbone(path, config)
+    saved = {"step": content["step"], "data": content["data"]}
+    folder = path.parent if path.name == NAME else None
     net = net_of(config, saved["data"]["shape"], saved["data"]["classes"]) if net is None else net
     load_weights(net, content["average"], path)
-    return Model(Trained(net.to(device).requires_grad_(False).eval(), config, saved), device=device)
+    return Model(Trained(net.to(device).requires_grad_(False).eval(), config, saved, folder), device=device)

@@ -85,6 +85,11 @@ class Setting:
         return float(value) if self.kind is float and type(value) is int else value
 
 
+def plain(value):
+    """A number of numpy's or torch's as Python's own, which files without code can hold; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
 def setting(default, meaning, within="", kind=None, **rest):
     """A `Setting`, its kind by default that of its default."""
     return Setting(default, meaning, kind or (list if isinstance(default, tuple) else type(default)), within, **rest)

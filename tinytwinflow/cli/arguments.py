@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from ..backbones.families import published_names
 from ..backbones.painting import LAYOUTS
 from ..benchmarks import compare, plan, speed_backbone
@@ -151,27 +149,9 @@ def parser():
     return whole
 
 
-def device_of(name):
-    """The name of a device. Raises ValueError if torch does not know it or it is not on this machine."""
-    try:
-        if torch.device(name).type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError(name)
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {name!r} is unknown or not on this machine") from None
-    return name
-
-
-def refuse_graphs(compile, device):
-    """Raise ValueError if CUDA graphs are asked for elsewhere."""
-    if compile == "graphs" and not device.startswith("cuda"):
-        raise ValueError(f"compile graphs is for device cuda, got {device}: choose default there")
-
-
 def config_of(args, recipe):
     """The settings of a run of a recipe: what is named on the command line, paths from the root."""
     config = configured(recipe, args.changes, **({} if args.seed is None else {"seed": args.seed}))
-    refuse_graphs(config["compile"], args.device)
     if getattr(args, "init_from", None):
         config["init_from"] = args.init_from
     if args.data:

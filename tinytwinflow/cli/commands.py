@@ -24,8 +24,8 @@ from ..runs.recipes import configured
 from ..runs.run import begin, finish, resume
 from ..runs.settings import listed, loss_of, method_of
 from ..training.checkpoints import has_checkpoint
-from ..training.distributed import COMPILE, first, joined
-from .arguments import config_of, device_of, parser, refuse_graphs
+from ..training.distributed import COMPILE, device_of, first, joined, refuse_graphs
+from .arguments import config_of, parser
 
 
 def show(folder, result, kept):
@@ -64,7 +64,7 @@ def run_train(args):
             run = resume(folder, device, world)
         else:
             run = begin(config, folder, device, world)
-        measured = (folder / "metrics.json").exists()
+        measured = run.state.step >= config["steps"] and (folder / "metrics.json").exists()
         finish(run)
     if world is not None and world.rank > 0:
         return
@@ -110,8 +110,8 @@ def run_sample(args):
     x = model.draw(n, args.steps, args.cond, args.seed, args.mode)
     if vae is not None:
         x = decode(x, vae, about["scale"], about["shift"])
-    if about.get("mean") is not None:
-        x = in_units(x, about)
+    if about.get("mean") is not None and (out.suffix == ".npy" or len(about["shape"]) == 1):
+        x = in_units(x, about | {"units": ("numpy", "float64")})
     x = np.asarray(x)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npy":

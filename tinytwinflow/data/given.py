@@ -20,7 +20,7 @@ LOOKED_AT = 16  # batches of a stream from which its spread is measured
 def as_data_set(data, batch_size=None, seed=0):
     """The data set that a user's data are; what is one already stays as it is. Raises ValueError for anything else.
 
-    batch_size: of rows in memory, default 512; a stream has its own, and another is refused.
+    batch_size: of rows in memory; a stream has its own, and another is refused.
     """
     if hasattr(data, "batch") and hasattr(data, "fresh"):
         lacking = [name for name in ("shape", "classes", "scaling", "on_disk") if not hasattr(data, name)]
@@ -28,9 +28,9 @@ def as_data_set(data, batch_size=None, seed=0):
             raise ValueError(f"a data set has {', '.join(lacking)} too, see data.batches.DataSet")
         return data
     if _is_array(data):
-        return Table(data, batch_size or 512, seed)
+        return Table(data, batch_size, seed)
     if isinstance(data, tuple) and len(data) == 2 and _is_array(data[0]):
-        return Table(data[0], batch_size or 512, seed, labels=data[1])
+        return Table(data[0], batch_size, seed, labels=data[1])
     if callable(data) or hasattr(data, "__iter__"):
         stream = Stream(data)
         if batch_size not in (None, stream.batch_size):
@@ -64,14 +64,20 @@ def _condition(y, n):
         return None, 0
     if isinstance(y, dict):
         return {name: _condition(value, n)[0] for name, value in y.items()}, 0
-    y = torch.as_tensor(np.asarray(y)) if not torch.is_tensor(y) else y.detach().cpu()
+    if not torch.is_tensor(y):
+        y = np.asarray(y)
+        if y.dtype.kind not in "iufb":
+            raise ValueError(f"labels are whole numbers, other conditions numbers, got {y.dtype}")
+        y = torch.from_numpy(np.ascontiguousarray(y))
+    y = y.detach().cpu()
     if len(y) != n:
         raise ValueError(f"there are {len(y)} labels for {n} samples")
     if y.ndim != 1 or y.is_floating_point():
-        return y, 0
+        return y.float() if y.is_floating_point() else y, 0
+    y = y.long()
     if y.min() < 0:
         raise ValueError(f"labels are whole numbers from 0 on, got {y.min()}")
-    return y.long(), int(y.max()) + 1
+    return y, int(y.max()) + 1
 
 
 class Scaled:
@@ -124,9 +130,11 @@ class Table(Scaled):
         return self.table[rows], take(self.labels, rows)
 
     def fresh(self, n, draw=0):
-        """n samples to measure against; draws 0 and 1 are disjoint halves if there are 2 n."""
+        """n samples to measure against; draws 0 and 1 are disjoint halves. Of points some come twice where the half is
+        smaller than n, of images fewer come."""
         half = torch.randperm(len(self.table), generator=seeded(self.seed, 1))[draw % 2 :: 2]
-        rows = half[torch.arange(n) % len(half)]
+        few = half[: min(n, len(self.table) // 2)]
+        rows = few if self.table.ndim == 4 else half[torch.arange(n) % len(half)]
         return self.table[rows], take(self.labels, rows)
 
 
@@ -145,7 +153,7 @@ class Stream(Scaled):
             raise ValueError("the iterable of batches is empty")
         self.measure(torch.cat([_tensor(x) for x, _ in self.kept]), self.kept[0][0])
         self.classes = max(_condition(y, len(x))[1] for x, y in self.kept)
-        self.batch_size, self.left = len(self.kept[0][0]), None
+        self.batch_size, self.left, self.seen = len(self.kept[0][0]), None, None
 
     def _from_the_start(self):
         return map(self.source, count()) if self.of_step else iter(self.source)
@@ -173,7 +181,12 @@ class Stream(Scaled):
         x = _tensor(x)
         if x.shape[1:] != self.shape:
             raise ValueError(f"step {step + 1}: samples of shape {tuple(x.shape[1:])}, the first had {self.shape}")
-        return self.standardise(x), _condition(y, len(x))[0]
+        cond, labels = _condition(y, len(x))
+        if labels > self.classes > 0:
+            raise ValueError(
+                f"step {step + 1}: label {labels - 1}, but in the first batches they ended with {self.classes - 1}"
+            )
+        return self.standardise(x), cond
 
     def _left(self):
         if self.left is None:
@@ -181,16 +194,17 @@ class Stream(Scaled):
         return self.left
 
     def fresh(self, n, draw=0):
-        """Up to n samples to measure against, every second row from the beginning: draws 0 and 1 share none."""
-        xs, ys, have = [], [], 0
-        for x, y in map(self._pair, self._from_the_start()) if self.again else self.kept:
-            rows = slice(draw % 2, None, 2)
-            xs.append(self.standardise(_tensor(x)[rows]))
-            ys.append(take(_condition(y, len(x))[0], rows))
-            have += len(xs[-1])
-            if have >= n:
-                break
-        return torch.cat(xs)[:n], take(join(*ys), slice(n))
+        """Up to n samples to measure against, every second of the first 2 n: draws 0 and 1 share none."""
+        if self.seen is None or len(self.seen[0]) < 2 * n and self.again:
+            xs, ys = [], []
+            for x, y in map(self._pair, self._from_the_start()) if self.again else self.kept:
+                xs.append(self.standardise(_tensor(x)))
+                ys.append(_condition(y, len(x))[0])
+                if sum(map(len, xs)) >= 2 * n:
+                    break
+            self.seen = torch.cat(xs), join(*ys)
+        rows = torch.arange(draw % 2, min(2 * n, len(self.seen[0])), 2)
+        return self.seen[0][rows], take(self.seen[1], rows)
 
 
 def in_units(x, about):

@@ -128,7 +128,11 @@ class Folder:
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder")
         there = sorted(entry for entry in Path(folder).iterdir() if not entry.name.startswith("."))
-        if there and all(entry.is_file() and entry.suffix.lower() in IMG_EXTENSIONS for entry in there):
+        flat = any(entry.suffix.lower() in IMG_EXTENSIONS for entry in there) and all(map(Path.is_file, there))
+        if flat:
+            odd = next((entry for entry in there if entry.suffix.lower() not in IMG_EXTENSIONS), None)
+            if odd is not None:
+                raise ValueError(f"{odd}: not an image")
             self.paths, labels, self.classes = [str(entry) for entry in there], [0] * len(there), 0
         else:
             self.paths, labels, self.classes = self._in_classes(folder)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ranges import as_field, settings_of
+from ..ranges import as_field, plain, settings_of
 from .conditions import check_rows, join, repeat, take
 from .draws import draw_for, guided_rows, mean
 from .path import expand, interpolate, jump, same_shape, velocity
@@ -110,6 +110,7 @@ class TwinFlowLoss:
 
     def __post_init__(self):
         for name, setting in settings_of(type(self)).items():
+            setattr(self, name, plain(getattr(self, name)))
             setting.check(name, getattr(self, name))
         low, high = self.guidance_range
         if low > high:

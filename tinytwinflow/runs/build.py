@@ -22,6 +22,8 @@ OWN = "own"  # the setting `net` of a network that the user gave
 def data_of(config, world=None):
     """The training data that a run's settings describe; of each batch, the rows of this process."""
     part = (world.rank, world.size) if world else (0, 1)
+    if not config["data"]:
+        raise ValueError("the data of this run were handed over in Python: give them again, load(folder).train(data)")
     if "model" in config:
         data = Texts(config["data"], config["batch_size"], config["seed"], part, config["latents"] or None)
         if LATENTS not in data.tensors and not config["data_free"]:
@@ -75,13 +77,13 @@ def first_weights(net, source):
         load_published(net, path, kind)
     else:
         path = Path(source) / "checkpoint.pt" if Path(source).is_dir() else Path(source)
-        load_weights(net, read_checkpoint(path)["average"], path)
+        load_weights(net, read_checkpoint(path, keys=("average",))["average"], path)
 
 
 def first_net(config, data, weights=True, fresh=True):
     """The network as a run's seed makes it, and its first weights if it is fresh; weights=False: structure alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config["seed"])
+        torch.random.default_generator.manual_seed(config["seed"])
         if "model" in config:
             return build_backbone(config, weights)
         net = net_of(config, data.shape, data.classes)

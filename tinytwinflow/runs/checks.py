@@ -1,31 +1,46 @@
 """What would fail after an hour of training is refused before the first step, and before anything is written."""
 
+import copy
+
 import torch
 
 from ..backbones.states import build_backbone
 from ..data.latents import autoencoder
 from ..evaluation.features import Inception
+from ..method.path import same_shape
 from ..training.checkpoints import has_checkpoint
 from ..training.distributed import blocks_of, without_weights
-from .build import net_of
+from .build import first_weights, net_of
 
 
 def refuse_misfits(config, data, net=None, folder=None, measured=True):
     """Raise ValueError if a run would fail after its beginning for what can be seen before; write nothing."""
-    if folder is not None and ((folder / "config.json").exists() or has_checkpoint(folder)):
-        raise ValueError(f"{folder} already holds a run: --resume continues it, --out DIR starts another")
+    if folder is not None and (
+        any((folder / name).exists() for name in ("config.json", "log.jsonl")) or has_checkpoint(folder)
+    ):
+        raise ValueError(
+            f"{folder} already holds a run: --resume or load(folder).train() continues it, --out DIR starts another"
+        )
     if "model" in config:
         with without_weights():
             net = build_backbone(config, weights=False)
         x, cond = data.batch(0)
         net.check(x, cond), net.check(x[:1], data.null)
-    elif net is None:
+    elif net is not None:
+        _try(net, data)
+    else:
+        if config["conditional"] and not data.classes:
+            raise ValueError("labels are (n,) whole numbers from 0 on: other conditions need a net of your own")
         with torch.device("meta"):
             net = net_of(config, data.shape, data.classes)
+        if config["init_from"]:
+            first_weights(net_of(config, data.shape, data.classes), config["init_from"])
+    if config["guidance"] and not data.classes and not hasattr(data, "null"):
+        raise ValueError("guidance needs labels, or data with null, a condition that stands for none")
     if config["recompute"] and not blocks_of(net):
         raise ValueError(f"recompute is for networks with blocks, net {config['net']!r} has none")
     if measured and hasattr(data, "test_rows"):
-        _enough_to_measure(config, data)
+        enough_to_measure(config, data)
     if config.get("features", "classifier") != "classifier":
         judged = Inception(config["features"])
         if data.shape[0] != 3 and not config.get("vae"):
@@ -35,7 +50,17 @@ def refuse_misfits(config, data, net=None, folder=None, measured=True):
         autoencoder(config["vae"])
 
 
-def _enough_to_measure(config, data):
+@torch.no_grad()
+def _try(net, data):
+    """Raise ValueError unless a user's network is one that can be trained, and answers in the shape of x."""
+    if not isinstance(net, torch.nn.Module):
+        raise ValueError(f"a net to train is an nn.Module, got {type(net).__name__}")
+    x, cond = data.fresh(2)
+    t, r = torch.full((len(x),), 0.5), torch.full((len(x),), 0.25)
+    same_shape(copy.deepcopy(net).cpu().eval()(x, t, r, cond), x, "net's answer and x")
+
+
+def enough_to_measure(config, data):
     """Raise ValueError if too few images are kept from training for the metrics of a run."""
     kept = f"{config['data']}: {len(data.test_rows)} images are kept to measure against, of a folder every twentieth"
     if len(data.test_rows) < 12:

@@ -1,6 +1,5 @@
 """Which recipe fits some data, and what of it has to be another: what `fit` trains with where it is not told."""
 
-import os
 from pathlib import Path
 
 from PIL import Image
@@ -22,23 +21,28 @@ def recipe_for_name(name, size=None):
         return "imagenet", {"data": path, "size": Latents(name).shape[-1]}
     if not Path(name).is_dir():
         return "toy", {"data": path if name.endswith((".npy", ".csv")) else name}
-    files = (Path(here) / file for here, _, files in os.walk(name) for file in sorted(files))
+    files = (file for file in sorted(Path(name).rglob("*")) if not any(p.startswith(".") for p in file.parts[1:]))
     first = next((file for file in files if file.suffix.lower() in IMG_EXTENSIONS), None)
     if first is None:
         raise ValueError(f"{name}: holds no images")
     if size is None:
-        with Image.open(first) as image:
-            size = min(32, *image.size) // 2 * 2
-    in_classes = any(entry.is_dir() for entry in Path(name).iterdir())
+        try:
+            with Image.open(first) as image:
+                size = min(32, *image.size) // 2 * 2
+        except OSError as error:
+            raise ValueError(f"{first}: cut short, or not an image") from error
+    in_classes = any(entry.is_dir() and not entry.name.startswith(".") for entry in Path(name).iterdir())
     return "fashion", {"data": path, "conditional": in_classes, **_for_images(size)}
 
 
-def recipe_for_data(data):
-    """Recipe and settings for a data set that is handed over, see `data.given`."""
+def recipe_for_data(data, own_net=False):
+    """Recipe and settings for a data set that is handed over, see `data.given`; own_net: with a network of its own."""
     found = {"conditional": data.fresh(1)[1] is not None}
-    found |= {"batch_size": data.batch_size} if hasattr(data, "batch_size") else {}
+    found |= {"batch_size": data.batch_size} if getattr(data, "batch_size", None) else {}
     if len(data.shape) == 1:
         return "toy", found
+    if own_net:
+        return "fashion", found
     if data.shape[-1] != data.shape[-2]:
         raise ValueError(f"images must be square, got {data.shape[-2]} x {data.shape[-1]} pixels")
     return "fashion", found | _for_images(data.shape[-1])
@@ -46,4 +50,4 @@ def recipe_for_data(data):
 
 def _for_images(size):
     """Settings of recipe fashion for images of another size: patches that divide it into at most 256, if they can."""
-    return {"size": size, "patch": next((p for p in (2, 4, 8) if size % p == 0 and size <= 16 * p), 1)}
+    return {"size": size, "patch": next((p for p in range(2, size + 1) if size % p == 0 and size <= 16 * p), 1)}

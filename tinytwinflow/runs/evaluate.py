@@ -13,6 +13,7 @@ from ..evaluation.features import Inception, classifier_of, features_of
 from ..evaluation.metrics import measure_images, measure_points
 from ..files import write_json
 from .build import data_of
+from .checks import enough_to_measure
 from .folder import finished, sampled, trained
 from .methods import FLOW_MATCHING
 from .run import begin, finish, resume
@@ -38,6 +39,8 @@ def yardstick(config, data=None, folder=None, device="cpu"):
     data: where they are given, and not what the settings name.
     """
     source, n = data_of(config) if data is None else data, config["eval_samples"]
+    if hasattr(source, "test_rows"):
+        enough_to_measure(config, source)
     (real, label), (again, label_again) = source.fresh(n, 0), source.fresh(n, 1)
     if not config["conditional"]:
         label = label_again = None

@@ -1,6 +1,7 @@
 """Named settings. A recipe is a flat dict of every setting that it has, see `settings`."""
 
 from ..method.losses import TwinFlowLoss
+from ..ranges import plain
 from .settings import BACKBONE, LOSS, PLACING, SETTINGS, TRAINING, check
 
 OF_LOSS = tuple(name for name in LOSS if name != "data_free")
@@ -55,7 +56,7 @@ def configured(recipe, texts=(), **changes):
         if not equals:
             raise ValueError(f"--set takes key=value, got {text!r}")
         given[name] = SETTINGS[name].parse(name, value) if name in own else value
-    given |= changes
+    given |= {name: plain(value) for name, value in changes.items()}
     for name in given.keys() - own.keys():
         raise ValueError(f"unknown setting {name!r}: {recipe} has {', '.join(own)}")
     for name, value in given.items():

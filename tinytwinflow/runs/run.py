@@ -22,7 +22,7 @@ from ..evaluation.pictures import draw_one
 from ..files import aside, write_json
 from ..method.conditions import move, take
 from ..training.checkpoints import NAME, has_checkpoint, keep_state, restore_state
-from ..training.distributed import World, first
+from ..training.distributed import World, first, refuse_graphs
 from ..training.loop import autocast, train
 from ..training.state import State
 from .build import data_of, state_of
@@ -49,7 +49,7 @@ class Run:
     @property
     def about_data(self):
         """What a checkpoint says of the data: enough to sample without them."""
-        return {"shape": list(self.data.shape), "classes": self.data.classes, **self.data.scaling}
+        return {"shape": [int(n) for n in self.data.shape], "classes": int(self.data.classes), **self.data.scaling}
 
     @property
     def writes(self):
@@ -79,6 +79,7 @@ def begin(config, folder=None, device="cpu", world=None, data=None, net=None, re
     Raises ValueError if anything that the settings name is not there or does not fit, or a run is in the folder.
     """
     folder, device = folder and Path(folder), world.device if world else device
+    refuse_graphs(config["compile"], device)
     data = data_of(config, world) if data is None else data
     first(world, lambda: refuse_misfits(config, data, net, None if replace else folder, measured))
     state = state_of(config, data, device, world, net=net)
@@ -104,8 +105,6 @@ def resume(folder, device="cpu", world=None, data=None, net=None):
         run.keep()
     else:
         restore_state(folder, run.state, run.in_pieces)
-    if run.state.step < config["steps"]:  # a table of an earlier step; the end of training writes it anew
-        first(world, lambda: (folder / "metrics.json").unlink(missing_ok=True))
     return run
 
 
@@ -119,6 +118,8 @@ def steps(run):
     options = {name: config[name] for name in IN_THE_LOOP}
     if run.writes:
         _cut_log(run.folder, run.state.step)
+        if run.state.step < config["steps"]:  # a table of an earlier step; the end of training writes it anew
+            (run.folder / "metrics.json").unlink(missing_ok=True)
     with read_ahead(data) as read:
 
         def batch(step):
@@ -204,7 +205,7 @@ def _draw(run, name):
     """A picture of one-step samples: of a few prompts, or of each label."""
     n, cond = 64, torch.arange(64) % run.data.classes if run.config["conditional"] and run.data.classes else None
     if run.config["conditional"] and not run.data.classes:
-        cond = take(run.data.batch(0)[1], slice(0, 4))
+        cond = take((run.data.batch(0) if hasattr(run.data, "null") else run.data.fresh(4))[1], slice(0, 4))
         n = len(next(iter(cond.values())) if isinstance(cond, dict) else cond)
     with autocast(run.device, run.config["precision"] if run.in_pieces else "float32"):
         x = sampled(run.state.average, n, run.data.shape, 1, "any", run.config["seed"], cond, run.device)

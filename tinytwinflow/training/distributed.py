@@ -29,6 +29,23 @@ COMPILE = ("none", "default", "graphs")  # graphs: of CUDA, for small networks, 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "timed out")
 
 
+def device_of(name):
+    """The name of a device. Raises ValueError if torch does not know it or it is not on this machine."""
+    try:
+        if torch.device(name).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError(name)
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {name!r} is unknown or not on this machine") from None
+    return name
+
+
+def refuse_graphs(compile, device):
+    """Raise ValueError if CUDA graphs are asked for elsewhere."""
+    if compile == "graphs" and not device.startswith("cuda"):
+        raise ValueError(f"compile graphs is for device cuda, got {device}: choose default there")
+
+
 @dataclass
 class World:
     """The processes of a run and which of them this one is; the loop of `train` asks it where they must agree."""
