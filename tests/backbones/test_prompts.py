@@ -38,6 +38,12 @@ PROMPTS = ["a cat", "two black dogs", "the sea, at night", "a red cube on a blue
 kinds = pytest.mark.parametrize("kind", [kind for kind in BACKBONES if hasattr(diffusers, kind)])
 
 
+def picture_of(path):
+    """A picture in a file, which is closed again."""
+    with Image.open(path) as image:
+        return image.copy()
+
+
 def letters(length):
     """A tokenizer of single characters, padded on the right."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -322,7 +328,7 @@ def test_pairs_are_images_beside_their_captions(pictures, tmp_path):
     x, rows = pairs.read(torch.tensor([2, 5]), None)
     assert rows.tolist() == [2, 5]
     for image, name in zip(x, ("5.png", "8.png")):
-        middle = np.asarray(Image.open(pictures / name))[:, 2:-2].copy()
+        middle = np.asarray(picture_of(pictures / name))[:, 2:-2].copy()
         assert torch.equal(image, to_unit(torch.from_numpy(middle).permute(2, 0, 1)))
 
     def refused(match, size=16):
@@ -597,9 +603,9 @@ def test_geneval_finds_its_folders(geneval, loaded, tmp_path):
         assert sorted(path.name for path in folder.iterdir()) == ["grid.png", "metadata.jsonl", "samples"]
         for path in (folder / "samples").iterdir():
             assert re.fullmatch(r"\d{5}\.png", path.name)
-            assert same_picture(Image.open(path), expected[int(path.stem)])
+            assert same_picture(picture_of(path), expected[int(path.stem)])
             found += 1
-        assert Image.open(folder / "grid.png").size == (32, 32)
+        assert picture_of(folder / "grid.png").size == (32, 32)
     assert found == 12
 
 
@@ -618,9 +624,9 @@ def test_dpg_bench_finds_its_squares(loaded, tmp_path):
         key = path.name.split(".")[0]
         index = [record["name"] for record in records].index(key)
         expected = expected_pictures(pipeline, (prompts / f"{key}.txt").read_text(), index, 4)
-        assert Image.open(path).size == (32, 32)
+        assert picture_of(path).size == (32, 32)
         for cut, picture in zip(cuts, expected):
-            assert same_picture(Image.open(path).crop(cut), picture)
+            assert same_picture(picture_of(path).crop(cut), picture)
 
 
 @pytest.mark.parametrize("layout", ["plain", "geneval"])
@@ -666,7 +672,7 @@ def test_plain_pictures_lie_beside_their_prompt(loaded, tmp_path):
         folder = tmp_path / "out" / f"{i:05d}"
         assert (folder / "prompt.txt").read_text() == prompt + "\n"
         for k, expected in enumerate(expected_pictures(pipeline, prompt, i, 3, seed=2)):
-            assert same_picture(Image.open(folder / f"{k:05d}.png"), expected)
+            assert same_picture(picture_of(folder / f"{k:05d}.png"), expected)
 
 
 def test_what_does_not_fit_a_layout_is_refused(geneval, loaded, tmp_path):

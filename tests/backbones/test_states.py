@@ -161,13 +161,15 @@ def test_layerwise_training_in_pieces_goes_on_with_as_many(folders, tmp_path, ca
     words = [*command(folders, quiet, *IN_BACKWARD, "parallel=fsdp", "sample_every=100")]
     for more in (words, [*words[:5], hurt, *words[6:], "steps=2"]):
         launched = torchrun(2, "-m", "tinytwinflow", *more)
-        assert launched.wait(timeout=100) == 0, launched.stdout.read()
+        said = launched.communicate(timeout=100)[0]
+        assert launched.returncode == 0, said
     config = hurt / "config.json"
     config.write_text(config.read_text().replace('"steps": 2', '"steps": 4'))
     assert run("train", "text", "--out", hurt, "--resume", "--data", folders / "texts") == 2
     assert "is of 2 processes, whose optimisers cannot be dealt to 1" in capsys.readouterr().err
     launched = torchrun(2, "-m", "tinytwinflow", "train", "text", "--out", hurt, "--resume", "--data", words[3])
-    assert launched.wait(timeout=100) == 0, launched.stdout.read()
+    said = launched.communicate(timeout=100)[0]
+    assert launched.returncode == 0, said
     a, b = numbers(quiet), numbers(hurt)
     assert all(value.isfinite().all() for value in b.values()) and a.keys() == b.keys()
     began = load_velocity(folders / "model", torch.bfloat16).state_dict()

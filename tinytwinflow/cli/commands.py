@@ -64,7 +64,7 @@ def run_train(args):
             run = resume(folder, device, world)
         else:
             run = begin(config, folder, device, world)
-        measured = run.state.step >= config["steps"] and (folder / "metrics.json").exists()
+        measured = run.state.step >= run.config["steps"] and (folder / "metrics.json").exists()
         finish(run)
     if world is not None and world.rank > 0:
         return
