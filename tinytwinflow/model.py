@@ -1,7 +1,7 @@
 """The front door: data in, a model out that makes a sample in one network evaluation.
 
-model = fit(x)                       # an array, a DataLoader, a function of the step, a file, a folder, a set's name
-model.sample(1000)                   # in the units and the type of x
+model = fit(x)              # an array, a DataLoader, a function of the step, a file, a folder, a set's name
+model.sample(1000)          # in the units and the type of x
 model.save("model.pt"); model = load("model.pt")
 """
 
@@ -13,19 +13,17 @@ from pathlib import Path
 
 import torch
 
-from .data.given import Table, as_data_set, in_units
+from .data.given import as_data_set, in_units
 from .evaluation.pictures import draw_one
 from .evaluation.tables import run_table
 from .files import aside, load_weights, read_checkpoint
-from .method.conditions import check_rows
 from .ranges import plain
 from .runs.build import OWN, net_of
-from .runs.choice import recipe_for_data, recipe_for_name
+from .runs.choice import choose
 from .runs.evaluate import evaluate
-from .runs.folder import Trained, read_config, refuse_backbone, sampled, trained
-from .runs.recipes import RECIPES, configured
+from .runs.folder import Trained, condition_of, read_config, refuse_backbone, sampled, trained
 from .runs.run import begin, finish, resume
-from .runs.settings import SETTINGS, method_of, mode_of
+from .runs.settings import method_of, mode_of
 from .training.checkpoints import NAME
 from .training.distributed import device_of
 
@@ -41,25 +39,8 @@ def fit(data, net=None, recipe=None, steps=None, device=None, out=None, seed=0, 
     goes on with `train()`. Raises ValueError, in one line, for what does not fit.
     """
     device = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(net, str):
-        settings["net"], net = net, None
-    settings |= {"seed": plain(seed)} if steps is None else {"seed": plain(seed), "steps": steps}
-    SETTINGS["seed"].check("seed", settings["seed"])
-    if isinstance(data, str | os.PathLike):
-        unread, own, (usual, found) = set(), None, recipe_for_name(str(data), settings.get("size"))
-    else:
-        own = as_data_set(data, settings.get("batch_size"), settings["seed"])
-        unread, (usual, found) = {"size", "flip", "subset", "data_dir", "data"}, recipe_for_data(own, net is not None)
-        found["data"] = ""  # no name under which they could be found again
-    if net is not None:
-        unread |= {"net", "width", "depth", "heads", "patch", "sharp", "epsilon", "init_from"}
-    for name in settings.keys() & unread:
-        raise ValueError(f"{name} would not be read: data or net are handed over as they are")
-    known = RECIPES.get(recipe or usual, found)
-    config = configured(recipe or usual, **{name: value for name, value in found.items() if name in known} | settings)
-    config |= {} if net is None else {"net": OWN}
-    if isinstance(own, Table):
-        own.batch_size = config["batch_size"]
+    net, settings = (None, settings | {"net": net}) if isinstance(net, str) else (net, settings)
+    config, own = choose(data, net, recipe, settings | {"seed": seed} | ({} if steps is None else {"steps": steps}))
     return Model(run=begin(config, out, device, data=own, net=net, measured=False)).train()
 
 
@@ -103,24 +84,6 @@ class Model:
             print(f"stopped at step {self.saved['step']} of {self.config['steps']}: train() goes on", file=sys.stderr)
         return self
 
-    def condition(self, n, cond=None):
-        """What n samples are drawn for: a label for all, n rows as given, or by default each label in turn."""
-        refuse_backbone(self.own.folder, self.config)
-        classes = self.saved["data"]["classes"] if self.config["conditional"] else 0
-        if cond is None:
-            if self.config["conditional"] and not classes:
-                raise ValueError(f"this model is conditional: cond must hold {n} rows")
-            return torch.arange(n) % classes if classes else None
-        if not isinstance(cond, dict):
-            cond = torch.as_tensor(plain(cond))
-            if not cond.is_floating_point() and not (0 <= cond.min() and cond.max() < classes):
-                known = f"labels 0 to {classes - 1}" if classes else "no labels, it is not conditional"
-                raise ValueError(f"cond {cond.tolist()}: this run knows {known}")
-            cond = cond if cond.is_floating_point() else cond.long()
-            cond = cond.expand(n) if cond.ndim == 0 else cond
-        check_rows(cond, n)
-        return cond
-
     def draw(self, n, steps=1, cond=None, seed=None, mode=None):
         """`sample` before units: of spread one, or images in [-1, 1], on the CPU."""
         if not isinstance(n, int) or n < 1:
@@ -130,7 +93,7 @@ class Model:
             raise ValueError(f"{method_of(self.config)} makes samples in one step: steps=1, or name a mode")
         seed = int.from_bytes(os.urandom(4), "little") if seed is None else plain(seed)
         shape = self.saved["data"]["shape"]
-        return sampled(self.net, n, shape, steps, mode or usual or "any", seed, self.condition(n, cond))
+        return sampled(self.net, n, shape, steps, mode or usual or "any", seed, condition_of(self.own, n, cond))
 
     def sample(self, n, steps=1, cond=None, seed=None, mode=None):
         """n samples in so many network evaluations, in the units and the type of the data.

@@ -24,7 +24,7 @@ from tinytwinflow.backbones.captions import Pairs, Texts, embed, read_prompts
 from tinytwinflow.backbones.families import FAMILIES
 from tinytwinflow.backbones.painting import paint, write_pictures
 from tinytwinflow.backbones.prompts import decode_latents, encode_images, encode_text, load_pipeline
-from tinytwinflow.data import points as data
+from tinytwinflow.data import batches
 from tinytwinflow.data.readers import to_unit
 
 diffusers = pytest.importorskip("diffusers")
@@ -369,7 +369,7 @@ def test_a_folder_of_texts_holds_what_the_pipeline_makes(texts, no_latents, load
     assert sorted(path.name for path in texts.iterdir()) == [*files, "texts.json"]
     table, pairs, pipeline = Texts(texts, 7, seed=3), Pairs(pictures, 16), loaded(SD3)
     assert len(table) == 7 and table.shape == (4, 8, 8) and table.on_disk
-    order = data.rows_of_step(7, 7, 2, 3)
+    order = batches.rows_of_step(7, 7, 2, 3)
     assert order.tolist() != sorted(order.tolist())
     x, cond = table.batch(2)
     expected = encode_text(pipeline, [pairs.prompts[i] for i in order], 5)
@@ -421,7 +421,7 @@ def test_only_the_rows_of_a_process_are_read(texts, tmp_path):
     """A number that is not finite is met by the process that has its row and by no other."""
     folder = shutil.copytree(texts, tmp_path / "nan")
     changed(folder, "texts-00001.safetensors", lambda tensors: tensors["pooled"][1, 3].fill_(torch.nan))
-    place = data.rows_of_step(7, 6, 0, 0).tolist().index(4)
+    place = batches.rows_of_step(7, 6, 0, 0).tolist().index(4)
     for rank in range(3):
         table = Texts(folder, 6, part=(rank, 3))
         if rank == place // 2:

@@ -147,10 +147,8 @@ def test_a_step_within_another_need_not_be_counted():
 
 def test_every_step_of_one_row_is_among_those_counted():
     """One row carries one of four parts of the loss, and each is drawn: its calls are those of Eqs. 1, 2 and 9."""
-    found = {
-        tuple((call.network, call.rows) for call in step)
-        for step in plan.calls_of_steps(TwinFlowLoss.paper(flow_share=0.5, guidance=0.5), 1)
-    }
+    loss = TwinFlowLoss.paper(flow_share=0.5, guidance=0.5)
+    found = {tuple((call.network, call.rows) for call in step) for step in plan.calls_of_steps(loss, 1)}
     flow = (("teacher", 2), ("net", 1))
     any_step, adversarial, rectify = (*flow, *2 * [("teacher", 1)]), 2 * (("net", 1),), (("net", 1), ("net", 2))
     assert found == {flow, any_step, adversarial, rectify}

@@ -18,7 +18,7 @@ from ..evaluation.tables import run_table
 from ..files import aside, write_json
 from ..model import load
 from ..runs.evaluate import evaluate
-from ..runs.folder import backbone_of, painter, read_config, read_log, trained
+from ..runs.folder import backbone_of, condition_of, painter, read_config, read_log, trained
 from ..runs.methods import entry, known_methods
 from ..runs.recipes import configured
 from ..runs.run import begin, finish, resume
@@ -101,7 +101,7 @@ def run_sample(args):
     model = load(args.folder, device_of(args.device))
     about = model.saved["data"]
     n = args.n or (5000 if len(about["shape"]) == 1 else 64)
-    model.condition(n, args.cond)
+    condition_of(model.own, n, args.cond)
     if args.vae and "scale" not in about:
         raise ValueError("--vae decodes latents, and this run makes none")
     vae = autoencoder(args.vae, args.device) if args.vae else None

@@ -1,6 +1,6 @@
 """Runs: from settings to a folder of results.
 
-Rooms, in reading order: settings, recipes, methods, choice, build, checks, folder, run, evaluate.
+Rooms, in reading order: settings, recipes, methods, build, choice, checks, folder, run, evaluate.
 May import: backbones, evaluation, training, data, peers, nets, method, files, ranges.
 """
 

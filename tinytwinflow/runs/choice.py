@@ -1,13 +1,47 @@
 """Which recipe fits some data, and what of it has to be another: what `fit` trains with where it is not told."""
 
+import os
 from pathlib import Path
 
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..backbones.captions import TEXTS_INDEX
+from ..data.given import Table, as_data_set
 from ..data.latents import Latents, is_latents
 from ..data.readers import IMAGE_SETS
+from ..ranges import plain
+from .build import OWN
+from .recipes import RECIPES, configured
+from .settings import SETTINGS
+
+
+def choose(data, net=None, recipe=None, settings=None):
+    """The settings of a run on some data, and the data set, None where the settings name it.
+
+    data, net, recipe: as `fit` takes them; settings: those that are given. Raises ValueError for one that would not be
+    read.
+    """
+    given = {name: plain(value) for name, value in settings.items()}
+    SETTINGS["seed"].check("seed", given["seed"])
+    unread = set()
+    if isinstance(data, str | os.PathLike):
+        own, (usual, found) = None, recipe_for_name(str(data), given.get("size"))
+    else:
+        own = as_data_set(data, given.get("batch_size"), given["seed"])
+        usual, found = recipe_for_data(own, net is not None)
+        found["data"] = ""  # no name under which they could be found again
+        unread |= {"size", "flip", "subset", "data_dir", "data"}
+    if net is not None:
+        unread |= {"net", "width", "depth", "heads", "patch", "sharp", "epsilon", "init_from"}
+    for name in given.keys() & unread:
+        raise ValueError(f"{name} would not be read: data or net are handed over as they are")
+    known = RECIPES.get(recipe or usual, found)
+    config = configured(recipe or usual, **{name: value for name, value in found.items() if name in known} | given)
+    config |= {} if net is None else {"net": OWN}
+    if isinstance(own, Table):
+        own.batch_size = config["batch_size"]
+    return config, own
 
 
 def recipe_for_name(name, size=None):

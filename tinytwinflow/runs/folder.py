@@ -8,9 +8,10 @@ import torch
 
 from ..backbones import states
 from ..backbones.velocity_files import load_velocity
-from ..method.conditions import move, take
+from ..method.conditions import check_rows, move, take
 from ..method.draws import seeded
 from ..method.samplers import sample
+from ..ranges import plain
 from ..training.checkpoints import fill_from, has_checkpoint, read_saved
 from .build import net_of
 from .recipes import RECIPES
@@ -104,6 +105,29 @@ def painter(folder, device="cpu"):
         return load_velocity(folder, torch.bfloat16).to(device).requires_grad_(False), None, where
     net, config, shape, step = backbone_of(folder)
     return states.view(net.to(device), config), shape, f"{where}, step {step}"
+
+
+def condition_of(own, n, cond=None):
+    """What n samples of a trained network are drawn for: a label for all, n rows as given, or each label in turn.
+
+    own: see `Trained`. Raises ValueError for a label that it does not know, or another number of rows.
+    """
+    refuse_backbone(own.folder, own.config)
+    classes = own.saved["data"]["classes"] if own.config["conditional"] else 0
+    if cond is None:
+        if own.config["conditional"] and not classes:
+            raise ValueError(f"this model is conditional: cond must hold {n} rows")
+        return torch.arange(n) % classes if classes else None
+    if not isinstance(cond, dict):
+        cond = torch.as_tensor(plain(cond))
+        if not cond.is_floating_point():
+            cond = cond.long()
+            if not (0 <= cond.min() and cond.max() < classes):
+                known = f"labels 0 to {classes - 1}" if classes else "no labels, it is not conditional"
+                raise ValueError(f"cond {cond.tolist()}: this run knows {known}")
+        cond = cond.expand(n) if cond.ndim == 0 else cond
+    check_rows(cond, n)
+    return cond
 
 
 def sampled(net, n, shape, steps, mode, seed, cond=None, device=None, batch_size=4000):
