@@ -58,15 +58,15 @@ class TwinFlowLoss:
     The defaults are what we recommend, and what the recipes train with; `TwinFlowLoss.paper()` is what is printed. What
     each setting means is written beside it, and `python -m tinytwinflow settings` lists them all.
 
-    setting          here    paper                         released code
-    order            8       2                             2
-    flow_share       1/2     rows with t - r < dt, 1 in 20 1/3, within 5 % of r = t
-    one_step_share   0.3     0                             1/2
-    even_inner       yes     no                            yes
-    gain, clip       4, 10   no bound, 1                   no bound, 1
-    twin weights     0.3     1, 1                          1, and 0.5 for the rectification
-    rectify_clip     none    none                          1
-    metric           squared "a metric"                    normalised
+    setting          here      paper                            released code
+    order            8         2                                2
+    flow_share       1/2       rows with t - r < dt, 1 in 20    1/3, within 5 % of r = t
+    one_step_share   0.3       0                                1/2
+    even_inner       yes       no                               yes
+    gain, clip       4, 10     no bound, 1                      no bound, 1
+    twin weights     0.3       1, 1                             1, and 0.5 for the rectification
+    rectify_clip     none      none                             1
+    metric           squared   "a metric"                       normalised
 
     With a gain, long jumps need no clip and escape its bias: a clip draws the mean of what is clipped, u's noise,
     towards its median.
@@ -78,7 +78,7 @@ class TwinFlowLoss:
 
     order: int = as_field(8, "N of Eq. 1: teacher jumps after the small step; 0 is flow matching alone", "[0, inf)")
     share: float = as_field(1 / 3, "the paper's lambda: share of the batch in the two twin parts, half each", "[0, 1]")
-    flow_share: float = as_field(0.5, "share of the base rows with r = t; the gap is read off their velocity", "[0, 1]")
+    flow_share: float = as_field(0.5, "share of the base rows with r = t, which train the velocity of the gap", "[0, 1]")
     one_step_share: float = as_field(
         0.3, "share of the any-step rows at t = 1, r = 0, the jump of one-step sampling", "[0, 1]"
     )
