@@ -78,7 +78,7 @@ class TwinFlowLoss:
 
     order: int = as_field(8, "N of Eq. 1: teacher jumps after the small step; 0 is flow matching alone", "[0, inf)")
     share: float = as_field(1 / 3, "the paper's lambda: share of the batch in the two twin parts, half each", "[0, 1]")
-    flow_share: float = as_field(0.5, "share of the base rows with r = t, which train the velocity of the gap", "[0, 1]")
+    flow_share: float = as_field(0.5, "share of the base rows with r = t, which train the gap's velocity", "[0, 1]")
     one_step_share: float = as_field(
         0.3, "share of the any-step rows at t = 1, r = 0, the jump of one-step sampling", "[0, 1]"
     )
