@@ -16,7 +16,7 @@ from .recipes import RECIPES, configured
 from .settings import SETTINGS
 
 
-def choose(data, net=None, recipe=None, settings=None):
+def choose(data, net, recipe, settings):
     """The settings of a run on some data, and the data set, None where the settings name it.
 
     data, net, recipe: as `fit` takes them; settings: those that are given. Raises ValueError for one that would not be
