@@ -29,6 +29,14 @@ def write_json(path, content):
         file.write(json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path, what):
+    """The dict in a JSON file. Raises ValueError, in one line, that says what the file should have been."""
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not there or no JSON, so no {what} ({error})") from None
+
+
 def read_checkpoint(path, device="cpu", keys=("net", "average", "step")):
     """Read a checkpoint. Raises ValueError with one line if it is missing, cut short or lacks a key."""
     if not Path(path).is_file():

@@ -17,8 +17,7 @@ class Setting:
 
     kind: int, float, bool, str, list or dict. within: an interval such as "[0, 1)" or "(0, inf)", of a list the one
     for each number. length: of a list of numbers. choices: all values there are, or a function that tells them. none:
-    whether None is one too.
-    unit: what it counts.
+    whether None is one too. unit: what it counts.
     """
 
     default: object

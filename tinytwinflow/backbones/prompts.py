@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..data.shards import read_json
+from ..files import read_json
 from .families import FAMILIES, diffusers_class
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.shards import read_json
-from ..files import aside, fill
+from ..files import aside, fill, read_json
 from .families import diffusers_class, family_of
 from .velocity import Velocity
 

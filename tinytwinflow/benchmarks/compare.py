@@ -89,9 +89,10 @@ def begin_worker(parent):
 
 def train_and_measure(folder, config, method):
     """Train and measure one method on one data set with one seed; the result is left in its folder."""
-    began, yard = time.perf_counter(), yardstick(config, folder=folder)
+    began, run = time.perf_counter(), resume(folder)
+    yard = yardstick(config, run.data, folder)
     try:
-        finish(resume(folder), bar=False)
+        finish(run, bar=False)
         rows, _ = rows_of(trained(folder), (*NFES, LINE[1]) if method.startswith(LINE[0]) else NFES, yard)
         diverged = None
     except FloatingPointError as error:

@@ -43,13 +43,17 @@ def show(folder, result, kept):
     print(f"\n{folder}/samples.png  {folder}/metrics.json")
 
 
+def measure(run, with_baseline):
+    """Measure and draw a run that has taken its last step, its network as the checkpoint has it."""
+    own = trained(run.folder, run.device)._replace(data=run.data if run.world is None else None)
+    show(run.folder, *evaluate(own, nfes=(1, 2, 4), with_baseline=with_baseline, device=run.device))
+
+
 def run_toy(args):
     began = time.perf_counter()
     folder = Path(args.out or "runs/toy")
     config, device = config_of(args, "toy"), device_of(args.device)
-    run = finish(begin(config, folder, device, replace=True))
-    result, kept = evaluate(run.trained(), nfes=(1, 2, 4), device=device)
-    show(folder, result, kept)
+    measure(finish(begin(config, folder, device, replace=True)), with_baseline=True)
     print(f"{time.perf_counter() - began:.0f} s on {device}, {torch.get_num_threads()} threads")
 
 
@@ -73,8 +77,7 @@ def run_train(args):
     elif measured:
         print(f"{folder} had taken its last step and was measured: python -m tinytwinflow evaluate does so anew")
     else:
-        own = trained(folder, device)._replace(data=run.data if world is None else None)
-        show(folder, *evaluate(own, nfes=(1, 2, 4), with_baseline=False, device=device))
+        measure(run, with_baseline=False)
 
 
 def keeps_settings(folder, config, args):

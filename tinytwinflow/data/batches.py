@@ -47,6 +47,11 @@ class DataSet(Protocol):
     def fresh(self, n, draw=0): ...
 
 
+def null_of(data):
+    """What stands for no condition of a data set: its own null, the label `classes`, or None where there is neither."""
+    return getattr(data, "null", data.classes or None)
+
+
 @contextmanager
 def read_ahead(data):
     """data.batch, the next batch of a set on disk being read while a step is taken."""

@@ -196,8 +196,8 @@ class Stream(Scaled):
     def fresh(self, n, draw=0):
         """Up to n samples to measure against, every second of the first 2 n: draws 0 and 1 share none."""
         if self.seen is None or len(self.seen[0]) < 2 * n and self.again:
-            xs, ys = [], []
-            for x, y in map(self._pair, self._from_the_start()) if self.again else self.kept:
+            xs, ys, enough = [], [], sum(len(x) for x, _ in self.kept) >= 2 * n
+            for x, y in self.kept if enough or not self.again else map(self._pair, self._from_the_start()):
                 xs.append(self.standardise(_tensor(x)))
                 ys.append(_condition(y, len(x))[0])
                 if sum(map(len, xs)) >= 2 * n:

@@ -3,7 +3,6 @@
 While it is made, begun.json holds the settings that it is made with; the index, written last, says that it is whole.
 """
 
-import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,17 +10,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..files import aside, write_json
+from ..files import aside, read_json, write_json
 
 BEGUN = "begun.json"
-
-
-def read_json(path, what):
-    """The dict in a JSON file. Raises ValueError, in one line, that says what the file should have been."""
-    try:
-        return dict(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not there or no JSON, so no {what} ({error})") from None
 
 
 def claim(out, path, settings):

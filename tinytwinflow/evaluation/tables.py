@@ -50,14 +50,13 @@ def summary(results, names, methods):
 
 def comparison_table(rows, floors, names, methods, costs):
     """Two Markdown tables: what each method costs, and what it gives, a row a method, at 1, 2, 4, 8 NFE."""
-    lines = ["| method | auxiliary networks, trained / frozen | weights held | step time | peak memory of a step |"]
-    lines.append("|---|---|---|---|---|")
+    header = ["method", "auxiliary networks, trained / frozen", "weights held", "step time", "peak memory of a step"]
+    cells = []
     for method in methods:
         c = costs[method]
-        lines.append(
-            f"| {method} | {c['trained']} / {c['frozen']} | {c['weights'] / c['net']:.0f} x | "
-            f"{c['seconds_ratio']:.2f} x | {c['peak'] / 2**20:.1f} MiB |"
-        )
+        held, time = f"{c['weights'] / c['net']:.0f} x", f"{c['seconds_ratio']:.2f} x"
+        cells.append([method, f"{c['trained']} / {c['frozen']}", held, time, f"{c['peak'] / 2**20:.1f} MiB"])
+    lines = [markdown(header, cells)]
     for name in names:
         of_line = [r for r in rows if (r["data"], r["method"], r["nfe"]) == (name, *LINE)]
         line = of_line[0].get("sliced_wasserstein") if of_line else None
@@ -88,14 +87,13 @@ def means(rows, names, methods):
         for method in methods
         for nfe in (*NFES, LINE[1])
     }
-    lines = ["", "**Mean over the data sets**: sliced W2", "", f"| method |{''.join(f' {n} NFE |' for n in NFES)}"]
-    lines[-1] += f" {LINE[1]} NFE | 1 NFE x {LINE[0]} at {LINE[1]} |"
-    lines.append("|---" * (len(NFES) + 3) + "|")
+    header = ["method", *(f"{nfe} NFE" for nfe in (*NFES, LINE[1])), f"1 NFE x {LINE[0]} at {LINE[1]}"]
+    cells = []
     for method in methods:
         own = [average[method, nfe] for nfe in (*NFES, LINE[1])]
-        shown = " | ".join("" if value == math.inf else f"{value:.4f}" for value in own)
-        lines.append(f"| {method} | {shown} | {own[0] / average.get(LINE, math.inf):.2f} |")
-    return lines
+        shown = ["" if value == math.inf else f"{value:.4f}" for value in own]
+        cells.append([method, *shown, f"{own[0] / average.get(LINE, math.inf):.2f}"])
+    return ["", "**Mean over the data sets**: sliced W2", "", markdown(header, cells)]
 
 
 def cell(row):

@@ -5,6 +5,7 @@ import copy
 import torch
 
 from ..backbones.states import build_backbone
+from ..data.batches import null_of
 from ..data.latents import autoencoder
 from ..evaluation.features import Inception
 from ..method.path import same_shape
@@ -35,7 +36,7 @@ def refuse_misfits(config, data, net=None, folder=None, measured=True):
             net = net_of(config, data.shape, data.classes)
         if config["init_from"]:
             first_weights(net_of(config, data.shape, data.classes), config["init_from"])
-    if config["guidance"] and not data.classes and not hasattr(data, "null"):
+    if config["guidance"] and null_of(data) is None:
         raise ValueError("guidance needs labels, or data with null, a condition that stands for none")
     if config["recompute"] and not blocks_of(net):
         raise ValueError(f"recompute is for networks with blocks, net {config['net']!r} has none")

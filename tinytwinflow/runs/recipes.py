@@ -8,6 +8,7 @@ OF_LOSS = tuple(name for name in LOSS if name != "data_free")
 COMMON = ("data", "conditional", "init_from", *TRAINING, *PLACING, *OF_LOSS, "log_every", "checkpoint_every")
 OF_POINTS = (*COMMON, "net", "width", "depth", "sharp", "eval_samples")
 OF_IMAGES = (*COMMON, "net", "size", "data_dir", "flip", "subset", "features", "sample_every", "eval_samples")
+FOR_IMAGES = {"conditional": True, "clip_norm": 1.0, "log_every": 10, "eval_samples": 10000}
 
 
 def recipe_of(names, **values):
@@ -16,23 +17,26 @@ def recipe_of(names, **values):
     return {name: list(value) if isinstance(value, tuple) else value for name, value in (defaults | values).items()}
 
 
+def images_of(**values):
+    """A recipe for images: what all of these share, but for the values."""
+    return recipe_of(OF_IMAGES, **FOR_IMAGES | values)
+
+
 RECIPES = {
     "toy": recipe_of(OF_POINTS),
-    "fashion": recipe_of(
-        OF_IMAGES, data="fashion", conditional=True, size=28, net="dit", width=256, depth=8, heads=4, patch=2,
+    "fashion": images_of(
+        data="fashion", size=28, net="dit", width=256, depth=8, heads=4, patch=2,
         steps=3000, batch_size=384, lr=4e-3, warmup_steps=900, base_steps=900, one_step_share=0.7,
-        clip_norm=1.0, log_every=10, eval_samples=10000,
     ),
-    "cifar": recipe_of(
-        OF_IMAGES, data="cifar10", conditional=True, flip=True, net="unet", width=128, depth=2,
+    "cifar": images_of(
+        data="cifar10", flip=True, net="unet", width=128, depth=2,
         steps=100000, batch_size=384, lr=3e-4, warmup_steps=40000, base_steps=20000, ema=0.9999, precision="bf16",
-        clip_norm=1.0, log_every=10, checkpoint_every=2000, sample_every=2000, eval_samples=10000,
+        checkpoint_every=2000, sample_every=2000,
     ),
-    "imagenet": recipe_of(
-        OF_IMAGES, data="latents", conditional=True, flip=True, net="dit-xl-2", epsilon=False, vae="",
+    "imagenet": images_of(
+        data="latents", flip=True, net="dit-xl-2", epsilon=False, vae="",
         steps=400000, batch_size=240, lr=1e-4, warmup_steps=200000, base_steps=100000, ema=0.9999, precision="bf16",
-        guidance=0.5, compile="default",
-        clip_norm=1.0, log_every=100, checkpoint_every=5000, sample_every=5000, eval_samples=10000,
+        guidance=0.5, compile="default", log_every=100, checkpoint_every=5000, sample_every=5000,
     ),
     "text": recipe_of(
         (*COMMON, *BACKBONE, "sample_every"), data="texts", conditional=True, steps=2000, batch_size=8, lr=1e-4,

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..data.batches import read_ahead
+from ..data.batches import null_of, read_ahead
 from ..evaluation.pictures import draw_one
 from ..files import aside, write_json
 from ..method.conditions import move, take
@@ -114,7 +114,7 @@ def steps(run):
     Raises FloatingPointError if training goes astray.
     """
     config, data = run.config, run.data
-    null = getattr(data, "null", data.classes or None) if config["conditional"] else None
+    null = null_of(data) if config["conditional"] else None
     options = {name: config[name] for name in IN_THE_LOOP}
     if run.writes:
         _cut_log(run.folder, run.state.step)

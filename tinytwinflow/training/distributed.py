@@ -152,9 +152,9 @@ def compile_as(net, how):
 def prepare(net, world=None, parallel="ddp", precision="float32", recompute=False, compile="none"):
     """Make a network ready to train on one device or on its share of many, in place.  -> net
 
-    Under FSDP2 the network may be on the meta device and then comes back with memory but without values, see `fill`;
-    precision "bf16" gathers bfloat16 copies of float32 pieces and sums gradients in float32. A network without
-    `blocks` is one piece. Times stay as they are: inputs are not cast.
+    Under FSDP2 the network may be on the meta device and then comes back with memory but without values, see
+    `deal_out`; precision "bf16" gathers bfloat16 copies of float32 pieces and sums gradients in float32. A network
+    without `blocks` is one piece. Times stay as they are: inputs are not cast.
     """
     blocks = blocks_of(net)
     if recompute and not blocks:
