@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 
+from tinytwinflow.data.readers import to_unit
 from tinytwinflow.evaluation.features import Classifier, Inception, classifier_of, features_of, train_classifier
 
 
@@ -40,16 +41,16 @@ def test_the_classifier_is_kept_in_the_run_folder(tmp_path, monkeypatch):
 
 
 def test_inception_is_torchvisions(tmp_path):
-    """The features are what its last layer is given, of pixels brought to its size and scale."""
+    """The features are what the last layer of torchvision's own model is given, behind torchvision's own transform."""
     torch.manual_seed(0)
-    model = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=False).eval()
+    model = torchvision.models.Inception3(init_weights=False, transform_input=True).eval()  # as its builder makes it
     torch.save(model.state_dict(), tmp_path / "inception.pth")
-    ours, x = Inception(tmp_path / "inception.pth").eval(), torch.rand(2, 3, 299, 299) * 2 - 1
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    ours, pixels = Inception(tmp_path / "inception.pth").eval(), torch.randint(256, (2, 3, 299, 299), dtype=torch.uint8)
+    x, transform = to_unit(pixels), torchvision.models.Inception_V3_Weights.DEFAULT.transforms(resize_size=299)
+    model.fc = torch.nn.Identity()
     with torch.no_grad():
-        expected = model(((x + 1) / 2 - mean) / std)
-        features = features_of(ours, x)
-        torch.testing.assert_close(model.fc(features), expected, atol=1e-4, rtol=1e-3)
+        expected, features = model(transform(pixels)), features_of(ours, x)
+    assert (features - expected).norm() < 1e-3 * expected.norm()
     assert features.shape == (2, 2048) and features_of(ours, x[:, :, :32, :32]).shape == (2, 2048)
     with pytest.raises(ValueError, match="Inception takes RGB images, these have 1 channels"):
         ours.features(x[:, :1])

@@ -9,8 +9,6 @@ from torch.nn import functional as f
 
 from ..files import aside, load_weights, read_checkpoint
 
-PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation that Inception was trained with
-
 
 class Classifier(nn.Module):
     """A small convolutional network.  features: (B, C, H, H) -> (B, 128); forward: -> (B, classes)."""
@@ -66,7 +64,12 @@ def classifier_of(folder, data, device="cpu"):
 
 
 class Inception(nn.Module):
-    """Torchvision's Inception v3 from its weights file.  features: RGB in [-1, 1], any size -> (B, 2048)."""
+    """Torchvision's Inception v3 from its weights file.  features: RGB in [-1, 1], any size -> (B, 2048).
+
+    Its weights were trained on pixels in [-1, 1] as they are: torchvision, which is handed pixels normalised as for its
+    other models, first turns them back. A Frechet distance in these features is no published FID, which is of another
+    Inception file (of 2015, with pooling of its own) and another way to resize: compare it with its like alone.
+    """
 
     def __init__(self, path):
         super().__init__()
@@ -82,9 +85,7 @@ class Inception(nn.Module):
     def features(self, x):
         if x.shape[1] != 3:
             raise ValueError(f"Inception takes RGB images, these have {x.shape[1]} channels: --set features=classifier")
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in PIXELS)
-        x = f.interpolate(x, (299, 299), mode="bilinear", antialias=True, align_corners=False)
-        return self.net(((x + 1) / 2 - mean) / std)
+        return self.net(f.interpolate(x, (299, 299), mode="bilinear", antialias=True, align_corners=False))
 
 
 @torch.no_grad()
