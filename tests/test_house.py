@@ -10,7 +10,7 @@ import tinytwinflow
 
 PACKAGE = Path(tinytwinflow.__file__).parent
 FLOORS = (
-    ("files", "ranges"),
+    ("files", "ranges", "bars"),
     ("method",),
     ("nets", "peers", "data", "training", "evaluation"),
     ("backbones",),
@@ -19,7 +19,7 @@ FLOORS = (
     ("benchmarks",),
     ("cli",),
 )
-FILES = ("files", "ranges", "model")
+FILES = ("files", "ranges", "bars", "model")
 FOLDERS = [name for floor in FLOORS for name in floor if name not in FILES]
 
 

@@ -11,11 +11,11 @@
     x = ttf.sample(net, z, steps=1)
 
 Each folder is one subject, the method first, and its `__init__` is the sign at its door: what it is for, its rooms in
-reading order, what it may import. `files` and `ranges`, files that a crash cannot spoil and what a setting may be, lie
-below them all.
+reading order, what it may import. `files`, `ranges` and `bars`, files that a crash cannot spoil, what a setting may be
+and how far something is, lie below them all.
 """
 
-from . import backbones, benchmarks, data, evaluation, files, method, nets, peers, ranges, runs, training
+from . import backbones, bars, benchmarks, data, evaluation, files, method, nets, peers, ranges, runs, training
 from .method.draws import Draws
 from .method.exact import GaussianMixture, Twins
 from .method.losses import Losses, TwinFlowLoss
@@ -27,5 +27,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Draws", "GaussianMixture", "Losses", "Model", "TwinFlowLoss", "Twins",
     "fit", "gap", "generate", "load", "sample", "time_grid", "twin_velocities",
-    "backbones", "benchmarks", "data", "evaluation", "files", "method", "nets", "peers", "ranges", "runs", "training",
+    "backbones", "bars", "benchmarks", "data", "evaluation", "files", "method", "nets", "peers", "ranges", "runs",
+    "training",
 ]  # fmt: skip

@@ -34,7 +34,7 @@ def small(monkeypatch):
 
     monkeypatch.setitem(SIZES, "s", (32, 1, 2))
     whole = features.train_classifier
-    monkeypatch.setattr(features, "train_classifier", lambda data, device: whole(data, 3, device=device))
+    monkeypatch.setattr(features, "train_classifier", lambda data, device, shown: whole(data, 3, device=device))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Backbones: the flow transformers of diffusers.
 
 Rooms, in reading order: families, velocity, velocity_files, lora, lora_files, states, prompts, captions, painting.
-May import: training, data, nets, method, files, ranges.
+May import: training, data, nets, method, files, ranges, bars.
 """
 
 from . import captions, families, lora, lora_files, painting, prompts, states, velocity, velocity_files

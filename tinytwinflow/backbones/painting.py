@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
+from ..bars import bar
 from ..data.shards import claim
 from ..files import aside
 from ..method.draws import seeded
@@ -57,7 +57,7 @@ def write_pictures(net, pipeline, records, out, shape, source, layout="plain", n
           "shape": list(shape), "pipeline": str(pipeline.name_or_path)})  # fmt: skip
     places = [out / (f"{r['name']}.png" if layout == "dpg" else f"{i:05d}") for i, r in enumerate(records)]
     missing = [i for i, place in enumerate(places) if not place.exists()]
-    for begin in tqdm(range(0, len(missing), max(1, batch_size // n)), disable=None):
+    for begin in bar(range(0, len(missing), max(1, batch_size // n)), "painting", unit="batches"):
         some = missing[begin : begin + max(1, batch_size // n)]
         text = encode_text(pipeline, [records[i]["prompt"] for i in some], tokens)
         keys, images = [(i, k) for i in some for k in range(n)], []

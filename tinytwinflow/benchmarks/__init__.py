@@ -1,7 +1,7 @@
 """Benchmarks: what methods give and what they cost.
 
 Rooms, in reading order: speed, memory, calls, plan, compare, speed_backbone.
-May import: runs, backbones, evaluation, training, data, peers, nets, method, files, ranges.
+May import: runs, backbones, evaluation, training, data, peers, nets, method, files, ranges, bars.
 """
 
 from . import calls, compare, memory, plan, speed, speed_backbone

@@ -11,8 +11,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from ..bars import bar
 from ..data.points import Points
 from ..evaluation import pictures
 from ..evaluation.tables import LINE, NFES, comparison_table, floor_of, summary
@@ -52,9 +52,8 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     if left:
         with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (os.getpid(),)) as pool:
             running = [pool.submit(train_and_measure, *job) for job in left]
-            bar = tqdm(as_completed(running), "compare", len(todo), initial=len(todo) - len(left), disable=None)
             try:
-                for done in bar:
+                for done in bar(as_completed(running), "compare", len(todo), len(todo) - len(left), "runs"):
                     done.result()
             except BrokenProcessPool:
                 raise OSError("a process of the comparison was killed; the same command goes on where it was") from None
@@ -92,7 +91,7 @@ def train_and_measure(folder, config, method):
     began, run = time.perf_counter(), resume(folder)
     yard = yardstick(config, run.data, folder)
     try:
-        finish(run, bar=False)
+        finish(run, shown=False)
         rows, _ = rows_of(trained(folder), (*NFES, LINE[1]) if method.startswith(LINE[0]) else NFES, yard)
         diverged = None
     except FloatingPointError as error:

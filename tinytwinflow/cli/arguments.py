@@ -1,7 +1,10 @@
 """The arguments of the command line, and the settings that they amount to."""
 
 import argparse
+import sys
 from pathlib import Path
+
+import torch
 
 from ..backbones.families import published_names
 from ..backbones.painting import LAYOUTS
@@ -38,26 +41,35 @@ def rows(text):
 def parser():
     about = "TwinFlow: one-step generation with one network."
     whole = Parser(prog="tinytwinflow", description=about, fromfile_prefix_chars="@")
+    own = sys.modules["tinytwinflow"].__version__
+    whole.add_argument("--version", action="version", version=f"tinytwinflow {own}, torch {torch.__version__}")
     commands = whole.add_subparsers(dest="command", required=True)
 
     def add(name, does):
         command = commands.add_parser(name, help=does, description=does)
         return command
 
-    def add_training(command):
-        command.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
-        command.add_argument("--data", help=f"{', '.join((*TOYS, *IMAGE_SETS))}, FILE.npy, FILE.csv or a folder")
+    def add_settings(command):
+        command.add_argument(
+            "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes",
+            help="settings, as many as you like: `python -m tinytwinflow settings` lists them",
+        )  # fmt: skip
+
+    def add_training(command, data):
+        add_settings(command)
+        command.add_argument("--data", help=data)
         command.add_argument("--data-dir", help="folder in which data is looked for")
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
         command.add_argument("--seed", type=seed, help="default 0")
         command.add_argument("--out", metavar="DIR")
 
     toy = add("toy", "train TwinFlow and flow matching on 2D data, compare them, draw them (the default)")
-    add_training(toy)
+    add_training(toy, f"{', '.join(TOYS)}, FILE.npy or FILE.csv")
 
     train = add("train", "train a recipe")
     train.add_argument("recipe", help=", ".join(RECIPES))
-    add_training(train)
+    add_training(train, f"{', '.join((*TOYS, *IMAGE_SETS))}, FILE.npy, FILE.csv or a folder")
+    train.add_argument("--unmeasured", action="store_true", help="take the steps alone: `evaluate` measures later")
     train.add_argument("--resume", action="store_true", help="go on with the run in DIR from its last checkpoint")
     train.add_argument(
         "--init-from", metavar="RUN", help="run folder, checkpoint, sit:FILE or dit:FILE, for the first weights"
@@ -124,7 +136,7 @@ def parser():
     peers.add_argument("--seeds", type=int, default=3, metavar="K", help="how many (default 3)")
     peers.add_argument("--first-seed", type=seed, default=0, metavar="S", help="the first of them (default 0)")
     peers.add_argument("--jobs", type=int, metavar="J", help="processes of one thread (default: one a core)")
-    peers.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="changes")
+    add_settings(peers)
     peers.add_argument("--out", default="runs/compare", metavar="DIR")
 
     count = add("memory", "bytes of a training step of every method, counted")

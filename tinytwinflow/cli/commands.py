@@ -67,7 +67,7 @@ def run_train(args):
             first(world, lambda: keeps_settings(folder, config, args))
             run = resume(folder, device, world)
         else:
-            run = begin(config, folder, device, world)
+            run = begin(config, folder, device, world, measured=not args.unmeasured)
         measured = run.state.step >= run.config["steps"] and (folder / "metrics.json").exists()
         finish(run)
     if world is not None and world.rank > 0:
@@ -76,7 +76,11 @@ def run_train(args):
         print(f"{folder}/samples.png: latents as colours; python -m tinytwinflow paint makes images of prompts")
     elif measured:
         print(f"{folder} had taken its last step and was measured: python -m tinytwinflow evaluate does so anew")
+    elif args.unmeasured:
+        print(f"{folder}: python -m tinytwinflow evaluate measures it")
     else:
+        n = f"{run.config['eval_samples']} samples at 1, 2, 4 NFE; --set eval_samples=N: fewer, --unmeasured: none"
+        print(f"measuring {n}")
         measure(run, with_baseline=False)
 
 
@@ -238,7 +242,7 @@ def run_bench(args):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv = ["toy", *argv]
     args = parser().parse_args(argv)
     try:

@@ -1,7 +1,7 @@
 """Data: what is dealt out to training steps.
 
 Rooms, in reading order: batches, toys, given, points, readers, shards, latents, images.
-May import: method, files, ranges.
+May import: method, files, ranges, bars.
 """
 
 from . import batches, given, images, latents, points, readers, shards, toys

@@ -10,7 +10,7 @@ from itertools import chain, count, islice
 import numpy as np
 import torch
 
-from ..method.conditions import join, take
+from ..method.conditions import as_pair, join, take
 from ..method.draws import seeded
 from .batches import mine, rows_of_step
 
@@ -148,7 +148,7 @@ class Stream(Scaled):
     def __init__(self, source):
         self.source, self.of_step = source, callable(source) and not hasattr(source, "__iter__")
         self.again = self.of_step or iter(source) is not source
-        self.kept = [self._pair(item) for item in islice(self._from_the_start(), LOOKED_AT)]
+        self.kept = [as_pair(item) for item in islice(self._from_the_start(), LOOKED_AT)]
         if not self.kept:
             raise ValueError("the iterable of batches is empty")
         self.measure(torch.cat([_tensor(x) for x, _ in self.kept]), self.kept[0][0])
@@ -158,19 +158,10 @@ class Stream(Scaled):
     def _from_the_start(self):
         return map(self.source, count()) if self.of_step else iter(self.source)
 
-    @staticmethod
-    def _pair(item):
-        """A batch as samples and condition. Raises ValueError if it is no such thing."""
-        if _is_array(item):
-            return item, None
-        if isinstance(item, tuple | list) and len(item) in (1, 2) and _is_array(item[0]):
-            return item[0], item[1] if len(item) == 2 else None
-        raise ValueError(f"a batch is x or a pair (x, condition) of arrays, got {type(item).__name__}")
-
     def batch(self, step):
         """The next batch of an iterable, or that of a step."""
         if self.of_step:
-            x, y = self._pair(self.source(step))
+            x, y = as_pair(self.source(step))
         else:
             x, y = next(self._left(), (None, None))
             if x is None and self.again:
@@ -190,14 +181,14 @@ class Stream(Scaled):
 
     def _left(self):
         if self.left is None:
-            self.left = map(self._pair, self.source) if self.again else chain(self.kept, map(self._pair, self.source))
+            self.left = map(as_pair, self.source) if self.again else chain(self.kept, map(as_pair, self.source))
         return self.left
 
     def fresh(self, n, draw=0):
         """Up to n samples to measure against, every second of the first 2 n: draws 0 and 1 share none."""
         if self.seen is None or len(self.seen[0]) < 2 * n and self.again:
             xs, ys, enough = [], [], sum(len(x) for x, _ in self.kept) >= 2 * n
-            for x, y in self.kept if enough or not self.again else map(self._pair, self._from_the_start()):
+            for x, y in self.kept if enough or not self.again else map(as_pair, self._from_the_start()):
                 xs.append(self.standardise(_tensor(x)))
                 ys.append(_condition(y, len(x))[0])
                 if sum(map(len, xs)) >= 2 * n:

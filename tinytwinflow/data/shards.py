@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from ..bars import bar
 from ..files import aside, read_json, write_json
 
 BEGUN = "begun.json"
@@ -43,7 +43,7 @@ def write_shards(out, index, settings, shards, make, save):
     if (out / index).is_file():
         raise ValueError(f"{out} already holds {Path(index).stem}: choose another --out")
     claim(out, out / BEGUN, settings)
-    for name, rows in tqdm(shards.items(), disable=None):
+    for name, rows in bar(shards.items(), out.name, unit="shards"):
         if not (out / name).exists():
             content = make(rows)
             with aside(out / name) as file:

@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as f
 
+from ..bars import bar
 from ..files import aside, load_weights, read_checkpoint
 
 
@@ -29,14 +30,14 @@ class Classifier(nn.Module):
         return self.last(self.features(x))
 
 
-def train_classifier(data, steps=600, lr=2e-3, device="cpu"):
+def train_classifier(data, steps=600, lr=2e-3, device="cpu", shown=False):
     """A classifier for the images of a training set; with 600 batches of it, a minute's work on two cores."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(data.seed)
         net = Classifier(data.shape[0], data.classes).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
+    for step in bar(range(steps), "classifier that judges", unit="steps", hidden=not shown):
         x, label = data.batch(step)
         optimizer.zero_grad()
         f.cross_entropy(net(x.to(device)), label.to(device)).backward()
@@ -45,7 +46,7 @@ def train_classifier(data, steps=600, lr=2e-3, device="cpu"):
     return net.eval().requires_grad_(False)
 
 
-def classifier_of(folder, data, device="cpu"):
+def classifier_of(folder, data, device="cpu", shown=False):
     """The classifier kept in a run folder, trained now if it is not there yet, or if there is no folder.
 
     data: the whole set with a seed and batch that do not depend on the run, so that the figures of
@@ -56,7 +57,7 @@ def classifier_of(folder, data, device="cpu"):
         net = Classifier(data.shape[0], data.classes)
         load_weights(net, read_checkpoint(path, keys=("net",))["net"], path)
         return net.to(device).eval().requires_grad_(False)
-    net = train_classifier(data, device=device)
+    net = train_classifier(data, device=device, shown=shown)
     if path is not None:
         with aside(path) as file:
             torch.save({"net": net.state_dict()}, file)

@@ -17,11 +17,23 @@ def _canvas(panels, width=3.1, height=3.6):
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
+def words(text):
+    """A text as a picture shows it: never a formula, and what the font has no letter for as its code."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    shown = [c if c.isprintable() and font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in str(text)]
+    return "".join(shown).replace("$", r"\$")
+
+
 def scatter(axis, x, title, color, limits):
-    """Points of the first two dimensions, drawn faintly so that density shows."""
-    y = x[:, 1] if x.shape[1] > 1 else np.zeros(len(x))
-    axis.scatter(x[:, 0], y, s=1.2, alpha=0.35, color=color, linewidths=0, rasterized=True)
-    axis.set(title=title, xlim=limits[0], ylim=limits[1], xticks=[], yticks=[], aspect="equal")
+    """Points of the first two dimensions, drawn faintly so that density shows; of one dimension, a histogram."""
+    if x.shape[1] == 1:
+        axis.hist(x[:, 0], 80, limits[0], density=True, color=color)
+        axis.set(title=words(title), xlim=limits[0], yticks=[])
+    else:
+        axis.scatter(x[:, 0], x[:, 1], s=1.2, alpha=0.35, color=color, linewidths=0, rasterized=True)
+        axis.set(title=words(title), xlim=limits[0], ylim=limits[1], xticks=[], yticks=[], aspect="equal")
     axis.title.set_fontsize(10)
 
 
@@ -32,7 +44,7 @@ def tile(axis, x, title, side=8):
     pixels = np.concatenate([pixels, np.ones((side * side - n, C, H, W), pixels.dtype)])[:, :3]
     whole = pixels.reshape(side, side, -1, H, W).transpose(0, 3, 1, 4, 2).reshape(side * H, side * W, -1)
     axis.imshow(whole.mean(-1) if whole.shape[-1] != 3 else whole, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axis.set(title=title, xticks=[], yticks=[])
+    axis.set(title=words(title), xticks=[], yticks=[])
     axis.title.set_fontsize(10)
 
 
@@ -46,9 +58,8 @@ def panel(axis, x, title, color, limits=None):
 
 def _limits(x):
     low, high = np.quantile(x[:, :2], 0.001, axis=0), np.quantile(x[:, :2], 0.999, axis=0)
-    middle, half = (low + high) / 2, 0.6 * (high - low).max()
-    limits = [(m - half, m + half) for m in middle]
-    return limits if len(limits) == 2 else [limits[0], (-half, half)]
+    middle, half = (low + high) / 2, 0.6 * (high - low).max() or 1.0  # of a single point
+    return [(m - half, m + half) for m in middle]
 
 
 def training_curve(axis, log, config):
@@ -70,7 +81,7 @@ def training_curve(axis, log, config):
             axis.text((begin + end) / 2, 0.5, name, rotation=90, ha="center", va="center",
                       transform=axis.get_xaxis_transform(), fontsize=8, color="#777777")  # fmt: skip
         begin = end
-    axis.set(title=title, xlabel="training step", ylabel=label)
+    axis.set(title=words(title), xlabel="training step", ylabel=words(label))
     axis.set_xlim(0, config["steps"])
     axis.title.set_fontsize(10)
 
@@ -86,7 +97,7 @@ def draw(path, panels, log, config, title):
     for axis, (name, x, color) in zip(axes, panels):
         panel(axis, x[:8000], name, color, limits)
     training_curve(axes[-1], log, config)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(words(title), fontsize=11)
     aside = Path(path).with_suffix(".tmp.png")
     figure.savefig(aside)
     aside.replace(path)
@@ -114,10 +125,13 @@ def draw_comparison(path, rows, floors, names, methods):
                 elif r["nfe"] <= 8:
                     axis.plot(value, place, color=color, marker=f"${r['nfe']}$", ms=5, alpha=0.7)
                 else:
-                    axis.axvline(value, color=FLOW, ls="--", lw=1, label=f"{method}, {r['nfe']} NFE")
+                    axis.axvline(value, color=FLOW, ls="--", lw=1, label=words(f"{method}, {r['nfe']} NFE"))
         axis.axvline(floors[name]["sliced_wasserstein"], color="#999999", ls=":", lw=1, label="real data")
-        axis.set(title=Path(name).name, xscale="log", xlabel="sliced W2 at 1 NFE (dot) and at 2, 4, 8 NFE (digits)")
-        axis.set_yticks(range(len(methods)), list(reversed(methods)) if axis is axes[0] else [""] * len(methods))
+        axis.set(
+            title=words(Path(name).name), xscale="log", xlabel="sliced W2 at 1 NFE (dot) and at 2, 4, 8 NFE (digits)"
+        )
+        shown = [words(method) if axis is axes[0] else "" for method in reversed(methods)]
+        axis.set_yticks(range(len(methods)), shown)
         axis.tick_params(labelsize=8)
         axis.xaxis.label.set_fontsize(8)
     axes[0].legend(fontsize=7)

@@ -16,6 +16,8 @@ def run_table(result):
     for row in result["rows"]:
         lines.append(f"{row['method']:<16}{row['mode']:<8}{row['nfe']:>5}" + "".join(f"{row[m]:>20.4f}" for m in names))
     lines.append(f"{'real data':<29}" + "".join(f"{result['floor'][name]:>20.4f}" for name in names))
+    if min(row.get("energy_distance", 0.0) for row in (*result["rows"], result["floor"])) < 0:
+        lines.append("An energy distance is estimated without bias: where it is about zero, it may come out negative.")
     return "\n".join(lines)
 
 

@@ -1,51 +1,71 @@
-"""Conditions: labels or prompts, None, a tensor or a dict of tensors, a row a sample."""
+"""Conditions: labels or prompts, None, a tensor or a dict of tensors and Nones, a row a sample."""
 
+import numpy as np
 import torch
 
 
 def check_rows(cond, n):
-    """Raise ValueError unless every tensor of a condition has n rows."""
+    """Raise ValueError unless a condition is None, a tensor of n rows or a dict of such."""
     for name, value in cond.items() if isinstance(cond, dict) else [("cond", cond)]:
+        if value is not None and (not torch.is_tensor(value) or value.ndim == 0):
+            raise ValueError(f"{name} must be None or a tensor of {n} rows, or cond a dict of these, got {value!r:.60}")
         if value is not None and len(value) != n:
             raise ValueError(f"{name} has {len(value)} rows, x has {n}")
 
 
-def take(cond, rows):
-    """Rows of a condition: None, a tensor, or a dict of tensors."""
-    if cond is None:
-        return None
+def each(function, cond, *others):
+    """A function of tensors on those of a condition and of others of its kind; what is None stays None.
+
+    Raises ValueError if they are not of one kind: tensors, or dicts with tensors of the same names.
+    """
+    for other in others:
+        if _kind(other) != _kind(cond):
+            raise ValueError(f"conditions must be of one kind, got {_kind(cond)} and {_kind(other)}")
     if isinstance(cond, dict):
-        return {name: value[rows] for name, value in cond.items()}
-    return cond[rows]
+        return {name: each(function, value, *(other.get(name) for other in others)) for name, value in cond.items()}
+    return None if cond is None else function(cond, *others)
+
+
+def _kind(cond):
+    if isinstance(cond, dict):
+        return f"a dict of {', '.join(sorted(name for name, value in cond.items() if value is not None))}"
+    return "None" if cond is None else "a tensor"
+
+
+def take(cond, rows):
+    """Rows of a condition."""
+    return each(lambda value: value[rows], cond)
 
 
 def join(*conds):
     """Concatenate conditions of one kind along the batch."""
-    if conds[0] is None:
-        return None
-    if isinstance(conds[0], dict):
-        return {name: torch.cat([c[name] for c in conds]) for name in conds[0]}
-    return torch.cat(conds)
+    return each(lambda *values: torch.cat(values), *conds)
 
 
 def repeat(cond, n):
     """A condition that stands for none, of leading dimension 1, for n rows; one of leading dimension n as it is."""
-    if isinstance(cond, dict):
-        return {name: repeat(value, n) for name, value in cond.items()}
-    if cond.ndim == 0 or len(cond) not in (1, n):
-        raise ValueError(f"null has shape {tuple(cond.shape)}, but x has {n} rows: it needs 1 or as many")
-    return cond.expand(n, *cond.shape[1:])
+
+    def of_rows(value):
+        if value.ndim == 0 or len(value) not in (1, n):
+            raise ValueError(f"null has shape {tuple(value.shape)}, but x has {n} rows: it needs 1 or as many")
+        return value.expand(n, *value.shape[1:])
+
+    return each(of_rows, cond)
 
 
 def move(cond, device):
-    """A condition on a device."""
-    if isinstance(cond, dict):
-        return {name: value.to(device) for name, value in cond.items()}
-    return None if cond is None else cond.to(device)
+    """A condition, of tensors, arrays or lists, as tensors on a device."""
+    return each(lambda value: torch.as_tensor(value, device=device), cond)
 
 
 def replace(cond, null, rows):
     """A condition with some rows, (B,) bool, made null, a condition of leading dimension 1 or B."""
-    if isinstance(cond, dict):
-        return {name: replace(value, null[name], rows) for name, value in cond.items()}
-    return torch.where(rows.view(-1, *[1] * (cond.ndim - 1)), null, cond)
+    return each(lambda value, none: torch.where(rows.view(-1, *[1] * (value.ndim - 1)), none, value), cond, null)
+
+
+def as_pair(item):
+    """A batch, x, (x,) or (x, condition), as a pair. Raises ValueError if x is no array or tensor."""
+    pair = (*item, None)[:2] if isinstance(item, tuple | list) and len(item) in (1, 2) else (item, None)
+    if not isinstance(pair[0], torch.Tensor | np.ndarray):
+        raise ValueError(f"a batch is x or a pair (x, condition) of arrays, got {type(item).__name__}")
+    return pair

@@ -20,7 +20,7 @@ from ..ranges import as_field, plain, settings_of
 from .conditions import check_rows, join, repeat, take
 from .draws import draw_for, guided_rows, mean
 from .path import expand, interpolate, jump, same_shape, velocity
-from .twin import gap, generate
+from .twin import check_field, gap, generate
 
 
 def squared_error(a, b):
@@ -131,8 +131,10 @@ class TwinFlowLoss:
         Returns Losses. Raises ValueError if x is not a floating-point batch, cond or null has another length, null is
         missing, or an answer of net, teacher or original has another shape than x.
         """
-        if not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
-            raise ValueError(f"x must be a floating-point batch (B, *D), got {x.dtype} of shape {tuple(x.shape)}")
+        check_field(net)
+        if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
+            got = f"{x.dtype} of shape {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
+            raise ValueError(f"x must be a floating-point batch (B, *D), a tensor, got {got}")
         check_rows(cond, len(x))
         if self.guidance and (cond is None or null is None):
             raise ValueError("guidance > 0 needs cond and null, the condition that stands for none")

@@ -39,6 +39,8 @@ def check_time(t, low=0.0, high=1.0, name="t"):
 
 def same_shape(a, b, names):
     """a, if it has the shape of b. Raises ValueError, with the names of both, if not: they would broadcast."""
+    if not (torch.is_tensor(a) and torch.is_tensor(b)):
+        raise ValueError(f"{names} must be tensors, got {type(a).__name__} and {type(b).__name__}")
     if a.shape != b.shape:
         raise ValueError(f"{names} must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     return a

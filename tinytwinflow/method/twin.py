@@ -8,10 +8,20 @@ average velocity from t to r in the shape of x; x (B, *D), t and r (B,) in [-1, 
 tensor or a dict of tensors with leading dimension B.
 """
 
+import inspect
+
 import torch
 
 from .conditions import join
-from .path import jump
+from .path import jump, same_shape
+
+
+def check_field(net):
+    """Raise ValueError unless a velocity field can be called as net(x, t, r, cond)."""
+    try:
+        inspect.signature(getattr(net, "forward", net)).bind("x", "t", "r", "cond")
+    except TypeError as error:
+        raise ValueError(f"a velocity field is called as net(x, t, r, cond), this one cannot be: {error}") from error
 
 
 def same_time(t, x):
@@ -30,8 +40,8 @@ def twin_velocities(net, x_t, t, cond=None):
 
     x_t (B, *D), t (B,) in [0, 1]; returns two tensors (B, *D).
     """
-    both = torch.cat([t, -t])
-    return net(torch.cat([x_t, x_t]), both, both, join(cond, cond)).chunk(2)
+    both, x = torch.cat([t, -t]), torch.cat([x_t, x_t])
+    return same_shape(net(x, both, both, join(cond, cond)), x, "net's answer and x").chunk(2)
 
 
 def gap(net, x_t, t, cond=None):

@@ -49,12 +49,13 @@ class MLP(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}, this network takes (B, {self.dim})")
         check_times(x, t, r)
         labels = check_labels(cond, len(x), self.classes)
-        twin = torch.signbit(t)[:, None].to(x.dtype)
-        inputs = torch.cat([self.scale * x, self.embed(t.abs()), self.embed(t.abs() - r.abs())], dim=1)
+        dtype = self.out.weight.dtype
+        twin = torch.signbit(t)[:, None].to(dtype)
+        inputs = torch.cat([self.scale * x, self.embed(t.abs()), self.embed(t.abs() - r.abs())], dim=1).to(dtype)
         h = self.layers[0](inputs) + twin * self.twin_in(inputs)
         if self.classes:
             h = h + self.label(labels)
         for layer in self.layers[1:]:
             h = layer(self.unit(h))
         h = self.unit(h)
-        return self.out(h) + twin * self.twin_out(h)
+        return (self.out(h) + twin * self.twin_out(h)).to(x.dtype)

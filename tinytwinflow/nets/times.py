@@ -70,7 +70,7 @@ def check_image(x, channels, size):
 
 
 def check_labels(cond, n, classes):
-    """Labels as a network with so many classes takes them: n whole numbers in [0, classes], or None without.
+    """Labels as a network with so many classes takes them, of any whole kind: n in [0, classes], or None without.
 
     The last one, `classes` itself, is the null label. Raises ValueError for anything else; values are
     looked at on the CPU only.
@@ -81,9 +81,11 @@ def check_labels(cond, n, classes):
         return None
     if cond is None:
         raise ValueError(f"this network is conditional: cond must hold labels in [0, {classes}]")
-    if cond.shape != (n,) or cond.is_floating_point():
+    if not torch.is_tensor(cond):
+        raise ValueError(f"labels must be a tensor of {n} whole numbers, got {type(cond).__name__}")
+    if cond.shape != (n,) or cond.is_floating_point() or cond.is_complex():
         raise ValueError(f"labels must be {n} whole numbers, got {cond.dtype} of shape {tuple(cond.shape)}")
     looked_at = cond.device.type == "cpu" and not torch.compiler.is_compiling()
     if looked_at and n and not (0 <= cond.min() and cond.max() <= classes):
         raise ValueError(f"labels must lie in [0, {classes}], got {cond.min()} to {cond.max()}")
-    return cond
+    return cond.long()

@@ -1,7 +1,7 @@
 """Runs: from settings to a folder of results.
 
 Rooms, in reading order: settings, recipes, methods, build, choice, checks, folder, run, evaluate.
-May import: backbones, evaluation, training, data, peers, nets, method, files, ranges.
+May import: backbones, evaluation, training, data, peers, nets, method, files, ranges, bars.
 """
 
 from . import build, checks, choice, evaluate, folder, methods, recipes, run, settings

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..bars import bar
 from ..data import toys
 from ..data.latents import autoencoder, decode
 from ..evaluation.features import Inception, classifier_of, features_of
@@ -32,11 +33,11 @@ class Yardstick(NamedTuple):
     show: Callable  # samples -> what a picture shows of them
 
 
-def yardstick(config, data=None, folder=None, device="cpu"):
+def yardstick(config, data=None, folder=None, device="cpu", shown=False):
     """Real samples and metrics for the runs of a config. A classifier of images is kept in the folder, if there is one;
     latents are judged by a classifier of latents, or decoded by the run's `vae` for Inception.
 
-    data: where they are given, and not what the settings name.
+    data: where they are given, and not what the settings name. shown: with a bar where it takes its time.
     """
     source, n = data_of(config) if data is None else data, config["eval_samples"]
     if hasattr(source, "test_rows"):
@@ -59,7 +60,7 @@ def yardstick(config, data=None, folder=None, device="cpu"):
         if by_classifier:
             common = {"seed": 0, "batch_size": 128, "subset": 0, "flip": False}
             judged_by = data_of({**config, **common}) if data is None or config["data"] else data
-            net = classifier_of(folder, judged_by, device)
+            net = classifier_of(folder, judged_by, device, shown)
             judge = copy.deepcopy(net).cpu()
         else:
             net, judge = Inception(config["features"]).to(device).eval(), None
@@ -75,18 +76,19 @@ def yardstick(config, data=None, folder=None, device="cpu"):
     return Yardstick(real, label, measure, measure(again, label_again), lambda x: pixels(x[:64]) if vae else x)
 
 
-def rows_of(own, nfes, yard):
+def rows_of(own, nfes, yard, shown=False):
     """Metrics of a trained network at each number of calls, at 1 alone for a method that makes one step only.
 
     own: see `folder.Trained`. -> list of rows, and dict (method, nfe) -> samples.
     """
     method, mode, rows, kept = method_of(own.config), mode_of(own.config), [], {}
     nfes, mode = (nfes, mode) if mode else ((1,), "any")
-    for nfe in nfes:
-        shape = own.saved["data"]["shape"]
-        x = sampled(own.net, len(yard.real), shape, nfe, mode, own.config["seed"], yard.label)
-        rows.append({"method": method, "mode": mode, "nfe": nfe, **yard.measure(x, yard.label)})
-        kept[method, nfe] = x
+    n, shape, seed = len(yard.real), own.saved["data"]["shape"], own.config["seed"]
+    with bar(None, f"measuring {method}", n * sum(nfes), unit="calls", hidden=not shown) as told:
+        for nfe in nfes:
+            x = sampled(own.net, n, shape, nfe, mode, seed, yard.label, tell=told.update)
+            rows.append({"method": method, "mode": mode, "nfe": nfe, **yard.measure(x, yard.label)})
+            kept[method, nfe] = x
     return rows, kept
 
 
@@ -112,10 +114,10 @@ def evaluate(own, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=True
     own: see `folder.Trained`. -> metrics as in metrics.json, and a dict (method, nfe) -> samples, "data" for real ones.
     """
     began = time.perf_counter()
-    yard = yardstick(own.config, own.data, own.folder, device)
-    rows, kept = rows_of(own, nfes, yard)
+    yard = yardstick(own.config, own.data, own.folder, device, shown=True)
+    rows, kept = rows_of(own, nfes, yard, shown=True)
     if with_baseline and method_of(own.config) != "flow matching":
-        more, flow_kept = rows_of(baseline(own, device), flow_nfes, yard)
+        more, flow_kept = rows_of(baseline(own, device), flow_nfes, yard, shown=True)
         rows, kept = rows + more, kept | flow_kept
     kept["data"] = yard.real
     kept = {name: yard.show(x) for name, x in kept.items()}

@@ -130,10 +130,10 @@ def condition_of(own, n, cond=None):
     return cond
 
 
-def sampled(net, n, shape, steps, mode, seed, cond=None, device=None, batch_size=4000):
+def sampled(net, n, shape, steps, mode, seed, cond=None, device=None, batch_size=4000, tell=None):
     """n samples for a condition of n rows or None, the same noise for the same seed.  -> (n, *shape), on the CPU.
 
-    device: of the network, where it has no parameters to tell.
+    device: of the network, where it has no parameters to tell. tell: called with the rows x calls that are done.
     """
     z = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
     device = next(net.parameters()).device if device is None else device
@@ -141,4 +141,6 @@ def sampled(net, n, shape, steps, mode, seed, cond=None, device=None, batch_size
     for rows in torch.arange(n).split(batch_size if len(shape) == 1 else batch_size // 16):
         some = move(take(cond, rows), device)
         parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, generator=fresh).cpu())
+        if tell is not None:
+            tell(len(rows) * steps)
     return torch.cat(parts)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from ..bars import bar, terms_in
 from ..data.batches import null_of, read_ahead
 from ..evaluation.pictures import draw_one
 from ..files import aside, write_json
-from ..method.conditions import move, take
+from ..method.conditions import take
 from ..training.checkpoints import NAME, has_checkpoint, keep_state, restore_state
 from ..training.distributed import World, first, refuse_graphs
 from ..training.loop import autocast, train
@@ -124,7 +124,7 @@ def steps(run):
 
         def batch(step):
             x, cond = read(step)
-            return x.to(run.device), move(cond, run.device) if config["conditional"] else None
+            return x, cond if config["conditional"] else None
 
         for record in train(run.state, loss_of(config), batch, config["steps"], null=null, world=run.world, **options):
             if run.folder is not None:
@@ -132,15 +132,14 @@ def steps(run):
             yield record
 
 
-def finish(run, bar=True, stoppable=False):
+def finish(run, shown=True, stoppable=False):
     """Train to the last step, with a bar.  -> the run; stoppable: Ctrl-C ends it after a step, with a checkpoint."""
-    hidden = None if bar and (run.writes or run.folder is None) else True
-    name = run.folder.name if run.folder else run.config["recipe"]
-    total = run.config["steps"]
-    with _ctrl_c(stoppable) as asked, tqdm(total=total, initial=run.state.step, desc=name, disable=hidden) as shown:
+    hidden = not (shown and (run.writes or run.folder is None))
+    name, total = run.folder.name if run.folder else run.config["recipe"], run.config["steps"]
+    with _ctrl_c(stoppable) as asked, bar(None, name, total, run.state.step, "steps", hidden) as told:
         for record in steps(run):
-            shown.update()
-            shown.set_postfix(loss=f"{record['total']:.3f}", refresh=False)
+            terms_in(told, record)
+            told.update()
             if asked and record["step"] < total:
                 run.keep()
                 break
@@ -168,9 +167,18 @@ def _ctrl_c(noted):
 
 
 def make_folder(folder, config, replace=False):
-    """Make the folder of a new run, with its settings; an earlier one becomes folder.1, folder.2, ..."""
+    """Make the folder of a new run, with its settings; replace: an earlier run becomes folder.1, folder.2, ...
+
+    Raises ValueError if what is to be replaced is no run, or the folder that one is in.
+    """
     folder = Path(folder)
-    if replace and folder.exists():
+    if replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        try:
+            read_config(folder)
+        except ValueError as error:
+            raise ValueError(f"{folder} is there and no run, so it is not moved: choose another --out") from error
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder} is the folder that we are in, so it is not moved: choose another --out")
         number = 1
         while folder.with_name(f"{folder.name}.{number}").exists():
             number += 1

@@ -13,10 +13,11 @@ import math
 
 import torch
 
-from ..method.conditions import move, replace, take
+from ..method.conditions import as_pair, move, replace, take
 from ..method.losses import TwinFlowLoss
 
 PRECISIONS = ("float32", "bf16")
+ASTRAY = 1e5  # no healthy run of a recipe or peer comes near: SiD's spikes reach 5e3, all others stay below 50
 
 
 def autocast(device, precision):
@@ -40,13 +41,17 @@ def train(
     loss: a TwinFlowLoss, or a peer's. For `warmup_steps` only its flow part is trained, which is flow matching;
     for the next `base_steps` the whole base without the twin parts; then all of it. A peer's frozen and
     trained networks are filled from the average when flow matching ends.
-    batch(i) gives data and condition (None without) of step i. null: label that stands for no condition, or such a
-    condition of one row; it replaces a share `label_dropout` of the conditions. ema and teacher_ema are the decays
-    of the two averages (Table 6: 0.99 for the teacher). accumulate: the batch is worked through in so
-    many equal parts. clip_norm: longest gradient, or None. precision "bf16": the networks run under autocast.
+    batch(i) gives of step i data and condition, or data alone, as tensors or arrays. null: label that stands for no
+    condition, or such a condition of one row; it replaces a share `label_dropout` of the conditions. ema and
+    teacher_ema are the decays of the two averages (Table 6: 0.99 for the teacher). accumulate: the batch is worked
+    through in so many equal parts. clip_norm: longest gradient, or None. precision "bf16": the networks run under
+    autocast.
     world: the processes that train together, each on its part of the batch, see `distributed`.
-    Raises FloatingPointError, before the weights are touched, if a loss term is not finite.
+    Raises FloatingPointError, before the weights are touched, if a loss term is not finite, or so large that training
+    plainly diverges: more than ASTRAY times 1 + the mean of x^2, what the square of a velocity is about.
     """
+    if not callable(batch):
+        raise ValueError(f"batch is a function of the step, got {type(batch).__name__}: data.given.Stream makes one")
     peer = not isinstance(loss, TwinFlowLoss)
     flow_matching = TwinFlowLoss(order=0, share=0.0) if peer else dataclasses.replace(loss, order=0, share=0.0)
     base = loss if peer else dataclasses.replace(loss, share=0.0)
@@ -57,7 +62,8 @@ def train(
         i = state.step
         if world is not None:
             together = world.reseed(state.generator, i)
-        x, cond = batch(i)
+        x, cond = as_pair(batch(i))
+        x, cond = torch.as_tensor(x, device=device), move(cond, device)
         if null is not None and label_dropout:
             drop = torch.rand(len(x), generator=state.generator, device=device) < label_dropout
             cond = replace(cond, null, drop)
@@ -70,20 +76,21 @@ def train(
         if peer and done >= 0:
             fill_helpers(state, loss, done, total)
         state.optimizer.zero_grad()
-        terms = 0.0
+        terms = 0.0  # those of the loss, and last the mean of x^2
         for k, part in enumerate(torch.arange(len(x), device=device).chunk(accumulate)):
             if world is not None:
                 world.sync(state.call or state.net, last=k == accumulate - 1)
             with autocast(device, precision):
                 out = loss_of_batch(current, state, x[part], take(cond, part), null, done / max(total, 1), together)
             (out.total / accumulate).backward()
-            terms = terms + torch.stack(out).detach() / accumulate
+            terms = terms + torch.stack([*out, x[part].float().square().mean()]).detach() / accumulate
         if world is not None:
             terms = world.mean(terms)
-        record = dict(zip(out._fields, terms.tolist()))
+        *values, size = terms.tolist()
+        record = dict(zip(out._fields, values))
         for name in sorted(record, key=lambda name: name == "total"):  # a term first, then what they sum to
-            if not math.isfinite(value := record[name]):
-                raise FloatingPointError(f"step {i + 1}: the {name} loss is {value}; lower lr or the term's weight")
+            if not abs(value := record[name]) <= ASTRAY * (1 + size):
+                raise FloatingPointError(f"step {i + 1}: the {name} loss is {value:.3g}; lower lr or the term's weight")
         if clip_norm is not None:
             for network in (state.net, *state.helpers.values()):
                 torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm, foreach=True)
