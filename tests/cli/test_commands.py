@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import tinytwinflow as ttf
 from tinytwinflow.cli.commands import main
 from tinytwinflow.runs.folder import read_config
 from tinytwinflow.training import checkpoints
@@ -48,6 +49,57 @@ def test_default_command_moves_an_earlier_run_aside(tmp_path, capsys):
         assert main(["--set", *SMALL, "--out", str(folder)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"toy", "toy.1", "toy.2"}
     assert "moved to" in capsys.readouterr().out
+
+
+def test_only_a_run_is_moved_and_never_from_under_our_feet(tmp_path, capsys, monkeypatch, run):
+    """What else is in the way stays where it is, byte for byte; an empty folder is taken."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "file").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    for out in ("thesis", "file", "."):
+        fails(capsys, ["--set", *SMALL, "--out", out], f"{out} is there and no run, so it is not moved: choose another")
+    assert (tmp_path / "thesis" / "config.json").read_text() == '{"model_type": "llama"}'
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis", "file"}
+    monkeypatch.chdir(run)
+    fails(capsys, ["--set", *SMALL, "--out", "."], "is the folder that we are in, so it is not moved")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["--set", *SMALL, "--out", "."]) == 0
+    assert (tmp_path / "empty" / "metrics.json").exists() and not (tmp_path / "empty.1").exists()
+
+
+def test_steps_alone_and_measured_later(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(["train", "toy", "--set", *SMALL, "--unmeasured", "--out", str(folder)]) == 0
+    assert "evaluate measures it" in capsys.readouterr().out and not (folder / "metrics.json").exists()
+    assert main(["train", "toy", "--set", *SMALL, "--resume", "--out", str(folder)]) == 0
+    assert "64 samples at 1, 2, 4 NFE; --set eval_samples=N" in capsys.readouterr().out
+    assert check_metrics(folder) >= {("twinflow", 1), ("twinflow", 4)}
+
+
+def test_help_and_version_say_what_there_is(capsys):
+    for words, told, untold in [
+        (["--version"], [f"tinytwinflow {ttf.__version__}, torch {torch.__version__}"], []),
+        (["toy", "--help"], ["checkerboard", "FILE.csv", "`python -m tinytwinflow settings`"], ["fashion", "cifar10"]),
+        (["train", "--help"], ["checkerboard", "fashion", "cifar10", "--unmeasured"], []),
+    ]:
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert end.value.code == 0
+        assert all(text in shown for text in told) and not any(text in shown for text in untold)
+
+
+def test_a_name_with_dollars_is_drawn_and_measured_and_one_sample_too(tmp_path, capsys):
+    """matplotlib would read what is between two of them as a formula."""
+    file, folder = tmp_path / "a $1 b $_2 数.npy", tmp_path / "run"
+    np.save(file, np.random.default_rng(0).standard_normal((200, 1)))
+    assert main(["--data", str(file), "--set", *SMALL, "--out", str(folder)]) == 0
+    assert main(["evaluate", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(folder), "--n", "1"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_evaluate_prints_the_table_of_metrics_json(run, capsys):

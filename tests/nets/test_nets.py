@@ -362,8 +362,30 @@ def test_positions_are_sines_and_cosines_of_column_then_row():
         close(table[i], torch.tensor(expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_an_mlp_in_another_type_takes_and_gives_the_type_of_x(dtype):
+    torch.manual_seed(0)
+    net, x, t = MLP(2, 32, 2, classes=2), torch.randn(50, 2), torch.rand(50)
+    torch.nn.init.normal_(net.out.weight, std=0.3)
+    exact, other = net(x, t, 0.5 * t, torch.arange(50) % 2), copy.deepcopy(net).to(dtype)
+    for answered in (x, x.to(dtype)):
+        found = other(answered, t, 0.5 * t, torch.arange(50) % 2)
+        assert found.dtype == answered.dtype
+        close(found.float(), exact, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int32, torch.bool])
+def test_labels_may_be_of_any_whole_kind(kind):
+    x, t, label = torch.randn(4, 2), torch.rand(4), torch.tensor([0, 1, 1, 0])
+    net = MLP(2, 8, 1, classes=2)
+    torch.nn.init.normal_(net.out.weight)
+    assert torch.equal(net(x, t, t, label.to(kind)), net(x, t, t, label))
+
+
 def test_wrong_use_says_what_is_allowed():
     x, t = torch.zeros(3, 2), torch.zeros(3)
+    with pytest.raises(ValueError, match="labels must be a tensor of 3 whole numbers, got list"):
+        MLP(2, classes=2)(x, t, t, [0, 1, 1])
     with pytest.raises(ValueError, match=r"takes \(B, 2\)"):
         MLP(2)(torch.zeros(3, 4), t, t)
     with pytest.raises(ValueError, match=r"t and r must have shape \(3,\)"):

@@ -126,6 +126,71 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(tmp_path):
     assert all(value.isfinite().all() for value in read_checkpoint(path)["net"].values())
 
 
+class Given:
+    """A loss whose one term is a given number, so far as its value goes; its gradient is that of the mean answer."""
+
+    helpers, mode = {}, "multi"
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, net, x, cond=None, **_):
+        t = torch.zeros(len(x))
+        total = net(x, t, t, cond).mean()
+        return Losses(total - total.detach() + self.value, *torch.zeros(4))
+
+
+@given(st.floats(-1e8, 1e8), st.floats(0.0, 30.0), st.sampled_from([1, 2]))
+def test_training_stops_just_where_a_term_is_plainly_too_large(value, spread, accumulate):
+    """Above 1e5 (1 + mean of x^2), whatever its sign; the largest of healthy runs, SiD's spikes, stay below 1e4."""
+    state, x = small_state(), spread * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    before = [p.clone() for p in weights(state)]
+    run = train(state, Given(value), lambda step: x, 2, accumulate=accumulate)
+    if abs(value) > 1.001e5 * (1 + spread**2):
+        with pytest.raises(FloatingPointError, match=rf"step 1: the total loss is {value:.3g}".replace("+", r"\+")):
+            next(run)
+        assert all(torch.equal(a, b) for a, b in zip(before, weights(state)))
+    elif abs(value) < 0.999e5 * (1 + spread**2):
+        assert next(run)["total"] == pytest.approx(value, rel=1e-6)
+
+
+def test_a_run_that_diverges_stops_and_its_checkpoint_stays(tmp_path):
+    """The printed setting on data that nobody standardised: its loss passes 1e25 in some hundred steps if it is let."""
+    state, points = small_state(), Points("checkerboard", 128)
+    terms = "base|adversarial|rectify|gap"
+    with pytest.raises(FloatingPointError, match=rf"step \d+: the ({terms}) loss is [\d.]+e\+\d+; lower lr"):
+        for record in train(state, TwinFlowLoss.paper(), lambda i: 5 * points.batch(i)[0], 2000):
+            assert max(record.values()) < 3e6
+            write_checkpoint(tmp_path / "checkpoint.pt", state.state_dict())
+    saved = read_checkpoint(tmp_path / "checkpoint.pt")
+    assert saved["step"] == record["step"] and all(value.isfinite().all() for value in saved["average"].values())
+
+
+def test_a_batch_may_be_data_alone_arrays_or_lists_of_labels_and_nothing_else():
+    """The same numbers in each form that is plain; a loader where a function belongs is told what makes one of it."""
+    x, label = Points("moons", 16).batch(0)
+    net = MLP(2, 16, 2, classes=2)
+
+    def records(batch, classes=0):
+        torch.manual_seed(0)
+        return list(train(new_state(MLP(2, 16, 2, classes)), TwinFlowLoss(), batch, 2))
+
+    first, *others = [records(lambda i, item=item: item) for item in ((x, None), x, x.numpy(), [x], (x.numpy(),))]
+    assert all(other == first for other in others)
+    of_labels = [label, label.byte(), label.bool(), label.int(), label.numpy(), label.tolist()]
+    first, *others = [records(lambda i, y=y: (x, y), classes=2) for y in of_labels]
+    assert all(other == first for other in others)
+    for batch, message in [
+        ([x, x], "batch is a function of the step, got list: data.given.Stream makes one"),
+        (torch.utils.data.DataLoader(x), "batch is a function of the step, got DataLoader"),
+        (lambda i: 3, "a batch is x or a pair"),
+        (lambda i: (x, label[:3]), "cond has 3 rows, x has 16"),
+        (lambda i: (x[:3], label), "cond has 16 rows, x has 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            next(train(new_state(net), TwinFlowLoss(), batch, 2))
+
+
 def test_warm_up_is_flow_matching_and_twins_come_after(tmp_path):
     finish(begin(config("steps=8"), tmp_path / "run"))
     log = read_log(tmp_path / "run")

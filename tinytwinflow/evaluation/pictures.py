@@ -29,7 +29,7 @@ def words(text):
 def scatter(axis, x, title, color, limits):
     """Points of the first two dimensions, drawn faintly so that density shows; of one dimension, a histogram."""
     if x.shape[1] == 1:
-        axis.hist(x[:, 0], 80, limits[0], density=True, color=color)
+        axis.hist(x[:, 0], 80, range=limits[0], density=True, color=color)
         axis.set(title=words(title), xlim=limits[0], yticks=[])
     else:
         axis.scatter(x[:, 0], x[:, 1], s=1.2, alpha=0.35, color=color, linewidths=0, rasterized=True)

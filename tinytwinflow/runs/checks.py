@@ -9,6 +9,7 @@ from ..data.batches import null_of
 from ..data.latents import autoencoder
 from ..evaluation.features import Inception
 from ..method.path import same_shape
+from ..method.twin import check_field
 from ..training.checkpoints import has_checkpoint
 from ..training.distributed import blocks_of, without_weights
 from .build import first_weights, net_of
@@ -56,6 +57,7 @@ def _try(net, data):
     """Raise ValueError unless a user's network is one that can be trained, and answers in the shape of x."""
     if not isinstance(net, torch.nn.Module):
         raise ValueError(f"a net to train is an nn.Module, got {type(net).__name__}")
+    check_field(net)
     x, cond = data.fresh(2)
     t, r = torch.full((len(x),), 0.5), torch.full((len(x),), 0.25)
     same_shape(copy.deepcopy(net).cpu().eval()(x, t, r, cond), x, "net's answer and x")

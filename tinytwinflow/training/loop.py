@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from ..method.conditions import as_pair, move, replace, take
+from ..method.conditions import as_pair, check_rows, move, replace, take
 from ..method.losses import TwinFlowLoss
 
 PRECISIONS = ("float32", "bf16")
@@ -64,6 +64,7 @@ def train(
             together = world.reseed(state.generator, i)
         x, cond = as_pair(batch(i))
         x, cond = torch.as_tensor(x, device=device), move(cond, device)
+        check_rows(cond, len(x))
         if null is not None and label_dropout:
             drop = torch.rand(len(x), generator=state.generator, device=device) < label_dropout
             cond = replace(cond, null, drop)
