@@ -6,6 +6,7 @@ from statistics import mean, pstdev
 
 NFES = (1, 2, 4, 8)
 LINE = ("flow matching", 100)  # what one step is compared with
+SEEN = "the real data were trained on, none of them being held out: a model that repeats them looks good"
 COLUMNS = ("sliced_wasserstein", "energy_distance", "coverage", "diversity")
 
 
@@ -16,7 +17,7 @@ def run_table(result):
     for row in result["rows"]:
         lines.append(f"{row['method']:<16}{row['mode']:<8}{row['nfe']:>5}" + "".join(f"{row[m]:>20.4f}" for m in names))
     lines.append(f"{'real data':<29}" + "".join(f"{result['floor'][name]:>20.4f}" for name in names))
-    return "\n".join(lines)
+    return "\n".join(lines + ([] if result.get("held_out", True) else [SEEN]))
 
 
 def markdown(header, rows):

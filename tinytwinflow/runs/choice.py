@@ -6,6 +6,7 @@ from pathlib import Path
 from ..backbones.captions import TEXTS_INDEX
 from ..data.given import Table, as_data_set
 from ..data.latents import Latents, is_latents
+from ..data.points import is_table
 from ..data.readers import IMAGE_SETS, find_pictures, read_picture
 from ..ranges import plain
 from .build import OWN
@@ -51,7 +52,7 @@ def recipe_for_name(name, size=None):
     if is_latents(name):
         return "imagenet", {"data": path, "size": Latents(name).shape[-1]}
     if not Path(name).is_dir():
-        return "toy", {"data": path if name.endswith((".npy", ".csv")) else name}
+        return "toy", {"data": path if is_table(name) else name}
     paths, _, classes = find_pictures(name)
     size = min(32, *read_picture(paths[0]).size) // 2 * 2 if size is None else size
     return "fashion", {"data": path, "conditional": classes > 0, **_for_images(size)}
