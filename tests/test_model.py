@@ -251,11 +251,11 @@ def test_wrong_data_is_told_in_one_line(tmp_path):
     nan[3] = np.nan
     for data, message in [
         (np.zeros(5), r"samples are arrays \(n, D\) or \(n, C, H, W\), got shape \(5,\)"),
-        (np.zeros((5, 2), complex), "samples are real numbers, got complex128"),
-        (np.zeros((5, 2), bool), "samples are real numbers, got bool"),
+        (np.zeros((5, 2), complex), "samples are real numbers of at most 64 bits, got complex128"),
+        (np.zeros((5, 2), bool), "samples are real numbers of at most 64 bits, got bool"),
         (nan, "row 3 holds NaN or infinity"),
         (np.ones((5, 2)), "column 0 is constant"),
-        (np.zeros((1, 2)), "needs at least 2 samples, got 1"),
+        (np.zeros((1, 2)), "needs at least 4 samples, got 1"),
         (np.zeros((5, 28, 28, 3)), r"images are \(n, C, H, W\), got \(5, 28, 28, 3\): transpose them"),
         (np.random.rand(5, 1, 8, 6), "images must be square, got 8 x 6 pixels"),
         ((np.random.rand(5, 2), np.zeros(4, int)), "there are 4 labels for 5 samples"),

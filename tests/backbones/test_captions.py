@@ -13,9 +13,10 @@ lines = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_siz
 
 
 @settings(max_examples=25)
-@given(st.lists(lines, min_size=1, max_size=4), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.booleans())
+@given(st.lists(lines, min_size=1, max_size=4), st.sampled_from(["\n", "\r\n"]), st.booleans(), st.integers(0, 3))
 def test_a_line_is_a_prompt_whatever_is_in_it(tmp_path_factory, prompts, newline, mark, last):
-    """Separators that Python's splitlines knows (U+2028, form feed) are part of a prompt; so of a line of JSON."""
+    """Separators that Python's splitlines knows (U+2028, form feed) are part of a prompt; so of a line of JSON. Blank
+    lines at the end are none."""
     folder = tmp_path_factory.mktemp("prompts")
     prompts[0] = "a\u2028b\x0cc" + prompts[0].lstrip("\ufeff")
     content = {

@@ -305,7 +305,9 @@ def test_prompts_are_read_from_lines_records_and_folders(tmp_path):
     refused("b.jsonl, line 1: no JSON", "b.jsonl", "a cat\n")
     refused("b.jsonl, line 2: no prompt", "b.jsonl", '{"prompt": "a"}\n{"text": "a"}\n')
     refused("b.jsonl, line 1: no prompt", "b.jsonl", '"prompt"\n')
-    refused("b.csv: no such .txt, .jsonl or folder", "b.csv", "a cat")
+    refused("b.json: prompts are read from .txt, .jsonl or a folder of .txt$", "b.json", "[]")
+    with pytest.raises(ValueError, match="c.json: no such .txt, .jsonl or folder of .txt$"):
+        read_prompts(tmp_path / "c.json")
     (folder / "c.txt").write_text(" ")
     with pytest.raises(ValueError, match="c.txt: no prompt"):
         read_prompts(folder)

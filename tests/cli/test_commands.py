@@ -299,9 +299,9 @@ def test_wrong_files_are_named(capsys, tmp_path):
     for name, content, fault in [
         ("missing.csv", None, "no such file"),
         ("empty.csv", "", "empty"),
-        ("words.csv", "1,2\nthree,4\n", "not a table of numbers"),
-        ("nan.csv", "1,2\n3,nan\n", "NaN"),
-        ("one.csv", "1,2\n", "at least 2 points"),
+        ("words.csv", "1,2\nthree,4\n", "line 2: 'three' is not a finite number"),
+        ("nan.csv", "1,2\n3,nan\n", "line 2: 'nan' is not a finite number"),
+        ("one.CSV", "1,2\n", "at least 4 samples"),
     ]:
         if content is not None:
             (tmp_path / name).write_text(content)

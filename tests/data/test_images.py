@@ -184,4 +184,9 @@ def test_missing_and_damaged_sets_are_named(home, tmp_path):
     (pictures / "class-1" / "notes.txt").write_text("hello")
     refused("notes.txt: not an image in a folder of a class", str(pictures), 12, size=16)
     (tmp_path / "empty").mkdir()
-    refused("empty: needs images, or a folder for each class with images", str(tmp_path / "empty"), 4, size=16)
+    refused(
+        "empty: holds no images; it needs images, or a folder for each class",
+        str(tmp_path / "empty"),
+        4,
+        size=16,
+    )

@@ -180,7 +180,7 @@ def test_wrong_settings_are_answered_in_one_line(home, vae, tmp_path, capsys):
     refused("cifar", "no such checkpoint", changes=["init_from=nowhere"])
     write_folder(tmp_path / "few", n=20)
     command = ["train", "cifar", "--data", tmp_path / "few", "--set", "size=16", "--out", tmp_path / "run"]
-    fails(capsys, command, "2 images are kept to measure against", "at least 12")
+    fails(capsys, command, "2 images are kept to measure", "at least 12", "so 240 in the folder, which holds 40")
     write_folder(tmp_path / "many", classes=40)
     command = ["train", "cifar", "--data", tmp_path / "many", "--set", "size=16", "--out", tmp_path / "run"]
     fails(capsys, command, "12 images are kept", "diversity needs two of one class among the 6")

@@ -28,15 +28,15 @@ def _text(path):
     """What a text file says. Raises ValueError if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")  # with a byte order mark or without
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: no UTF-8 text") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 text") from error
 
 
 def read_prompts(path):
     """Prompts from a .txt (one a line), a .jsonl (key "prompt") or a folder of NAME.txt (one each).
 
-    -> list of dicts with the key "prompt", all other keys of the line, and from a folder "name". Raises ValueError
-    that names the line if one is empty or no such thing.
+    -> list of dicts with the key "prompt", all other keys of the line, and from a folder "name". Blank lines at the end
+    do not count. Raises ValueError that names the line if another is empty or no such thing.
     """
     path, records = Path(path), []
     if path.is_dir():
@@ -44,13 +44,15 @@ def read_prompts(path):
         places, records = files, [{"prompt": _text(file).strip(), "name": file.stem} for file in files]
     elif path.suffix in (".txt", ".jsonl") and path.is_file():
         text = _text(path)
-        lines = text.removesuffix("\n").split("\n") if text else []  # splitlines() would cut a prompt at U+2028
+        lines = text.rstrip().split("\n") if text.strip() else []  # splitlines() would cut a prompt at U+2028
         places = [f"{path}, line {i}" for i in range(1, len(lines) + 1)]
         for place, line in zip(places, lines):
             try:
                 records.append(json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()})
-            except json.JSONDecodeError:
-                raise ValueError(f"{place}: no JSON") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: no JSON") from error
+    elif path.exists():
+        raise ValueError(f"{path}: prompts are read from .txt, .jsonl or a folder of .txt")
     else:
         raise ValueError(f"{path}: no such .txt, .jsonl or folder of .txt")
     for place, record in zip(places, records):

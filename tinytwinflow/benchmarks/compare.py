@@ -15,7 +15,7 @@ import torch
 from ..bars import bar
 from ..data.points import Points
 from ..evaluation import pictures
-from ..evaluation.tables import LINE, NFES, comparison_table, floor_of, summary
+from ..evaluation.tables import LINE, NFES, SEEN, comparison_table, floor_of, summary
 from ..files import write_json
 from ..runs.checks import refuse_misfits
 from ..runs.evaluate import rows_of, yardstick
@@ -64,6 +64,7 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     costs = costs_of_methods(methods, changes, Path(out) / "cost.json")
     rows, floors = summary(results, names, methods), {name: floor_of(results, name) for name in names}
     text = comparison_table(rows, floors, names, methods, costs)
+    text += "".join(f"\n\n{Path(name).name}: {SEEN}" for name in names if not sets[name].held_out)
     print(text)
     content = {"seeds": list(seeds), "seconds": round(time.perf_counter() - began), "device": "cpu"}
     content |= {"training_seconds": sum(r["seconds"] for r in results), "floor": floors, "cost": costs, "rows": rows}

@@ -9,6 +9,7 @@ import torch
 from ..backbones.families import published_names
 from ..backbones.painting import LAYOUTS
 from ..benchmarks import compare, plan, speed_backbone
+from ..data.points import is_table
 from ..data.readers import IMAGE_SETS
 from ..data.toys import TOYS
 from ..method.samplers import MODES
@@ -175,6 +176,6 @@ def config_of(args, recipe):
         if path and path != "classifier":
             config[key] = kind + colon + str(Path(path).resolve())
     from_disk = "model" in config or "size" in config and config["data"] not in IMAGE_SETS
-    if from_disk or config["data"].endswith((".npy", ".csv")):
+    if from_disk or is_table(config["data"]):
         config["data"] = str((Path(args.data_dir or ".") / config["data"]).resolve())
     return config

@@ -22,7 +22,8 @@ class DataSet(Protocol):
               The same step gives the same batch whenever and wherever it is asked, so that a run resumes where it was
     fresh     n, draw -> x, labels to measure against, not more than n; draws 0 and 1 have no sample in common
 
-    It may also have batch_size, for the record, and null, a condition of one row that stands for none.
+    It may also have batch_size, for the record, null, a condition of one row that stands for none, and held_out, False
+    where `fresh` gives samples that are trained on, too, which is said beside what is measured.
 
     A set of your own, given to `fit` or to `runs.run.begin`:
 
@@ -81,6 +82,17 @@ def rows_of_step(n, batch_size, step, seed):
     index = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = index.div(n, rounding_mode="floor")
     return torch.cat([_shuffled(n, seed, epoch)[index[epochs == epoch] % n] for epoch in epochs.unique().tolist()])
+
+
+def kept_apart(n):
+    """Which of n rows are kept from training to be measured against: every twentieth.  -> (n,) bool"""
+    return torch.arange(n) % 20 == 19
+
+
+def half_of(rows, n, draw, seed):
+    """Up to n of some rows: those of draws 0 and 1 are equally many and none the same."""
+    order = rows[torch.randperm(len(rows), generator=seeded(seed, 1))]
+    return order[: len(order) // 2 * 2][draw % 2 :: 2][:n]
 
 
 def mine(rows, part):

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from ..method.conditions import as_pair, join, take
-from ..method.draws import seeded
-from .batches import mine, rows_of_step
+from .batches import half_of, kept_apart, mine, rows_of_step
 
 LOOKED_AT = 16  # batches of a stream from which its spread is measured
+FEWEST = 6  # rows in each half of those that are held out: more than the five neighbours that are looked for
 
 
 def as_data_set(data, batch_size=None, seed=0):
@@ -52,10 +52,22 @@ def _tensor(x):
         raise ValueError(f"samples are arrays (n, D) or (n, C, H, W), got {got}")
     if x.ndim == 4 and x.shape[1] not in (1, 3, 4) and x.shape[3] in (1, 3, 4):
         raise ValueError(f"images are (n, C, H, W), got {tuple(x.shape)}: transpose them, x.transpose(0, 3, 1, 2)")
-    kind = str(x.dtype)
-    if not any(word in kind for word in ("float", "int")) or kind.startswith("complex"):
-        raise ValueError(f"samples are real numbers, got {kind}")
-    return x.detach().cpu() if torch.is_tensor(x) else torch.from_numpy(np.ascontiguousarray(x))
+    return _real(x, "samples are real numbers")
+
+
+def _real(x, what, kinds="iuf"):
+    """An array or tensor as a tensor on the CPU. Raises ValueError unless its numbers are of some kinds of numpy's."""
+    if np.ma.is_masked(x):
+        raise ValueError(f"{what}, some are masked")
+    if torch.is_tensor(x):
+        fits = not (x.is_complex() or x.is_quantized or x.dtype == torch.bool and "b" not in kinds)
+    else:
+        fits = x.dtype.kind in kinds and x.dtype.itemsize <= 8
+    if not fits:
+        raise ValueError(f"{what} of at most 64 bits, got {x.dtype}")
+    if torch.is_tensor(x):
+        return x.detach().cpu()
+    return torch.from_numpy(np.ascontiguousarray(x, x.dtype.newbyteorder("=")))
 
 
 def _condition(y, n):
@@ -64,12 +76,7 @@ def _condition(y, n):
         return None, 0
     if isinstance(y, dict):
         return {name: _condition(value, n)[0] for name, value in y.items()}, 0
-    if not torch.is_tensor(y):
-        y = np.asarray(y)
-        if y.dtype.kind not in "iufb":
-            raise ValueError(f"labels are whole numbers, other conditions numbers, got {y.dtype}")
-        y = torch.from_numpy(np.ascontiguousarray(y))
-    y = y.detach().cpu()
+    y = _real(y if _is_array(y) else np.asarray(y), "labels are whole numbers, other conditions numbers", "iufb")
     if len(y) != n:
         raise ValueError(f"there are {len(y)} labels for {n} samples")
     if y.ndim != 1 or y.is_floating_point():
@@ -83,10 +90,13 @@ def _condition(y, n):
 class Scaled:
     """What all have in common: a standardisation, and the type that samples go back to."""
 
-    on_disk = False
+    on_disk, held_out = False, False
 
     def measure(self, x, like):
-        """Take shape, mean, spread and type from samples. Raises ValueError if one is not finite or never changes."""
+        """Take shape, mean, spread and type from samples.
+
+        Raises ValueError if one is not finite, or a spread is below the rounding of the numbers or beyond float64.
+        """
         self.shape, whole = tuple(x.shape[1:]), x.double()
         if not whole.isfinite().all():
             raise ValueError(f"row {int((~whole.isfinite().flatten(1).all(1)).nonzero()[0])} holds NaN or infinity")
@@ -94,9 +104,15 @@ class Scaled:
             self.mean = self.std = torch.tensor(127.5, dtype=torch.float64)
         else:
             self.mean, self.std = (whole.mean(0), whole.std(0)) if x.ndim == 2 else (whole.mean(), whole.std())
-        if (self.std == 0).any():
-            raise ValueError(f"column {int((self.std == 0).flatten().nonzero()[0])} is constant")
-        self.units = ["torch" if torch.is_tensor(like) else "numpy", str(like.dtype).removeprefix("torch.")]
+        kind = x.dtype if x.dtype.is_floating_point else torch.float64
+        rounding = torch.finfo(kind).eps * (whole.abs().amax(0) if x.ndim == 2 else whole.abs().max())
+        for fits, fault in (
+            (self.std.isfinite(), "spreads too far: its squares are beyond float64"),
+            (self.std > rounding, f"is constant, as far as {str(kind)[6:]} tells"),
+        ):
+            if not fits.all():
+                raise ValueError(f"column {int((~fits).flatten().nonzero()[0])} {fault}")
+        self.units = ["torch", str(like.dtype)[6:]] if torch.is_tensor(like) else ["numpy", like.dtype.name]
 
     @property
     def scaling(self):
@@ -111,30 +127,33 @@ class Scaled:
 class Table(Scaled):
     """Rows held in memory, (n, D) or (n, C, H, W), shuffled once an epoch, batches running on over its end.
 
-    labels: (n,) whole numbers from 0 on, or another condition of n rows. part = (rank, size): of each batch, one
-    process's rows.
+    Every twentieth is held out, to be measured against, from 240 rows on, with many classes from more; of fewer all are
+    trained on, and measured against. labels: (n,) whole numbers from 0 on, or another condition of n rows. part =
+    (rank, size): of each batch, one process's rows.
     """
 
     def __init__(self, x, batch_size, seed=0, part=(0, 1), labels=None):
         table = _tensor(x)
-        if len(table) < 2:
-            raise ValueError(f"needs at least 2 samples, got {len(table)}")
+        if len(table) < 4:
+            raise ValueError(f"needs at least 4 samples, got {len(table)}")
         self.batch_size, self.seed, self.part = batch_size, seed, part
         self.labels, self.classes = _condition(labels, len(table))
         self.measure(table, x)
         self.table = self.standardise(table)
+        self.rows = self.apart = torch.arange(len(table))
+        apart = kept_apart(len(table))
+        self.held_out = int(apart.sum()) // 2 >= max(FEWEST, self.classes + 1)  # so that two are of one class
+        if self.held_out:
+            self.rows, self.apart = self.rows[~apart], self.rows[apart]
 
     def batch(self, step):
         """Samples (batch_size, *D) and their condition or None of one step."""
-        rows = mine(rows_of_step(len(self.table), self.batch_size, step, self.seed), self.part)
+        rows = self.rows[mine(rows_of_step(len(self.rows), self.batch_size, step, self.seed), self.part)]
         return self.table[rows], take(self.labels, rows)
 
     def fresh(self, n, draw=0):
-        """n samples to measure against; draws 0 and 1 are disjoint halves. Of points some come twice where the half is
-        smaller than n, of images fewer come."""
-        half = torch.randperm(len(self.table), generator=seeded(self.seed, 1))[draw % 2 :: 2]
-        few = half[: min(n, len(self.table) // 2)]
-        rows = few if self.table.ndim == 4 else half[torch.arange(n) % len(half)]
+        """Up to n samples to measure against, half of what there is at most; draws 0 and 1 have none in common."""
+        rows = half_of(self.apart, n, draw, self.seed)
         return self.table[rows], take(self.labels, rows)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ..method.draws import seeded
-from .batches import mine, rows_of_step
+from .batches import half_of, kept_apart, mine, rows_of_step
 from .latents import Latents, is_latents
 from .readers import IMAGE_SETS, Folder, Pixels
 
@@ -44,8 +44,8 @@ class Images:
             raise ValueError(f"subset must be at least 0, got {subset}")
         self.rows = torch.arange(len(self.train))
         if self.train is self.test:
-            held_out = self.rows % 20 == 19
-            self.rows, self.test_rows = self.rows[~held_out], self.rows[held_out]
+            apart = kept_apart(len(self.rows))
+            self.rows, self.test_rows = self.rows[~apart], self.rows[apart]
         else:
             self.test_rows = torch.arange(len(self.test))
         if subset:
@@ -78,5 +78,4 @@ class Images:
 
     def fresh_rows(self, n, draw):
         """Which rows of the test part `fresh` reads."""
-        order = torch.randperm(len(self.test_rows), generator=seeded(self.seed, 1))
-        return self.test_rows[order[: len(order) // 2 * 2][draw % 2 :: 2][:n]]
+        return half_of(self.test_rows, n, draw, self.seed)

@@ -1,5 +1,11 @@
 """Points to train on: a named two-dimensional set, or any table of points from a file, dealt into batches."""
 
+import csv
+import functools
+import math
+import sys
+import textwrap
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -9,41 +15,107 @@ from .batches import mine
 from .given import Table
 from .toys import TOYS, count_labels, draw_points
 
+WITHOUT = "write the table without them (pandas: index=False)"
+
+
+def is_table(name):
+    """Whether a name is that of a file of points."""
+    return Path(name).suffix.lower() in (".npy", ".csv")
+
 
 def read_points(path):
-    """Read a table of points, a row a point, from .npy or .csv (comma, one header line allowed).
+    """Read a table of points, a row a point, from .npy, or .csv: commas between numbers, and one line of names at most.
 
-    -> array (n, D) of the file's own type. Raises ValueError if the file is missing, of another kind, empty, not
-    numeric, not finite, of one row, or if a column never changes.
+    -> array (n, D) of the file's own type. The names are said on stderr. Raises ValueError that names the file, and of
+    a .csv the line, if it is missing, of another kind, or anything but a whole table of numbers.
     """
     path = Path(path)
-    if path.suffix not in (".npy", ".csv"):
-        raise ValueError(f"{path}: points are read from .npy or .csv files")
+    if not is_table(path):
+        raise ValueError(f"{path}: points are read from .npy, or from .csv with commas between numbers")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
-    try:
-        if path.suffix == ".npy":
-            x = np.load(path, allow_pickle=False)
-        else:
-            lines = [line for line in path.read_text().splitlines() if line.strip()]
-            if lines and not all(map(_is_number, lines[0].split(","))):
-                lines = lines[1:]
-            x = np.loadtxt(lines, delimiter=",", ndmin=2) if lines else np.empty((0, 1))
-        whole = np.asarray(x, dtype=np.float64)
-    except (ValueError, TypeError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a table of numbers ({str(error).splitlines()[0]})") from None
-    if x.ndim != 2 or x.shape[1] == 0:
-        raise ValueError(f"{path}: points must be a table (n, D), got shape {x.shape}")
-    if len(x) < 2:
-        raise ValueError(f"{path}: needs at least 2 points, got {len(x)}")
-    if not np.isfinite(whole).all():
-        row = int(np.flatnonzero(~np.isfinite(whole).all(1))[0])
-        raise ValueError(f"{path}: row {row} holds NaN or infinity")
-    if (whole.std(0) == 0).any():
-        raise ValueError(f"{path}: column {int(np.flatnonzero(whole.std(0) == 0)[0])} is constant")
+    if path.suffix.lower() == ".csv":
+        return _read_csv(path)
+    with open(path, "rb") as file:
+        try:
+            x = np.lib.format.read_array(file, allow_pickle=False)
+        except Exception as error:  # whatever a damaged file makes the reader raise
+            raise ValueError(f"{path}: not a table of numbers ({str(error).partition(chr(10))[0]})") from error
+    if x.ndim != 2:
+        raise ValueError(f"{path}: points are a table (n, D), got shape {x.shape} of {x.dtype}")
     return x
+
+
+def _read_csv(path):
+    """The numbers of a .csv.  -> array (n, D)"""
+    values, width, names, blank = array("d"), 0, (), 0
+    for line, cells in _lines_of(path):
+        where = f"{path}, line {line}"
+        if not cells:
+            blank = blank or line
+            continue
+        if blank and len(cells) == 1:
+            raise ValueError(f"{path}, line {blank}: an empty cell")
+        blank = 0
+        if not width:
+            width, first = len(cells), line
+            names = _names(cells, where)
+            if names:
+                continue
+        if len(cells) != width:
+            raise ValueError(f"{where}: {len(cells)} cells, but line {first} has {width}")
+        values.extend(_numbers(cells, where))
+    if not values:
+        raise ValueError(f"{path}: holds no numbers")
+    x = np.array(values).reshape(-1, width)
+    if names:
+        if np.array_equal(x[:, 0], np.arange(len(x))):
+            raise ValueError(f"{path}: column {names[0]!r} counts 0, 1, 2 ... as row numbers do: {WITHOUT}")
+        _say_names(path, first, names)
+    return x
+
+
+def _names(cells, where):
+    """The names that the first line of a .csv holds, none where a cell is a number."""
+    if not cells[0].strip():
+        raise ValueError(f"{where}: the first cell is empty, as above row numbers: {WITHOUT}")
+    if cells == [str(i) for i in range(len(cells))]:
+        raise ValueError(
+            f"{where}: counts 0, 1 ... as a program names columns: remove it, or write 0.0 if it is a point"
+        )
+    odd = any(_is_number(cell) or ";" in cell or "\t" in cell for cell in cells)
+    return () if odd else tuple(cells)
+
+
+def _lines_of(path):
+    """The lines of a .csv, blank ones too.  -> number, cells"""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        lines, number = csv.reader(file, strict=True), 1
+        try:
+            for cells in lines:
+                yield number, cells
+                number = lines.line_num + 1
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: no UTF-8 text") from error
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def _numbers(cells, where):
+    """The finite numbers that the cells of a line are."""
+    try:
+        row = list(map(float, cells))
+    except ValueError:
+        row = [math.nan]
+    if all(map(math.isfinite, row)):
+        return row
+    bad = next(cell for cell in cells if not (_is_number(cell) and math.isfinite(float(cell))))
+    if not bad.strip():
+        raise ValueError(f"{where}: an empty cell")
+    hint = "; commas separate cells, and numbers have a point" if ";" in bad or "\t" in bad else ""
+    raise ValueError(f"{where}: {textwrap.shorten(bad, 40)!r} is not a finite number{hint}")
 
 
 def _is_number(word):
@@ -54,6 +126,11 @@ def _is_number(word):
         return False
 
 
+@functools.cache  # a run reads its data more than once
+def _say_names(path, line, names):
+    print(f"{path}: line {line} is taken for names: {textwrap.shorten(', '.join(names), 200)}", file=sys.stderr)
+
+
 class Points(Table):
     """Points of a named two-dimensional set, drawn afresh at each step, or of a file, a `given.Table`.
 
@@ -62,12 +139,16 @@ class Points(Table):
     """
 
     def __init__(self, name, batch_size, seed=0, part=(0, 1)):
-        if name not in TOYS and str(name).endswith((".npy", ".csv")):
-            super().__init__(read_points(name), batch_size, seed, part)
+        if name not in TOYS and Path(name).suffix:
+            x = read_points(name)
+            try:
+                super().__init__(x, batch_size, seed, part)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
             self.name = name
             return
         self.name, self.batch_size, self.seed, self.part = name, batch_size, seed, part
-        self.table, self.shape, self.classes = None, (2,), count_labels(name)
+        self.table, self.shape, self.classes, self.held_out = None, (2,), count_labels(name), True
 
     def batch(self, step):
         """Points (batch_size, D) and labels (batch_size,) or None of one step."""

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.datasets import ImageFolder
+from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as tv
 
@@ -37,8 +36,8 @@ def read_idx(path):
     """Read a file of the MNIST format, plain or .gz.  -> uint8 tensor. Raises ValueError if it is another."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error):
-        raise ValueError(f"{path}: cut short or not gzip") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cut short or not gzip") from error
     axes = raw[3] if len(raw) >= 4 and raw[:3] == b"\0\0\x08" else 0
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
     if not axes or len(raw) != 4 + 4 * axes + math.prod(shape):
@@ -87,8 +86,8 @@ def _cifar10(name, folder, train):
             content = _Arrays(io.BytesIO(path.read_bytes()), encoding="bytes").load()
             pixels.append(torch.from_numpy(np.asarray(content[b"data"], np.uint8)).view(-1, 3, 32, 32))
             labels.append(torch.tensor(content[b"labels"]).long())
-        except Exception:  # whatever a damaged file makes the reader raise
-            raise ValueError(f"{path}: cut short, or no CIFAR-10 batch") from None
+        except Exception as error:  # whatever a damaged file makes the reader raise
+            raise ValueError(f"{path}: cut short, or no CIFAR-10 batch") from error
     return torch.cat(pixels), torch.cat(labels)
 
 
@@ -115,9 +114,83 @@ class Pixels:
         return to_unit(self.pixels[rows]), self.labels[rows]
 
 
+def read_picture(path):
+    """A picture in a file as upright RGB of 8 bits.  -> PIL image
+
+    It is turned as its EXIF orientation says, and what is transparent lies on white. Grey of 16 bits, also in integers
+    of 32, becomes v / 257, grey in floats from 0 to 1 becomes 255 v; of colours of 16 bits Pillow keeps the upper 8.
+    Raises ValueError that names the file if it is cut short, no image, or its numbers lie elsewhere.
+    """
+    raw = io.BytesIO(Path(path).read_bytes())  # of a file by name, Pillow maps a TIFF on its side with wrong rows
+    try:
+        with Image.open(raw) as image:
+            other_depth = image.format == "PNG" and image.mode in ("L", "RGB") and image.tile[0][3] != image.mode
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise ValueError(f"{path}: cut short, or not an image") from error
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _grey(path, image).convert("RGB")
+    if other_depth and "transparency" in image.info:  # Pillow compares it with levels that it has brought to 8 bits
+        raise ValueError(f"{path}: a transparent colour is read in PNG of 8 bits, others need an alpha channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _grey(path, image):
+    """Grey of 16 bits or of floats as grey of 8 bits."""
+    pixels, top = np.asarray(image).astype(np.float64), 1 if image.mode == "F" else 65535
+    low, high = pixels.min(), pixels.max()
+    if not 0 <= low <= high <= top:  # nor is NaN
+        raise ValueError(f"{path}: its pixels must lie in 0 ... {top}, as {image.mode} they are {low:g} ... {high:g}")
+    pixels[pixels == image.info.get("transparency")] = top
+    return Image.fromarray(np.rint(pixels * (255 / top)).astype(np.uint8))
+
+
+def find_pictures(folder):
+    """The pictures in a folder, or in its folders, a folder a class, by name.  -> paths, labels, number of classes
+
+    Hidden files and folders, and __MACOSX, do not count. Raises ValueError if there are none, in a class or at all, or
+    anything else is there.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    there = sorted(entry for entry in Path(folder).iterdir() if not _hidden(entry.name))
+    classes = [entry for entry in there if entry.is_dir()]
+    loose = [str(entry) for entry in there if entry not in classes]
+    parts = [_files_in(entry) for entry in classes] or [loose]
+    for place, part in zip(classes or [folder], parts):
+        if not any(map(_is_picture, part)):
+            raise ValueError(f"{place}: holds no images; it needs images, or a folder for each class with images in it")
+    paths = [path for part in parts for path in part]
+    odd = [*(loose if classes else []), *(path for path in paths if not _is_picture(path))]
+    if odd:
+        raise ValueError(f"{odd[0]}: not an image{' in a folder of a class' if classes else ''}")
+    return paths, [label for label, part in enumerate(parts) for _ in part], len(classes)
+
+
+def _hidden(name):
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_picture(path):
+    return path.lower().endswith(IMG_EXTENSIONS)
+
+
+def _files_in(folder):
+    """All files in a folder and the folders inside, but hidden ones."""
+    walk = sorted(os.walk(folder, followlinks=True))
+    seen = [(here, names) for here, _, names in walk if not any(map(_hidden, Path(here).relative_to(folder).parts))]
+    return [os.path.join(here, name) for here, names in seen for name in sorted(names) if not _hidden(name)]
+
+
 class Folder:
-    """Images in a folder a class, or all in one folder without classes, read from disk as RGB, their middle square made
-    size x size.
+    """Images in a folder a class, or all in one folder without classes, read from disk by `read_picture`, their middle
+    square made size x size.
 
     Raises ValueError if the folder is missing, holds no images, or anything that is no image.
     """
@@ -125,46 +198,16 @@ class Folder:
     def __init__(self, folder, size):
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
-        if not Path(folder).is_dir():
-            raise ValueError(f"{folder}: no such folder")
-        there = sorted(entry for entry in Path(folder).iterdir() if not entry.name.startswith("."))
-        flat = any(entry.suffix.lower() in IMG_EXTENSIONS for entry in there) and all(map(Path.is_file, there))
-        if flat:
-            odd = next((entry for entry in there if entry.suffix.lower() not in IMG_EXTENSIONS), None)
-            if odd is not None:
-                raise ValueError(f"{odd}: not an image")
-            self.paths, labels, self.classes = [str(entry) for entry in there], [0] * len(there), 0
-        else:
-            self.paths, labels, self.classes = self._in_classes(folder)
+        self.paths, labels, self.classes = find_pictures(folder)
         self.labels = torch.tensor(labels)
         self.folder, self.size, self.shape, self.pool = folder, size, (3, size, size), ThreadPoolExecutor()
-
-    @staticmethod
-    def _in_classes(folder):
-        try:
-            found = ImageFolder(folder)
-        except FileNotFoundError:
-            raise ValueError(f"{folder}: needs images, or a folder for each class with images in it") from None
-        paths, labels = zip(*found.samples)
-        known = set(paths)
-        for here, _, files in os.walk(folder):
-            for name in files:
-                if os.path.join(here, name) not in known and not name.startswith("."):
-                    raise ValueError(f"{os.path.join(here, name)}: not an image in a folder of a class")
-        return paths, labels, len(found.classes)
 
     def __len__(self):
         return len(self.paths)
 
     def _one(self, row):
         path = self.paths[row]
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{path}: {error}") from None
-        except Exception:  # whatever a damaged file makes the reader raise
-            raise ValueError(f"{path}: cut short, or not an image") from None
+        image = read_picture(path)
         if min(image.size) < self.size:
             raise ValueError(f"{path}: {image.width} x {image.height} pixels, smaller than size {self.size}")
         return tv.pil_to_tensor(tv.center_crop(tv.resize(image, self.size, antialias=True), self.size))

@@ -67,7 +67,7 @@ def enough_to_measure(config, data):
     """Raise ValueError if too few images are kept from training for the metrics of a run."""
     kept = f"{config['data']}: {len(data.test_rows)} images are kept to measure against, of a folder every twentieth"
     if len(data.test_rows) < 12:
-        raise ValueError(f"{kept}; at least 12 are needed")
+        raise ValueError(f"{kept}; at least 12 are needed, so 240 in the folder, which holds {len(data.train)}")
     for draw in (0, 1) if config["conditional"] else ():
         labels = data.test.labels[data.fresh_rows(config["eval_samples"], draw)]
         if labels.bincount().max() < 2:

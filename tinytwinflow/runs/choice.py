@@ -3,13 +3,11 @@
 import os
 from pathlib import Path
 
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from ..backbones.captions import TEXTS_INDEX
 from ..data.given import Table, as_data_set
 from ..data.latents import Latents, is_latents
-from ..data.readers import IMAGE_SETS
+from ..data.points import is_table
+from ..data.readers import IMAGE_SETS, find_pictures, read_picture
 from ..ranges import plain
 from .build import OWN
 from .recipes import RECIPES, configured
@@ -54,19 +52,10 @@ def recipe_for_name(name, size=None):
     if is_latents(name):
         return "imagenet", {"data": path, "size": Latents(name).shape[-1]}
     if not Path(name).is_dir():
-        return "toy", {"data": path if name.endswith((".npy", ".csv")) else name}
-    files = (file for file in sorted(Path(name).rglob("*")) if not any(p.startswith(".") for p in file.parts[1:]))
-    first = next((file for file in files if file.suffix.lower() in IMG_EXTENSIONS), None)
-    if first is None:
-        raise ValueError(f"{name}: holds no images")
-    if size is None:
-        try:
-            with Image.open(first) as image:
-                size = min(32, *image.size) // 2 * 2
-        except OSError as error:
-            raise ValueError(f"{first}: cut short, or not an image") from error
-    in_classes = any(entry.is_dir() and not entry.name.startswith(".") for entry in Path(name).iterdir())
-    return "fashion", {"data": path, "conditional": in_classes, **_for_images(size)}
+        return "toy", {"data": path if is_table(name) else name}
+    paths, _, classes = find_pictures(name)
+    size = min(32, *read_picture(paths[0]).size) // 2 * 2 if size is None else size
+    return "fashion", {"data": path, "conditional": classes > 0, **_for_images(size)}
 
 
 def recipe_for_data(data, own_net=False):

@@ -31,6 +31,7 @@ class Yardstick(NamedTuple):
     measure: Callable  # samples, labels -> dict of metrics
     floor: dict  # the metrics of other real samples
     show: Callable  # samples -> what a picture shows of them
+    held_out: bool  # whether the real samples were kept from training
 
 
 def yardstick(config, data=None, folder=None, device="cpu", shown=False):
@@ -73,7 +74,8 @@ def yardstick(config, data=None, folder=None, device="cpu", shown=False):
         def measure(x, label):
             return measure_images(see(x), label, of_real, judge)
 
-    return Yardstick(real, label, measure, measure(again, label_again), lambda x: pixels(x[:64]) if vae else x)
+    floor, held_out = measure(again, label_again), getattr(source, "held_out", True)
+    return Yardstick(real, label, measure, floor, lambda x: pixels(x[:64]) if vae else x, held_out)
 
 
 def rows_of(own, nfes, yard, shown=False):
@@ -127,6 +129,7 @@ def evaluate(own, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=True
         "seconds": round(time.perf_counter() - began, 2),
         "device": str(device),
         "samples": len(yard.real),
+        "held_out": yard.held_out,
         "floor": yard.floor,
         "rows": rows,
     }
