@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as f
 
-from ..files import aside, load_weights, read_checkpoint
+from ..files import aside, damage_named, load_weights, read_checkpoint, read_torch
 
 PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation that Inception was trained with
 
@@ -73,10 +73,9 @@ class Inception(nn.Module):
         self.net = torchvision.models.inception_v3(weights=None, init_weights=False)
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file: features are 'classifier' or a file of torchvision's Inception v3")
-        try:
-            self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:  # whatever a damaged file makes the reader raise
-            raise ValueError(f"{path}: not torchvision's Inception v3 ({str(error).splitlines()[0]})") from None
+        weights = read_torch(path, "file of weights")
+        with damage_named(path, "not torchvision's Inception v3"):
+            self.net.load_state_dict(weights)
         self.net.fc = nn.Identity()
 
     def features(self, x):

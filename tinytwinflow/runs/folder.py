@@ -51,12 +51,18 @@ def finished(folder):
 
 def read_log(folder):
     """The records of a run's log.  -> list of dicts, one a logged step; not a last line cut short by a crash."""
-    records = []
-    for line in (Path(folder) / "log.jsonl").read_text().splitlines():
+    path, records = Path(folder) / "log.jsonl", []
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = dict(json.loads(line))
+            fits = {"step", "total"} <= record.keys() and {*map(type, record.values())} <= {int, float}
+        except (ValueError, TypeError):
+            fits = False
+        if fits:
+            records.append(record)
+        elif number < len(lines):
+            raise ValueError(f"{path}: line {number} is no record of a step")
     return records
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from ..files import aside, check_weights, fill, read_checkpoint
+from ..files import aside, check_weights, damage_named, fill, read_checkpoint
 from . import sharded
+from .distributed import first
 
 NAME = "checkpoint.pt"
 
@@ -26,12 +27,12 @@ def write_checkpoint(path, content):
         torch.save(content, file)
 
 
-def keep_state(folder, state, about_data, in_pieces=False, writes=True):
-    """Write the checkpoint of a run: in pieces all processes together, in one file the one that writes."""
+def keep_state(folder, state, about_data, in_pieces=False, world=None):
+    """Write the checkpoint of a run, in pieces or in one file. If one process cannot, none goes on."""
     if in_pieces:
         sharded.save_pieces(folder, state, about_data)
-    elif writes:
-        write_checkpoint(Path(folder) / NAME, {**state.state_dict(), "data": about_data})
+    else:
+        first(world, lambda: write_checkpoint(Path(folder) / NAME, {**state.state_dict(), "data": about_data}))
 
 
 def restore_state(folder, state, in_pieces=False):
@@ -43,7 +44,8 @@ def restore_state(folder, state, in_pieces=False):
     saved = read_checkpoint(path, keys=(*state.state_dict(), "data"))
     for name, weights in state.weights().items():
         check_weights(weights, saved[name], path)
-    state.load_state_dict(saved)
+    with damage_named(path, "its optimiser or its noise does not fit the run"):
+        state.load_state_dict(saved)
 
 
 def read_saved(folder, *keys):
