@@ -74,10 +74,11 @@ def trained(folder, device="cpu", net=None):
     """
     config = read_config(folder)
     refuse_backbone(folder, config)
-    saved, path = read_saved(folder, "average", "data")
+    saved, path = read_saved(folder, "average")
     if net is None:
         net = net_of(config, saved["data"]["shape"], saved["data"]["classes"])
     fill_from(saved, path, "average", net.state_dict())
+    saved = {"step": saved["step"], "data": saved["data"]}
     return Trained(net.to(device).requires_grad_(False).eval(), config, saved, Path(folder))
 
 
@@ -95,7 +96,7 @@ def backbone_of(folder):
     config = read_config(folder)
     if "model" not in config:
         raise ValueError(f"{folder} is no run of a backbone: python -m tinytwinflow sample draws from it")
-    saved, path = read_saved(folder, "net", "data")
+    saved, path = read_saved(folder, "net")
     net = states.build_backbone(config)
     fill_from(saved, path, "net", states.saved_weights(net, config))
     return net.requires_grad_(False), config, tuple(saved["data"]["shape"]), saved["step"]

@@ -22,6 +22,7 @@ from ..files import aside, check_weights, damage_named, full_disk_named, read_ch
 from .in_backward import InBackward
 
 ABOUT, PREFIX, ASIDE = "about.json", "checkpoint-", "writing-"
+SCALING = ("mean", "std")  # of the data, tensors
 
 
 def newest(folder):
@@ -34,8 +35,10 @@ def about(path):
     """What a checkpoint says of itself: step, size (number of processes), data. Raises ValueError if damaged."""
     try:
         note = json.loads((Path(path) / ABOUT).read_text())
-        return {"step": int(note["step"]), "size": int(note["size"]), "data": note["data"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        data = note["data"]
+        data |= {name: torch.tensor(data[name], dtype=torch.float64) for name in SCALING if data.get(name)}
+        return {"step": int(note["step"]), "size": int(note["size"]), "data": data}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged checkpoint ({error})") from error
 
 
@@ -68,7 +71,8 @@ def save_pieces(folder, state, data):
                     torch.save(state.optimizer.state_dict(), file)
         with _on_all():
             if _first():
-                write_json(writing / ABOUT, {"step": state.step, "size": _size(), "data": data})
+                plain = {name: value.tolist() if torch.is_tensor(value) else value for name, value in data.items()}
+                write_json(writing / ABOUT, {"step": state.step, "size": _size(), "data": plain})
                 os.replace(writing, folder / name)
     except BaseException:
         if _first():
