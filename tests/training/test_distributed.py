@@ -387,6 +387,7 @@ def full_on_one(world):
                 keep_state(folder, state if pieces else new_state(moved(small_net())), {}, pieces, world)
             except OSError as error:
                 said[name] = f"{type(error).__name__}: {error}"
+        dist.barrier()
         said[f"{name} left"] = sorted(path.name for path in folder.iterdir())
         dist.barrier()
         keep_state(folder, state if pieces else new_state(small_net()), {}, pieces, world)
