@@ -4,8 +4,10 @@ import gzip
 import multiprocessing
 import os
 import pickle
+import resource
 import sys
 import time
+from contextlib import contextmanager
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start
 
@@ -89,6 +91,16 @@ def ended(processes, timeout=150):
         process.kill()
         process.join()
     return statuses
+
+
+@contextmanager
+def full_at(size):
+    """No file of this process can grow beyond so many bytes: writing fails as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def write_mnist(folder, n=40, size=28, zipped=True):

@@ -24,7 +24,7 @@ from .runs.evaluate import evaluate
 from .runs.folder import Trained, condition_of, read_config, refuse_backbone, sampled, trained
 from .runs.run import begin, finish, resume
 from .runs.settings import method_of, mode_of
-from .training.checkpoints import NAME
+from .training.checkpoints import NAME, check_about
 from .training.distributed import device_of
 
 
@@ -141,6 +141,7 @@ def load(path, device="cpu", net=None):
     if path.is_dir():
         return Model(trained(path, device, net), device=device)
     content = read_checkpoint(path, keys=("average", "data", "step"))
+    check_about(content, path)
     config = content["config"] if "config" in content else read_config(path.parent)
     refuse_backbone(path, config)
     saved = {"step": content["step"], "data": content["data"]}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ended, fresh
+from conftest import ended, fresh, full_at
 from torch import distributed as dist
 
 import tinytwinflow as ttf
@@ -28,6 +28,7 @@ from tinytwinflow.runs.folder import trained
 from tinytwinflow.runs.recipes import configured
 from tinytwinflow.training import distributed as scale
 from tinytwinflow.training import sharded
+from tinytwinflow.training.checkpoints import keep_state
 from tinytwinflow.training.loop import autocast, loss_of_batch, train
 from tinytwinflow.training.state import new_state
 
@@ -370,6 +371,51 @@ def test_a_checkpoint_stays_until_the_next_is_whole(tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError, match="step 2: weight net.*not finite; the last checkpoint stays"):
         sharded.save_pieces(tmp_path, state, {})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
+
+
+def full_on_one(world):
+    """The disk of one of two processes is full while they write a checkpoint; then there is room."""
+    state, said = placed_state(small_net, world, parallel="fsdp"), {}
+    for name, rank in (("ddp", 0), ("fsdp", 1), ("fsdp index", 0)):
+        folder, pieces = world.folder / name, name != "ddp"
+        state.step = 0
+        keep_state(folder, state if pieces else new_state(small_net()), {}, pieces, world)
+        state.step = 1
+        room = {"fsdp index": 20000}.get(name, 300) if world.rank == rank else 10**7
+        with full_at(room):
+            try:
+                keep_state(folder, state if pieces else new_state(moved(small_net())), {}, pieces, world)
+            except OSError as error:
+                said[name] = f"{type(error).__name__}: {error}"
+        dist.barrier()
+        said[f"{name} left"] = sorted(path.name for path in folder.iterdir())
+        dist.barrier()
+        keep_state(folder, state if pieces else new_state(small_net()), {}, pieces, world)
+    return said
+
+
+def test_a_full_disk_on_one_process_is_told_by_all_and_leaves_the_last_checkpoint(tmp_path):
+    for name in ("ddp", "fsdp", "fsdp index"):
+        (tmp_path / name).mkdir()
+    for said in together(2, full_on_one, tmp_path):
+        assert said["ddp left"] == ["checkpoint.pt"]
+        assert said["fsdp left"] == said["fsdp index left"] == ["checkpoint-000000"]
+        for name in ("ddp", "fsdp", "fsdp index"):
+            assert "File too large" in said[name] and len(said[name].splitlines()) == 1, said[name]
+            assert str(tmp_path / name) in said[name]
+    assert [path.name for path in (tmp_path / "fsdp").iterdir()] == ["checkpoint-000001"]
+
+
+@pytest.mark.parametrize("room", [0, 100, 5000])
+def test_a_full_disk_leaves_no_pieces(tmp_path, room):
+    state = new_state(small_net())
+    sharded.save_pieces(tmp_path, state, {"mean": torch.tensor([0.1]), "std": None})
+    state.step = 1
+    with full_at(room), pytest.raises(OSError, match="File too large") as error:
+        sharded.save_pieces(tmp_path, state, {})
+    assert str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000"]
+    assert torch.equal(sharded.load_pieces(sharded.newest(tmp_path), state)["mean"], torch.tensor([0.1]).double())
 
 
 def test_batches_of_processes_are_the_parts_of_the_whole(tmp_path):

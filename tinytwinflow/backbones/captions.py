@@ -16,7 +16,8 @@ import torch
 
 from ..data.batches import mine, rows_of_step
 from ..data.readers import Folder
-from ..data.shards import damage_named, place_of, shard_rows, write_index, write_shards
+from ..data.shards import place_of, shard_rows, write_index, write_shards
+from ..files import damage_named
 from ..method.conditions import join
 from .prompts import encode_images, encode_text
 

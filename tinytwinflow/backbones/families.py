@@ -215,8 +215,8 @@ def diffusers_class(kind, where):
         return FAMILIES[kind].model
     try:
         import diffusers
-    except ImportError:
-        raise ValueError(f"{where}: {kind} needs diffusers: pip install 'tinytwinflow[large]'") from None
+    except ImportError as error:
+        raise ValueError(f"{where}: {kind} needs diffusers: pip install 'tinytwinflow[large]'") from error
     if not hasattr(diffusers, kind):
         raise ValueError(f"{where}: diffusers {diffusers.__version__} has no {kind}: install a newer one")
     return getattr(diffusers, kind)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..files import read_json
+from ..files import damage_named, read_json
 from .families import FAMILIES, diffusers_class
 
 
@@ -28,10 +28,8 @@ def load_pipeline(path, device="cpu", dtype=torch.bfloat16):
     pipeline = diffusers_class(kind, path)
     absent = {name: None for name, about in index.items() if about == [None, None]}  # SD3 may come without its T5
     how = {**absent, "transformer": None, "torch_dtype": {"default": dtype, "vae": torch.float32}}
-    try:
+    with damage_named(path, f"no whole {kind}"):
         pipeline = pipeline.from_pretrained(str(path), local_files_only=True, **how)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ValueError(f"{path}: no whole {kind} ({str(error).strip().splitlines()[0]})") from None
     pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**settings))  # all that encode_prompt asks of it
     return pipeline.to(device)
 

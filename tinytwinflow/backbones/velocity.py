@@ -40,6 +40,8 @@ class Velocity(nn.Module):
             self.channels, self.patch, out = config["in_channels"] // 4, 2, out * config["patch_size"] ** 2 // 4
         else:
             self.channels, self.patch = config["in_channels"], config.get("patch_size", 2)
+        if out < self.channels:
+            raise ValueError(f"{kind} makes {out} channels of {self.channels}: it is shown pictures too, not supported")
         if out != self.channels:
             raise ValueError(f"{kind} makes {out} channels of {self.channels}: only a velocity is wanted, no sigma")
         self.cond = dict(self.family.cond, **({"guidance": None} if config.get("guidance_embeds") else {}))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import aside, fill, read_json
+from ..files import aside, damage_named, fill, read_json
 from .families import diffusers_class, family_of
 from .velocity import Velocity
 
@@ -24,10 +24,10 @@ def load_velocity(path, dtype=torch.float32):
 
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # it would warn that the extra embedders are not used; errors we raise
+    how = {"local_files_only": True, "torch_dtype": dtype, "output_loading_info": True}
     try:
-        model, about = model.from_pretrained(folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder}: no {kind} ({str(error).strip().splitlines()[0]})") from None
+        with damage_named(folder, f"no {kind}"):
+            model, about = model.from_pretrained(folder, **how)
     finally:
         logging.set_verbosity(level)
     net = Velocity(model)
@@ -43,8 +43,10 @@ def load_velocity(path, dtype=torch.float32):
 
 def load_structure(path, dtype=torch.float32):
     """What `load_velocity` gives, its weights not read, for another process to fill. Raises ValueError as that does."""
-    folder, _, model = _found(path)
-    return Velocity(model.from_config(read_json(folder / "config.json", "diffusers model"))).to(dtype)
+    folder, kind, model = _found(path)
+    with damage_named(folder, f"no {kind}"):
+        structure = model.from_config(read_json(folder / "config.json", "diffusers model"))
+    return Velocity(structure).to(dtype)
 
 
 def save_velocity(net, path):
@@ -67,8 +69,11 @@ def save_velocity(net, path):
 def _found(path):
     """The folder of the transformer in `path`, the name of its class, and the class."""
     folder = Path(path) / "transformer" if (Path(path) / "transformer").is_dir() else Path(path)
-    kind = read_json(folder / "config.json", "diffusers model").get("_class_name")
+    about = read_json(folder / "config.json", "diffusers model")
+    kind = about.get("_class_name")
     family_of(kind, folder)
+    if about.get("quantization_config"):
+        raise ValueError(f"{folder}: its weights are quantised (quantization_config), and such do not learn")
     for file in (folder.parent / "scheduler/scheduler_config.json", folder / "scheduler/scheduler_config.json"):
         if file.is_file():
             about = read_json(file, "diffusers scheduler")
@@ -92,13 +97,11 @@ def _extra_weights(folder, family):
     if (folder / EXTRA).is_file():
         files = [folder / EXTRA]
     else:
-        parts = read_json(index, "diffusers model")["weight_map"].values() if index.is_file() else [WEIGHTS_FILE]
-        files = [folder / name for name in sorted(set(parts)) if (folder / name).is_file()]
+        with damage_named(index):
+            parts = read_json(index, "diffusers model")["weight_map"].values() if index.is_file() else [WEIGHTS_FILE]
+            files = [folder / name for name in sorted(set(parts)) if (folder / name).is_file()]
     weights = {}
     for name in files:
-        try:
-            with safe_open(name, "pt") as file:
-                weights |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(family.roots())}
-        except Exception:  # whatever a damaged file makes the reader raise
-            raise ValueError(f"{name}: no safetensors file, or a damaged one") from None
+        with damage_named(name, "no safetensors file, or a damaged one"), safe_open(name, "pt") as file:
+            weights |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(family.roots())}
     return weights

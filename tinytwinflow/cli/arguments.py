@@ -13,6 +13,7 @@ from ..data.points import is_table
 from ..data.readers import IMAGE_SETS
 from ..data.toys import TOYS
 from ..method.samplers import MODES
+from ..runs.build import published_kind
 from ..runs.methods import known_methods
 from ..runs.recipes import RECIPES, configured
 from ..training.distributed import COMPILE
@@ -172,9 +173,9 @@ def config_of(args, recipe):
     if "data_dir" in config:
         config["data_dir"] = str(Path(args.data_dir or config["data_dir"]).resolve())
     for key in ("init_from", "features", "vae", "model"):
-        kind, colon, path = str(config.get(key, "")).rpartition(":")
+        kind, path = published_kind(config.get(key, "")) if key == "init_from" else ("", config.get(key, ""))
         if path and path != "classifier":
-            config[key] = kind + colon + str(Path(path).resolve())
+            config[key] = f"{kind}:" * bool(kind) + str(Path(path).resolve())
     from_disk = "model" in config or "size" in config and config["data"] not in IMAGE_SETS
     if from_disk or is_table(config["data"]):
         config["data"] = str((Path(args.data_dir or ".") / config["data"]).resolve())

@@ -15,7 +15,7 @@ from ..data.latents import autoencoder, decode, encode
 from ..data.readers import Folder
 from ..evaluation import pictures
 from ..evaluation.tables import run_table
-from ..files import aside, write_json
+from ..files import aside, reason, write_json
 from ..model import load
 from ..runs.evaluate import evaluate
 from ..runs.folder import backbone_of, condition_of, painter, read_config, read_log, trained
@@ -249,6 +249,9 @@ def main(argv=None):
         globals()[f"run_{args.command}"](args)
     except (ValueError, OSError) as error:
         print(f"tinytwinflow: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"tinytwinflow: out of memory ({reason(error)})", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"tinytwinflow: training stopped: {error}", file=sys.stderr)

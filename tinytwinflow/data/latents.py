@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .shards import damage_named, place_of, shard_rows, write_index, write_shards
+from ..files import damage_named
+from .shards import place_of, shard_rows, write_index, write_shards
 
 LATENTS_INDEX = "latents.json"
 
@@ -24,14 +25,12 @@ def autoencoder(path, device="cpu"):
     """A diffusers AutoencoderKL from a folder. Raises ValueError if diffusers or the weights are not there."""
     try:
         from diffusers import AutoencoderKL
-    except ImportError:
-        raise ValueError("latents need diffusers: pip install 'tinytwinflow[large]'") from None
+    except ImportError as error:
+        raise ValueError("latents need diffusers: pip install 'tinytwinflow[large]'") from error
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"{Path(path) / 'config.json'}: no such file, so {path} holds no AutoencoderKL")
-    try:
+    with damage_named(path, "no AutoencoderKL"):
         vae = AutoencoderKL.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no AutoencoderKL ({str(error).splitlines()[0]})") from None
     return vae.to(device).eval().requires_grad_(False)
 
 

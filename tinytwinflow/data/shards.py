@@ -3,7 +3,6 @@
 While it is made, begun.json holds the settings that it is made with; the index, written last, says that it is whole.
 """
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +53,6 @@ def write_index(out, index, content):
     """Write the index of a folder whose shards are all there."""
     write_json(out / index, content)
     (out / BEGUN).unlink()
-
-
-@contextmanager
-def damage_named(path, what="damaged"):
-    """Whatever a damaged file makes its reader raise inside is raised as ValueError in one line."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{path}: {what} ({error!r})") from None
 
 
 def place_of(rows, ends):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as f
 
 from ..bars import bar
-from ..files import aside, load_weights, read_checkpoint
+from ..files import aside, damage_named, load_weights, read_checkpoint, read_torch
 
 
 class Classifier(nn.Module):
@@ -77,10 +77,9 @@ class Inception(nn.Module):
         self.net = torchvision.models.inception_v3(weights=None, init_weights=False)
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file: features are 'classifier' or a file of torchvision's Inception v3")
-        try:
-            self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:  # whatever a damaged file makes the reader raise
-            raise ValueError(f"{path}: not torchvision's Inception v3 ({str(error).splitlines()[0]})") from None
+        weights = read_torch(path, "file of weights")
+        with damage_named(path, "not torchvision's Inception v3"):
+            self.net.load_state_dict(weights)
         self.net.fc = nn.Identity()
 
     def features(self, x):

@@ -1,8 +1,11 @@
 """Pictures of a run. matplotlib is imported only when one is drawn."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+
+from ..files import aside
 
 INK, REAL, ONE, FLOW = "#222222", "#555555", "#d1495b", "#2e6f95"
 
@@ -24,6 +27,12 @@ def words(text):
     font = get_font(findfont(FontProperties()))
     shown = [c if c.isprintable() and font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in str(text)]
     return "".join(shown).replace("$", r"\$")
+
+
+def _save(figure, path):
+    """Write a figure as a PNG, to a path or into an open file."""
+    with nullcontext(path) if hasattr(path, "write") else aside(path) as file:
+        figure.savefig(file, format="png")
 
 
 def scatter(axis, x, title, color, limits):
@@ -67,7 +76,7 @@ def training_curve(axis, log, config):
     key, title, label = "gap", "gap of real and fake velocity", "mean of (v - v_fake)²"
     if config["method"] != "twinflow":
         key, title, label = "total", "training loss", f"loss of {config['method']}"
-    records = [r for r in log if key == "total" or r["gap"] > 0]
+    records = [r for r in log if key == "total" or r.get("gap", 0) > 0]
     step, value = np.array([r["step"] for r in records]), np.array([r[key] for r in records])
     width = max(1, min(50, len(value) // 4))
     if len(value):
@@ -98,16 +107,14 @@ def draw(path, panels, log, config, title):
         panel(axis, x[:8000], name, color, limits)
     training_curve(axes[-1], log, config)
     figure.suptitle(words(title), fontsize=11)
-    aside = Path(path).with_suffix(".tmp.png")
-    figure.savefig(aside)
-    aside.replace(path)
+    _save(figure, path)
 
 
 def draw_one(path, x, title):
     """Draw one set of points (n, D) or images (n, C, H, W)."""
     figure, axes = _canvas(1)
     panel(axes[0], x, title, ONE)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def draw_comparison(path, rows, floors, names, methods):
@@ -135,4 +142,4 @@ def draw_comparison(path, rows, floors, names, methods):
         axis.tick_params(labelsize=8)
         axis.xaxis.label.set_fontsize(8)
     axes[0].legend(fontsize=7)
-    figure.savefig(path)
+    _save(figure, path)

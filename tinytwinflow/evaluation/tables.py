@@ -19,8 +19,7 @@ def run_table(result):
     lines.append(f"{'real data':<29}" + "".join(f"{result['floor'][name]:>20.4f}" for name in names))
     if min(row.get("energy_distance", 0.0) for row in (*result["rows"], result["floor"])) < 0:
         lines.append("An energy distance is estimated without bias: where it is about zero, it may come out negative.")
-    return "
-".join(lines + ([] if result.get("held_out", True) else [SEEN]))
+    return "\n".join(lines + ([] if result.get("held_out", True) else [SEEN]))
 
 
 def markdown(header, rows):

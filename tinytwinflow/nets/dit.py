@@ -4,13 +4,12 @@ At r = t it is the network of DiT and SiT, parameter for parameter, so their pub
 """
 
 import math
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as f
 
-from ..files import check_weights
+from ..files import check_weights, read_weights
 from .times import Times, check_image, check_labels, check_times
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}  # width, depth, heads
@@ -172,17 +171,12 @@ def load_published(net, path, kind):
     and its velocity points the same way; both signs are folded into the weights, exactly: that of
     the velocity into the last layer, and t -> 1 - t into the first layer of the time embedding, whose
     sines and cosines it only mixes. The embeddings of r and of the twin, which no published weights
-    have, stay as they are. Raises ValueError if the file is missing, no such checkpoint, or of another size.
+    have, stay as they are.  -> what was taken of the file, in words, if it is not all. Raises ValueError if the file is
+    missing, no such checkpoint, or of another size.
     """
     if kind not in ("sit", "dit") or net.epsilon != (kind == "dit"):
         raise ValueError(f"kind is 'sit', for a net with epsilon=False, or 'dit', with epsilon=True; got {kind!r}")
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever a damaged file makes the reader raise
-        raise ValueError(f"{path}: cut short, or no file of weights alone") from None
-    weights = weights.get("ema", weights) if isinstance(weights, dict) else {}
+    weights, said = read_weights(path)
     names = {"x_embedder.proj.": "x_embedder.", "t_embedder.": "times.t.", "y_embedder.embedding_table.": "label."}
     found = {}
     for name, value in weights.items():
@@ -203,3 +197,4 @@ def load_published(net, path, kind):
         cos, sin = weight.chunk(2, dim=1)
         found["times.t.mlp.0.weight"] = torch.cat([cos * k.cos() + sin * k.sin(), cos * k.sin() - sin * k.cos()], 1)
     net.load_state_dict({**net.state_dict(), **found})
+    return said

@@ -10,7 +10,7 @@ from ..backbones.captions import LATENTS, Texts
 from ..backbones.states import backbone_state, build_backbone
 from ..data.images import Images
 from ..data.points import Points
-from ..files import load_weights, read_checkpoint
+from ..files import load_weights, read_weights
 from ..nets import MLP, DiT, UNet, dit, load_published
 from ..training.distributed import as_copies, deal_out, prepare, without_weights
 from ..training.state import new_state
@@ -68,16 +68,30 @@ def net_of(config, shape, classes):
     raise ValueError(f"unknown net {kind!r}: choose from mlp, unet, dit, dit-s-2 ... dit-xl-8")
 
 
-def first_weights(net, source):
-    """Fill a network from a run folder, one of its checkpoints, or "sit:FILE" or "dit:FILE", published weights."""
+def published_kind(source):
+    """Of "sit:FILE" and "dit:FILE" the kind and the file; any other text is a path, whatever colons are in it.
+
+    >>> published_kind("sit:runs/12:30"), published_kind("runs/12:30")
+    (('sit', 'runs/12:30'), ('', 'runs/12:30'))
+    """
     kind, colon, path = str(source).partition(":")
-    if colon and kind in ("sit", "dit"):
+    return (kind, path) if colon and kind in ("sit", "dit") else ("", str(source))
+
+
+def first_weights(net, source):
+    """Fill a network from a run folder, a checkpoint, or "sit:FILE" or "dit:FILE", published weights.
+
+    -> what was taken of the file, in words, if it is not all
+    """
+    kind, path = published_kind(source)
+    if kind:
         if not isinstance(net, DiT):
             raise ValueError(f"{source}: published weights are for a net that is a dit")
-        load_published(net, path, kind)
-    else:
-        path = Path(source) / "checkpoint.pt" if Path(source).is_dir() else Path(source)
-        load_weights(net, read_checkpoint(path, keys=("average",))["average"], path)
+        return load_published(net, path, kind)
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    weights, said = read_weights(path)
+    load_weights(net, weights, path)
+    return said
 
 
 def first_net(config, data, weights=True, fresh=True):

@@ -1,6 +1,7 @@
 """What would fail after an hour of training is refused before the first step, and before anything is written."""
 
 import copy
+import sys
 
 import torch
 
@@ -36,7 +37,9 @@ def refuse_misfits(config, data, net=None, folder=None, measured=True):
         with torch.device("meta"):
             net = net_of(config, data.shape, data.classes)
         if config["init_from"]:
-            first_weights(net_of(config, data.shape, data.classes), config["init_from"])
+            said = first_weights(net_of(config, data.shape, data.classes), config["init_from"])
+            if said:
+                print(f"{config['init_from']}: {said}", file=sys.stderr)
     if config["guidance"] and null_of(data) is None:
         raise ValueError("guidance needs labels, or data with null, a condition that stands for none")
     if config["recompute"] and not blocks_of(net):

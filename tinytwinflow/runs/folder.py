@@ -51,12 +51,18 @@ def finished(folder):
 
 def read_log(folder):
     """The records of a run's log.  -> list of dicts, one a logged step; not a last line cut short by a crash."""
-    records = []
-    for line in (Path(folder) / "log.jsonl").read_text().splitlines():
+    path, records = Path(folder) / "log.jsonl", []
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = dict(json.loads(line))
+            fits = {"step", "total"} <= record.keys() and {*map(type, record.values())} <= {int, float}
+        except (ValueError, TypeError):
+            fits = False
+        if fits:
+            records.append(record)
+        elif number < len(lines):
+            raise ValueError(f"{path}: line {number} is no record of a step")
     return records
 
 
@@ -68,10 +74,11 @@ def trained(folder, device="cpu", net=None):
     """
     config = read_config(folder)
     refuse_backbone(folder, config)
-    saved, path = read_saved(folder, "average", "data")
+    saved, path = read_saved(folder, "average")
     if net is None:
         net = net_of(config, saved["data"]["shape"], saved["data"]["classes"])
     fill_from(saved, path, "average", net.state_dict())
+    saved = {"step": saved["step"], "data": saved["data"]}
     return Trained(net.to(device).requires_grad_(False).eval(), config, saved, Path(folder))
 
 
@@ -89,7 +96,7 @@ def backbone_of(folder):
     config = read_config(folder)
     if "model" not in config:
         raise ValueError(f"{folder} is no run of a backbone: python -m tinytwinflow sample draws from it")
-    saved, path = read_saved(folder, "net", "data")
+    saved, path = read_saved(folder, "net")
     net = states.build_backbone(config)
     fill_from(saved, path, "net", states.saved_weights(net, config))
     return net.requires_grad_(False), config, tuple(saved["data"]["shape"]), saved["step"]

@@ -63,7 +63,7 @@ class Run:
     def keep(self):
         """Write a checkpoint."""
         if self.folder is not None:
-            keep_state(self.folder, self.state, self.about_data, self.in_pieces, self.writes)
+            keep_state(self.folder, self.state, self.about_data, self.in_pieces, self.world)
 
     def trained(self):
         """What has been learnt so far, ready to sample."""

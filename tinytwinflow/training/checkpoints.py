@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from ..files import aside, check_weights, fill, read_checkpoint
+from ..files import aside, check_weights, damage_named, fill, read_checkpoint
 from . import sharded
+from .distributed import first
 
 NAME = "checkpoint.pt"
 
@@ -26,12 +27,12 @@ def write_checkpoint(path, content):
         torch.save(content, file)
 
 
-def keep_state(folder, state, about_data, in_pieces=False, writes=True):
-    """Write the checkpoint of a run: in pieces all processes together, in one file the one that writes."""
+def keep_state(folder, state, about_data, in_pieces=False, world=None):
+    """Write the checkpoint of a run, in pieces or in one file. If one process cannot, none goes on."""
     if in_pieces:
         sharded.save_pieces(folder, state, about_data)
-    elif writes:
-        write_checkpoint(Path(folder) / NAME, {**state.state_dict(), "data": about_data})
+    else:
+        first(world, lambda: write_checkpoint(Path(folder) / NAME, {**state.state_dict(), "data": about_data}))
 
 
 def restore_state(folder, state, in_pieces=False):
@@ -41,9 +42,23 @@ def restore_state(folder, state, in_pieces=False):
         return
     path = Path(folder) / NAME
     saved = read_checkpoint(path, keys=(*state.state_dict(), "data"))
+    check_about(saved, path)
     for name, weights in state.weights().items():
         check_weights(weights, saved[name], path)
-    state.load_state_dict(saved)
+    with damage_named(path, "its optimiser or its noise does not fit the run"):
+        state.load_state_dict(saved)
+
+
+def check_about(saved, path):
+    """Raise ValueError unless a checkpoint says which step it is of, and of the data all that samples need."""
+    step, data = saved["step"], saved["data"] if isinstance(saved["data"], dict) else {}
+    shape, scaling = data.get("shape"), [data.get(name) for name in ("mean", "std")]
+    fits = all(type(n) is int and n >= 0 for n in (step, data.get("classes")))
+    fits &= isinstance(shape, list) and len(shape) > 0 and all(type(n) is int and n > 0 for n in shape)
+    if scaling != [None, None]:
+        fits &= all(torch.is_tensor(a) and list(a.shape) == shape and bool(a.isfinite().all()) for a in scaling)
+    if not fits:
+        raise ValueError(f"{path}: damaged checkpoint (step {step!r} of data {data!r:.60})")
 
 
 def read_saved(folder, *keys):
@@ -52,10 +67,10 @@ def read_saved(folder, *keys):
     Raises ValueError if there is none, or it is damaged or lacks one of the keys.
     """
     path = sharded.newest(folder)
-    if path is not None:
-        return sharded.about(path), path
-    path = Path(folder) / NAME
-    return read_checkpoint(path, keys=("step", *keys)), path
+    saved, path = (sharded.about(path), path) if path else (None, Path(folder) / NAME)
+    saved = saved or read_checkpoint(path, keys=("step", "data", *keys))
+    check_about(saved, path)
+    return saved, path
 
 
 def fill_from(saved, path, part, own):

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from ..files import reason
 from ..method.draws import seeded
 
 PARALLEL = ("ddp", "fsdp", "hsdp")
@@ -32,11 +33,12 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 def device_of(name):
     """The name of a device. Raises ValueError if torch does not know it or it is not on this machine."""
     try:
-        if torch.device(name).type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError(name)
+        place = torch.device(name)
+        if place.type not in ("cpu", "cuda", "mps") or place.type == "cpu" and place.index:
+            raise RuntimeError("choose from cpu, cuda, cuda:1 ... and mps")
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {name!r} is unknown or not on this machine") from None
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is unknown or not on this machine ({reason(error)})") from error
     return name
 
 
@@ -74,16 +76,16 @@ class World:
             network.require_backward_grad_sync = last
 
     def first(self, action):
-        """The first process acts while the others wait. Raises ValueError on all of them if it fails."""
+        """The first process acts while the others wait. What it raises if it fails all of them raise."""
         error = [None]
         if self.rank == 0:
             try:
                 action()
-            except (ValueError, OSError) as raised:
-                error = [str(raised)]
+            except (ValueError, OSError, FloatingPointError) as raised:
+                error = [raised]
         dist.broadcast_object_list(error)
         if error[0] is not None:
-            raise ValueError(error[0])
+            raise error[0]
 
 
 def meet(device="cpu", seed=0):
@@ -109,7 +111,7 @@ def joined(device="cpu", seed=0):
     except RuntimeError as error:
         if world is None or not any(word in str(error) for word in LOST):
             raise
-        raise ConnectionError(f"process {world.rank}: another process of the run has ended") from None
+        raise ConnectionError(f"process {world.rank}: another process of the run has ended") from error
     finally:
         if world is not None:
             dist.destroy_process_group()
@@ -193,5 +195,5 @@ def as_copies(net, device):
 
 
 def first(world, action):
-    """The first process acts while the others wait; one process alone just acts. ValueError on all if it fails."""
+    """The first process acts while the others wait; one process alone just acts. If it fails, it does so on all."""
     return action() if world is None else world.first(action)

@@ -5,6 +5,7 @@ pieces. It gets its name when it is whole, and only then goes the one before it.
 checkpoints that you trust.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -17,11 +18,11 @@ from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from ..files import check_weights, write_json
-from ..files import read_checkpoint as load_file
+from ..files import aside, check_weights, damage_named, full_disk_named, read_checkpoint, reason, write_json
 from .in_backward import InBackward
 
 ABOUT, PREFIX, ASIDE = "about.json", "checkpoint-", "writing-"
+SCALING = ("mean", "std")  # of the data, tensors
 
 
 def newest(folder):
@@ -34,38 +35,51 @@ def about(path):
     """What a checkpoint says of itself: step, size (number of processes), data. Raises ValueError if damaged."""
     try:
         note = json.loads((Path(path) / ABOUT).read_text())
-        return {"step": int(note["step"]), "size": int(note["size"]), "data": note["data"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged checkpoint ({error})") from None
+        data = note["data"]
+        data |= {name: torch.tensor(data[name], dtype=torch.float64) for name in SCALING if data.get(name)}
+        return {"step": int(note["step"]), "size": int(note["size"]), "data": data}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged checkpoint ({error})") from error
 
 
 def save_pieces(folder, state, data):
     """Write a checkpoint of a State, all processes together, and remove the one before it.
 
-    data: what is to be known of the data without reading it. Raises FloatingPointError on all processes, writing
-    nothing, if a weight is not finite on any.
+    data: what is to be known of the data without reading it. Raises on all processes, leaving the one before it alone,
+    FloatingPointError if a weight is not finite on any and OSError if any cannot write.
     """
     folder, weights = Path(folder), state.weights()
-    _refuse_not_finite(weights, state.step)
+    bad = _not_finite(weights)
+    if bad:
+        raise FloatingPointError(f"step {state.step}: weight {bad} is not finite; the last checkpoint stays")
     name, old = f"{PREFIX}{state.step:06d}", newest(folder)
     if old is not None and old.name == name:
         return
-    content = dict(weights)
-    if _first():
-        shutil.rmtree(folder / (ASIDE + name), ignore_errors=True)
-        (folder / (ASIDE + name)).mkdir(parents=True)
-    _wait()
-    if isinstance(state.optimizer, InBackward):
-        torch.save(state.optimizer.state_dict(), folder / (ASIDE + name) / _own())
-    elif state.step:
+    writing, content = folder / (ASIDE + name), dict(weights)
+    if not isinstance(state.optimizer, InBackward) and state.step:
         content["optimizer"] = get_optimizer_state_dict(state.net, state.optimizer)["state"]
-    with _alone_or_not() as alone:
-        dcp.save(content, checkpoint_id=folder / (ASIDE + name), no_dist=alone)
-    if _first():
-        write_json(folder / (ASIDE + name) / ABOUT, {"step": state.step, "size": _size(), "data": data})
-        os.replace(folder / (ASIDE + name), folder / name)
-        if old is not None:
-            shutil.rmtree(old)
+    try:
+        with _on_all(), full_disk_named(writing):
+            if _first():
+                shutil.rmtree(writing, ignore_errors=True)
+                writing.mkdir(parents=True)
+        with _on_all(), _alone_or_not() as alone:
+            dcp.save(content, storage_writer=_Writer(writing), no_dist=alone)
+        with _on_all():
+            if isinstance(state.optimizer, InBackward):
+                with aside(writing / _own()) as file:
+                    torch.save(state.optimizer.state_dict(), file)
+        with _on_all():
+            if _first():
+                plain = {name: value.tolist() if torch.is_tensor(value) else value for name, value in data.items()}
+                write_json(writing / ABOUT, {"step": state.step, "size": _size(), "data": plain})
+                os.replace(writing, folder / name)
+    except BaseException:
+        if _first():
+            shutil.rmtree(writing, ignore_errors=True)
+        raise
+    if _first() and old is not None:
+        shutil.rmtree(old)
     _wait()
 
 
@@ -80,8 +94,8 @@ def load_pieces(path, state):
     if isinstance(state.optimizer, InBackward):
         if note["size"] != _size():
             raise ValueError(f"{path} is of {note['size']} processes, whose optimisers cannot be dealt to {_size()}")
-        saved = load_file(Path(path) / _own(), next(state.net.parameters()).device, keys=("states", "steps"))
-        state.optimizer.load_state_dict(saved)
+        saved = read_checkpoint(Path(path) / _own(), keys=("states", "steps", "seed", "lr", "initial_lr"))
+        state.optimizer.load_state_dict(copy.deepcopy(saved))  # which keeps the tensors that it is given
     elif note["step"]:
         optimizer = get_optimizer_state_dict(state.net, state.optimizer)
         content["optimizer"] = optimizer["state"]
@@ -94,21 +108,25 @@ def load_pieces(path, state):
 
 def read_pieces(path, content):
     """Read the tensors of a nested dict from a checkpoint, in place, all processes together or one alone."""
-    try:
-        there = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    except Exception:  # whatever a damaged index makes the reader raise
-        raise ValueError(f"{path}: damaged checkpoint (its index cannot be read)") from None
+    with damage_named(path, "damaged checkpoint, its index cannot be read"):
+        there = {
+            key: torch.empty(value.size, dtype=value.properties.dtype, device="meta")
+            for key, value in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+            if hasattr(value, "size")
+        }
     for name, own in content.items():
-        if name == "optimizer":
-            continue
-        found = {key.removeprefix(name + "."): value.size for key, value in there.items() if key.startswith(name + ".")}
-        check_weights(own, {key: torch.empty(size, device="meta") for key, size in found.items()}, path)
+        if name != "optimizer":
+            found = {key.removeprefix(name + "."): value for key, value in there.items() if key.startswith(name + ".")}
+            check_weights(own, found, path)
     try:
         with _alone_or_not() as alone:
             dcp.load(content, checkpoint_id=path, no_dist=alone)
     except dcp.api.CheckpointException as error:
-        why = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{path}: damaged checkpoint ({' '.join(str(why).split()) or type(why).__name__})") from None
+        with damage_named(path, "damaged checkpoint"):
+            raise _failure(error) from error
+    bad = _not_finite({name: own for name, own in content.items() if name != "optimizer"})
+    if bad:
+        raise ValueError(f"{path}: weight {bad} is not finite")
 
 
 def _own():
@@ -119,20 +137,53 @@ def _size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _refuse_not_finite(weights, step):
-    bad = [
+def _everywhere(found):
+    """What each process has found."""
+    if not dist.is_initialized():
+        return [found]
+    all_found = [None] * dist.get_world_size()
+    dist.all_gather_object(all_found, found)
+    return all_found
+
+
+def _not_finite(weights):
+    """The name of a weight that is not finite on any process, or None; the same on all."""
+    bad = (
         f"{part}.{name}"
         for part, tensors in weights.items()
         for name, value in tensors.items()
         if not (value.to_local() if hasattr(value, "to_local") else value).isfinite().all()
-    ]
-    everywhere = [bad]
-    if dist.is_initialized():
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, bad)
-    for names in everywhere:
-        if names:
-            raise FloatingPointError(f"step {step}: weight {names[0]} is not finite; the last checkpoint stays")
+    )
+    return next(filter(None, _everywhere(next(bad, None))), None)
+
+
+def _failure(error):
+    """The first of the exceptions on all processes that the engine puts into its own."""
+    return next(iter(error.failures.values()))[0]
+
+
+@contextmanager
+def _on_all():
+    """What each process does inside is done by all or fails on all: they wait for each other at its end."""
+    error = None
+    try:
+        yield
+    except OSError as raised:
+        error = raised
+    except dcp.api.CheckpointException as raised:
+        error = OSError(f"a checkpoint cannot be written ({reason(_failure(raised))})")
+        error.__cause__ = raised
+    for found in _everywhere(error):
+        if found is not None:
+            raise error or found
+
+
+class _Writer(dcp.FileSystemWriter):
+    """The engine's writer, which says what it is that cannot be written, and why."""
+
+    def write_data(self, plan, planner):
+        with full_disk_named(self.path):
+            return super().write_data(plan, planner)
 
 
 def _first():

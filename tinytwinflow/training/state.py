@@ -61,11 +61,11 @@ class State:
         for name, tensors in self.weights().items():
             for key, tensor in tensors.items():
                 tensor.copy_(saved[name][key])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # which keeps the tensors that it is given
         try:
-            self.generator.set_state(saved["generator"].cpu())
-        except RuntimeError:
-            raise ValueError("the run was trained on another kind of device: go on with it there") from None
+            self.generator.set_state(saved["generator"])
+        except RuntimeError as error:
+            raise ValueError("the run was trained on another kind of device: go on with it there") from error
         self.step = saved["step"]
 
 
