@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.batches import mine, rows_of_step
+from ..data.batches import mark_of, mine, rows_of_step
 from ..data.readers import Folder
 from ..data.shards import place_of, shard_rows, write_index, write_shards
 from ..files import damage_named
@@ -183,12 +183,14 @@ class Texts:
             null = self.folder / about["null"]
         if not sizes or len(sizes) != len(self.shards) or min(sizes) < 1:
             raise ValueError(f"{index}: damaged ({len(self.shards)} shards, {len(sizes)} sizes)")
-        self.ends = np.cumsum(sizes)
+        self.ends, self.count = np.cumsum(sizes), sum(sizes)
         for shard, size in list(zip(self.shards, sizes))[part[0] :: part[1]]:
             self._check(shard, size, self.tensors)
         conditions = {name: about for name, about in self.tensors.items() if name != LATENTS}
         self._check(null, 1, conditions)
         self.null = self._read(null, conditions, [0])
+        first = self._read(self.shards[0], self.tensors, [0])
+        self.mark = mark_of(index.read_bytes(), *(first[name].float() for name in sorted(first)))
         own = tuple(self.tensors[LATENTS][1]) if LATENTS in self.tensors else None
         if own is None and shape is None:
             raise ValueError(f"{folder}: holds no latents, so training on it must be data-free and be told their shape")

@@ -1,10 +1,12 @@
 """Batches: what a data set is to a training step, and how rows are dealt out so that nothing has to be stored."""
 
 import functools
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from ..method.draws import seeded
@@ -22,8 +24,9 @@ class DataSet(Protocol):
               The same step gives the same batch whenever and wherever it is asked, so that a run resumes where it was
     fresh     n, draw -> x, labels to measure against, not more than n; draws 0 and 1 have no sample in common
 
-    It may also have batch_size, for the record, null, a condition of one row that stands for none, and held_out, False
-    where `fresh` gives samples that are trained on, too, which is said beside what is measured.
+    It may also have batch_size, for the record, null, a condition of one row that stands for none, held_out, False
+    where `fresh` gives samples that are trained on, too, which is said beside what is measured, and count and mark, how
+    many samples there are and a fingerprint of them, by which a run knows its data again.
 
     A set of your own, given to `fit` or to `runs.run.begin`:
 
@@ -51,6 +54,26 @@ class DataSet(Protocol):
 def null_of(data):
     """What stands for no condition of a data set: its own null, the label `classes`, or None where there is neither."""
     return getattr(data, "null", data.classes or None)
+
+
+def about(data):
+    """What a checkpoint says of a data set: enough to sample without it, and to know it again."""
+    known = {name: getattr(data, name) for name in ("count", "mark") if hasattr(data, name)}
+    return {"shape": [int(n) for n in data.shape], "classes": int(data.classes), **known, **data.scaling}
+
+
+def mark_of(*parts):
+    """A short fingerprint of texts, bytes and arrays, in their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else part
+        digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def spread(n, most=1024):
+    """Rows for a fingerprint: all of n, or so many of them at even distances.  -> (m,) whole numbers"""
+    return torch.arange(n)[:: -(-n // most)]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..method.conditions import as_pair, join, take
-from .batches import half_of, kept_apart, mine, rows_of_step
+from .batches import half_of, kept_apart, mark_of, mine, rows_of_step, spread
 
 LOOKED_AT = 16  # batches of a stream from which its spread is measured
 FEWEST = 6  # rows in each half of those that are held out: more than the five neighbours that are looked for
@@ -140,6 +140,10 @@ class Table(Scaled):
         self.labels, self.classes = _condition(labels, len(table))
         self.measure(table, x)
         self.table = self.standardise(table)
+        some = spread(len(table))
+        told = take(self.labels if isinstance(self.labels, dict) else {"label": self.labels}, some)
+        self.count = len(table)
+        self.mark = mark_of(table[some].double(), *(told[name] for name in sorted(told) if told[name] is not None))
         self.rows = self.apart = torch.arange(len(table))
         apart = kept_apart(len(table))
         self.held_out = int(apart.sum()) // 2 >= max(FEWEST, self.classes + 1)  # so that two are of one class
@@ -161,7 +165,7 @@ class Stream(Scaled):
     """Batches x or (x, condition) of an iterable, which is gone through again and again, or of a function of the step.
 
     Mean, spread and the number of labels are those of the first few batches. An iterable deals in its own order: a run
-    on it goes on with what comes next.
+    on it goes on with what comes next, in the units that it began with, see `keep_units`.
     """
 
     def __init__(self, source):
@@ -173,6 +177,10 @@ class Stream(Scaled):
         self.measure(torch.cat([_tensor(x) for x, _ in self.kept]), self.kept[0][0])
         self.classes = max(_condition(y, len(x))[1] for x, y in self.kept)
         self.batch_size, self.left, self.seen = len(self.kept[0][0]), None, None
+
+    def keep_units(self, known):
+        """Standardise as a run began to, whose first batches were others; known: what its checkpoint says of them."""
+        self.mean, self.std, self.units, self.seen = known["mean"].cpu(), known["std"].cpu(), known["units"], None
 
     def _from_the_start(self):
         return map(self.source, count()) if self.of_step else iter(self.source)

@@ -36,7 +36,7 @@ class Images:
                 f"{data}: no such folder; data is one of {', '.join(IMAGE_SETS)}, a folder with a folder of images "
                 "for each class, or one of latents, made by `python -m tinytwinflow encode`"
             )
-        self.on_disk = data not in IMAGE_SETS
+        self.on_disk, self.count, self.mark = data not in IMAGE_SETS, self.train.count, self.train.mark
         self.shape, self.classes = self.train.shape, self.train.classes
         if self.shape[-1] != size:
             raise ValueError(f"{data}: size is {self.shape[-1]} there, not {size}: --set size={self.shape[-1]}")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..files import damage_named
+from .batches import mark_of, spread
 from .shards import place_of, shard_rows, write_index, write_shards
 
 LATENTS_INDEX = "latents.json"
@@ -95,7 +96,9 @@ class Latents:
         if not isinstance(self.classes, int) or not 0 <= self.labels.min() <= self.labels.max() < self.classes:
             raise ValueError(f"{self.folder}: labels must lie in [0, {self.classes - 1}]")
         _, twice, height, width = shapes.pop()
-        self.shape = (twice // 2, height, width)
+        self.shape, self.count = (twice // 2, height, width), len(self.labels)
+        some = zip(*place_of(spread(self.count, 16).numpy(), self.ends))
+        self.mark = mark_of((self.folder / LATENTS_INDEX).read_bytes(), *(self.shards[shard][at] for shard, at in some))
 
     def __len__(self):
         return len(self.labels)

@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as tv
 
+from .batches import mark_of, spread
+
 DEBIAN = {"fashion": "/usr/share/datasets/fashion-mnist"}
 GET = {
     "fashion": "apt install dataset-fashion-mnist, or torchvision.datasets.FashionMNIST({0!r}, download=True)",
@@ -96,6 +98,8 @@ class Pixels:
 
     def __init__(self, name, folder, size, train=True):
         self.pixels, self.labels = (_cifar10 if name == "cifar10" else _mnist)(name, Path(folder), train)
+        self.count, some = len(self.pixels), spread(len(self.pixels), 64)
+        self.mark = mark_of(self.pixels[some], self.labels)
         native = self.pixels.shape[-1]
         if size > native:
             raise ValueError(f"size must be at most {native} for {name}, got {size}")
@@ -201,6 +205,10 @@ class Folder:
         self.paths, labels, self.classes = find_pictures(folder)
         self.labels = torch.tensor(labels)
         self.folder, self.size, self.shape, self.pool = folder, size, (3, size, size), ThreadPoolExecutor()
+        names = [os.path.relpath(path, folder) for path in self.paths]
+        sizes = [str(os.path.getsize(self.paths[row])) for row in spread(len(names))]
+        read = [Path(self.paths[row]).read_bytes() for row in spread(len(names), 16)]
+        self.count, self.mark = len(names), mark_of(*names, *sizes, *read)
 
     def __len__(self):
         return len(self.paths)

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from ..backbones.states import build_backbone
-from ..data.batches import null_of
+from ..data.batches import about, null_of
 from ..data.latents import autoencoder
 from ..evaluation.features import Inception
 from ..method.path import same_shape
@@ -53,6 +53,30 @@ def refuse_misfits(config, data, net=None, folder=None, measured=True):
         del judged
     if config.get("vae"):
         autoencoder(config["vae"])
+
+
+def same_data(data, known, folder):
+    """Raise ValueError that says what differs if data are not those that a run was begun with.
+
+    known: what its checkpoint says of them. Data without a mark, dealt by an iterable or a function of the step, may
+    have another mean or spread by half of the spread, for others of them were looked at; they keep the run's units.
+    """
+    now, streamed, differs = about(data), hasattr(data, "keep_units"), None
+    for name in ("shape", "classes", "count"):
+        if known.get(name, now.get(name)) != now.get(name):
+            differs = differs or f"{name} was {known[name]}, is now {now.get(name)}"
+    if differs is None and known.get("mean") is not None:
+        for name in ("mean", "std"):
+            was, new, scale = (value.cpu().double().flatten() for value in (known[name], now[name], known["std"]))
+            off = ((new - was).abs() > (0.5 if streamed else 1e-6) * scale).nonzero().flatten().tolist()
+            if off and differs is None:
+                differs = f"the {name} of column {off[0]} was {was[off[0]]:.6g}, is now {new[off[0]]:.6g}"
+    if differs is None and known.get("mark", now.get("mark")) != now.get("mark"):
+        differs = "as many, but some of them are others"
+    if differs:
+        raise ValueError(f"{folder} was begun with other data: {differs}")
+    if streamed:
+        data.keep_units(known)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from ..evaluation.features import Inception, classifier_of, features_of
 from ..evaluation.metrics import measure_images, measure_points
 from ..files import write_json
 from .build import data_of
-from .checks import enough_to_measure
+from .checks import enough_to_measure, same_data
 from .folder import finished, sampled, trained
 from .methods import FLOW_MATCHING
 from .run import begin, finish, resume
@@ -116,7 +116,11 @@ def evaluate(own, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=True
     own: see `folder.Trained`. -> metrics as in metrics.json, and a dict (method, nfe) -> samples, "data" for real ones.
     """
     began = time.perf_counter()
-    yard = yardstick(own.config, own.data, own.folder, device, shown=True)
+    data = own.data
+    if data is None:
+        data = data_of(own.config)
+        same_data(data, own.saved["data"], own.folder)
+    yard = yardstick(own.config, data, own.folder, device, shown=True)
     rows, kept = rows_of(own, nfes, yard, shown=True)
     if with_baseline and method_of(own.config) != "flow matching":
         more, flow_kept = rows_of(baseline(own, device), flow_nfes, yard, shown=True)

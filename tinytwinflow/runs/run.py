@@ -17,16 +17,16 @@ from pathlib import Path
 import torch
 
 from ..bars import bar, terms_in
-from ..data.batches import null_of, read_ahead
+from ..data.batches import about, null_of, read_ahead
 from ..evaluation.pictures import draw_one
 from ..files import aside, write_json
 from ..method.conditions import take
-from ..training.checkpoints import NAME, has_checkpoint, keep_state, restore_state
+from ..training.checkpoints import NAME, has_checkpoint, keep_state, read_saved, restore_state
 from ..training.distributed import World, first, refuse_graphs
 from ..training.loop import autocast, train
 from ..training.state import State
 from .build import data_of, state_of
-from .checks import refuse_misfits
+from .checks import refuse_misfits, same_data
 from .folder import Trained, read_config, read_log, sampled
 from .settings import loss_of
 
@@ -47,11 +47,6 @@ class Run:
     world: World | None = None
 
     @property
-    def about_data(self):
-        """What a checkpoint says of the data: enough to sample without them."""
-        return {"shape": [int(n) for n in self.data.shape], "classes": int(self.data.classes), **self.data.scaling}
-
-    @property
     def writes(self):
         """Whether this process is the one that writes."""
         return self.folder is not None and (self.world is None or self.world.rank == 0)
@@ -63,11 +58,11 @@ class Run:
     def keep(self):
         """Write a checkpoint."""
         if self.folder is not None:
-            keep_state(self.folder, self.state, self.about_data, self.in_pieces, self.world)
+            keep_state(self.folder, self.state, about(self.data), self.in_pieces, self.world)
 
     def trained(self):
         """What has been learnt so far, ready to sample."""
-        saved = {"step": self.state.step, "data": self.about_data}
+        saved = {"step": self.state.step, "data": about(self.data)}
         return Trained(self.state.average, self.config, saved, self.folder, self.data)
 
 
@@ -93,13 +88,15 @@ def begin(config, folder=None, device="cpu", world=None, data=None, net=None, re
 def resume(folder, device="cpu", world=None, data=None, net=None):
     """The run of a folder as its last checkpoint left it; without one, at step 0.  -> Run
 
-    Raises ValueError if the folder, its data or its checkpoint does not fit.
+    Raises ValueError if the folder or its checkpoint does not fit, or the data are not those that it was begun with.
     """
     folder, device = Path(folder), world.device if world else device
     config, fresh, log = read_config(folder), not has_checkpoint(folder), folder / "log.jsonl"
     if log.exists() and fresh:
         raise ValueError(f"{folder / NAME}: no such checkpoint, though {log} shows that there was one")
     data = data_of(config, world) if data is None else data
+    if not fresh:
+        same_data(data, read_saved(folder)[0]["data"], folder)
     run = Run(config, data, state_of(config, data, device, world, fresh, net), device, folder, world)
     if fresh:
         run.keep()

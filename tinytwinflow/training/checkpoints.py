@@ -56,7 +56,7 @@ def check_about(saved, path):
     fits = all(type(n) is int and n >= 0 for n in (step, data.get("classes")))
     fits &= isinstance(shape, list) and len(shape) > 0 and all(type(n) is int and n > 0 for n in shape)
     if scaling != [None, None]:
-        fits &= all(torch.is_tensor(a) and list(a.shape) == shape and bool(a.isfinite().all()) for a in scaling)
+        fits &= all(torch.is_tensor(a) and list(a.shape) in ([], shape) and bool(a.isfinite().all()) for a in scaling)
     if not fits:
         raise ValueError(f"{path}: damaged checkpoint (step {step!r} of data {data!r:.60})")
 
