@@ -153,7 +153,8 @@ def test_what_was_trained_on_and_measured_against_is_said(capsys, tmp_path):
     ]:
         result = ttf.fit(data, **{k: v for k, v in quick.items() if k != "batch_size"}).evaluate(nfes=(1,))
         assert (result["held_out"], result["samples"]) == (held_out, samples)
-        assert (SEEN in capsys.readouterr().out) == (not held_out)
+        said = capsys.readouterr().out
+        assert (SEEN in said) == (not held_out) and f"measured on {samples} samples and as many real ones" in said
     pixels = torch.randint(0, 256, (480, 1, 8, 8), dtype=torch.uint8)
     table = Table(pixels, 8, labels=torch.arange(480) % 10)
     assert table.held_out and len(table.fresh(99)[0]) == 12
