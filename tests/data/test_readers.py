@@ -140,9 +140,10 @@ def test_what_is_transparent_lies_on_white(tmp_path):
     assert read(palette, transparency=bytes([0, 51, 255])) == [[255] * 3, [204, 224, 204], [0, 0, 50]]
     assert read(Image.fromarray(colours[:, :, 0]), transparency=200) == [[255] * 3, [255] * 3, [0] * 3]
     assert read(Image.fromarray(colours[:, :, :3]), transparency=(0, 100, 50)) == [[200, 0, 0], [200, 0, 0], [255] * 3]
-    deep = Image.fromarray(np.array([[0, 257, 256 * 257 - 257]], np.uint16))
-    assert read(deep, transparency=257) == [[0] * 3, [255] * 3, [255] * 3]
-    assert read(deep, transparency=0) == [[255] * 3, [1] * 3, [255] * 3]
+    deep = np.array([0, 257, 256, 65278], ">u2").tobytes()
+    for hidden, levels in [(257, [0, 255, 1, 254]), (0, [255, 1, 1, 254])]:
+        (tmp_path / "a.png").write_bytes(png(0, 16, deep, (b"tRNS", struct.pack(">H", hidden))))
+        assert np.asarray(read_picture(tmp_path / "a.png"))[0, :, 0].tolist() == levels
     for kind, depth, raw, hidden in [(0, 2, b"\x1b", b"\0\3"), (2, 16, bytes(range(24)), bytes(6))]:
         (tmp_path / "a.png").write_bytes(png(kind, depth, raw, (b"tRNS", hidden)))
         with pytest.raises(ValueError, match="a.png: a transparent colour is read in PNG of 8 bits, others need"):
