@@ -84,6 +84,7 @@ def test_wrong_files_are_named_with_their_fault(tmp_path):
     refused("a.csv", '"x\n1",y\n1,2\nm,s\n', "line 4: 'm' is not a finite number$")
     refused("a.csv", "x,y\nm,s\n1,2\n", "line 2: 'm' is not a finite number$")
     refused("a.csv", "1,2\n3\n", "line 2: 1 cells, but line 1 has 2")
+    refused("a.csv", "1,2\n\n3\n", "line 3: 1 cells, but line 1 has 2")
     refused("a.csv", "a,b,c\n1,2\n", "line 2: 2 cells, but line 1 has 3")
     refused("a.csv", "1,2\n3,4,\n", "line 2: 3 cells, but line 1 has 2")
     for word in ("nan", "NaN", "inf", "-Infinity", "1e400"):

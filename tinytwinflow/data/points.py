@@ -57,7 +57,7 @@ def _read_csv(path):
             for cells in lines:
                 if not cells:
                     blank = blank or line
-                elif blank and len(cells) == 1:  # in a table of one column it is a gap
+                elif blank and width < 2 and len(cells) == 1:  # in a table of one column it is a gap
                     line = blank
                     raise ValueError("an empty cell")
                 else:
@@ -67,7 +67,6 @@ def _read_csv(path):
                         raise ValueError(f"{len(cells)} cells, but line {first} has {width}")
                     if line > first or not names:
                         values.extend(_numbers(cells))
-                    blank = 0
                 line = lines.line_num + 1
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: no UTF-8 text") from error
