@@ -84,12 +84,14 @@ def _read_csv(path):
 
 def _names(cells):
     """The names that the first line of a .csv holds, none where a cell is a number."""
-    if not cells[0].strip():
+    if not cells[0].strip(" "):
         raise ValueError(f"the first cell is empty, as above row numbers: {WITHOUT}")
     if cells == [str(i) for i in range(len(cells))]:
         raise ValueError("counts 0, 1 ... as a program names columns: remove it, or write 0.0 if it is a point")
-    odd = any(_is_number(cell) or ";" in cell or "\t" in cell for cell in cells)
-    return () if odd else tuple(cells)
+    for cell in cells:
+        if ";" in cell or "\t" in cell:
+            raise ValueError(f"{textwrap.shorten(cell, 40)!r}: commas separate cells, and numbers have a decimal point")
+    return () if any(map(_is_number, cells)) else tuple(cells)
 
 
 def _numbers(cells):
@@ -103,8 +105,7 @@ def _numbers(cells):
     bad = next(cell for cell in cells if not (_is_number(cell) and math.isfinite(float(cell))))
     if not bad.strip():
         raise ValueError("an empty cell")
-    hint = "; commas separate cells, and numbers have a point" if ";" in bad or "\t" in bad else ""
-    raise ValueError(f"{textwrap.shorten(bad, 40)!r} is not a finite number{hint}")
+    raise ValueError(f"{textwrap.shorten(bad, 40)!r} is not a finite number")
 
 
 def _is_number(word):
