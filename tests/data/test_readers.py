@@ -73,6 +73,15 @@ def test_levels_are_kept_whatever_the_depth(tmp_path, name, pixels):
     assert recipe_for_name(str(tmp_path))[1]["size"] == 4
 
 
+def test_levels_between_those_of_8_bits_go_to_the_nearest(tmp_path):
+    for pixels in (
+        np.array([[0, 128, 129, 385, 386, 65535]], np.uint16),
+        np.array([[0, 0.49, 0.51, 1.49, 1.51, 255]]) / 255,
+    ):
+        Image.fromarray(pixels.astype(np.float32) if pixels.dtype == float else pixels).save(tmp_path / "a.tif")
+        assert np.asarray(read_picture(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 0, 1, 1, 2, 255]
+
+
 def test_of_colours_of_16_bits_the_upper_8_are_kept(tmp_path):
     """Pillow does so itself: v // 256, never more than one level from v / 257."""
     raw = np.array([0, 255, 256, 257, 383, 32767, 32768, 65279, 65280, 65535, 4660, 1], ">u2")
@@ -131,9 +140,10 @@ def test_what_is_transparent_lies_on_white(tmp_path):
     assert read(palette, transparency=bytes([0, 51, 255])) == [[255] * 3, [204, 224, 204], [0, 0, 50]]
     assert read(Image.fromarray(colours[:, :, 0]), transparency=200) == [[255] * 3, [255] * 3, [0] * 3]
     assert read(Image.fromarray(colours[:, :, :3]), transparency=(0, 100, 50)) == [[200, 0, 0], [200, 0, 0], [255] * 3]
-    deep = Image.fromarray(np.array([[0, 257, 256 * 257 - 257]], np.uint16))
-    assert read(deep, transparency=257) == [[0] * 3, [255] * 3, [255] * 3]
-    assert read(deep, transparency=0) == [[255] * 3, [1] * 3, [255] * 3]
+    deep = np.array([0, 257, 256, 65278], ">u2").tobytes()
+    for hidden, levels in [(257, [0, 255, 1, 254]), (0, [255, 1, 1, 254])]:
+        (tmp_path / "a.png").write_bytes(png(0, 16, deep, (b"tRNS", struct.pack(">H", hidden))))
+        assert np.asarray(read_picture(tmp_path / "a.png"))[0, :, 0].tolist() == levels
     for kind, depth, raw, hidden in [(0, 2, b"\x1b", b"\0\3"), (2, 16, bytes(range(24)), bytes(6))]:
         (tmp_path / "a.png").write_bytes(png(kind, depth, raw, (b"tRNS", hidden)))
         with pytest.raises(ValueError, match="a.png: a transparent colour is read in PNG of 8 bits, others need"):
@@ -233,4 +243,4 @@ def test_a_picture_is_read_as_it_was_written_or_refused_in_one_line(tmp_path_fac
         assert not whole or mode in ("I", "F") and "its pixels must lie in" in str(error)
         assert not whole or not 0 <= pixels.min() <= pixels.max() <= (1 if mode == "F" else 65535)
     else:
-        assert read.shape == expected.shape and np.abs(read - expected).max() <= 1
+        assert read.shape == expected.shape and np.abs(read - expected).max() <= (0.5001 if mode in KINDS else 1)

@@ -50,23 +50,28 @@ def read_points(path):
 
 def _read_csv(path):
     """The numbers of a .csv.  -> array (n, D)"""
-    values, width, names, blank = array("d"), 0, (), 0
-    for line, cells in _lines_of(path):
-        where = f"{path}, line {line}"
-        if not cells:
-            blank = blank or line
-            continue
-        if blank and len(cells) == 1:
-            raise ValueError(f"{path}, line {blank}: an empty cell")
-        blank = 0
-        if not width:
-            width, first = len(cells), line
-            names = _names(cells, where)
-            if names:
-                continue
-        if len(cells) != width:
-            raise ValueError(f"{where}: {len(cells)} cells, but line {first} has {width}")
-        values.extend(_numbers(cells, where))
+    values, width, names, first, line, blank = array("d"), 0, (), 0, 1, 0
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        lines = csv.reader(file, strict=True)
+        try:
+            for cells in lines:
+                if not cells:
+                    blank = blank or line
+                elif blank and width < 2 and len(cells) == 1:  # in a table of one column it is a gap
+                    line = blank
+                    raise ValueError("an empty cell")
+                else:
+                    if not width:
+                        width, first, names = len(cells), line, _names(cells)
+                    if len(cells) != width:
+                        raise ValueError(f"{len(cells)} cells, but line {first} has {width}")
+                    if line > first or not names:
+                        values.extend(_numbers(cells))
+                line = lines.line_num + 1
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: no UTF-8 text") from error
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}, line {line}: {error}") from error
     if not values:
         raise ValueError(f"{path}: holds no numbers")
     x = np.array(values).reshape(-1, width)
@@ -77,33 +82,19 @@ def _read_csv(path):
     return x
 
 
-def _names(cells, where):
+def _names(cells):
     """The names that the first line of a .csv holds, none where a cell is a number."""
-    if not cells[0].strip():
-        raise ValueError(f"{where}: the first cell is empty, as above row numbers: {WITHOUT}")
+    if not cells[0].strip(" "):
+        raise ValueError(f"the first cell is empty, as above row numbers: {WITHOUT}")
     if cells == [str(i) for i in range(len(cells))]:
-        raise ValueError(
-            f"{where}: counts 0, 1 ... as a program names columns: remove it, or write 0.0 if it is a point"
-        )
-    odd = any(_is_number(cell) or ";" in cell or "\t" in cell for cell in cells)
-    return () if odd else tuple(cells)
+        raise ValueError("counts 0, 1 ... as a program names columns: remove it, or write 0.0 if it is a point")
+    for cell in cells:
+        if ";" in cell or "\t" in cell:
+            raise ValueError(f"{textwrap.shorten(cell, 40)!r}: commas separate cells, and numbers have a decimal point")
+    return () if any(map(_is_number, cells)) else tuple(cells)
 
 
-def _lines_of(path):
-    """The lines of a .csv, blank ones too.  -> number, cells"""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        lines, number = csv.reader(file, strict=True), 1
-        try:
-            for cells in lines:
-                yield number, cells
-                number = lines.line_num + 1
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: no UTF-8 text") from error
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-
-
-def _numbers(cells, where):
+def _numbers(cells):
     """The finite numbers that the cells of a line are."""
     try:
         row = list(map(float, cells))
@@ -113,9 +104,8 @@ def _numbers(cells, where):
         return row
     bad = next(cell for cell in cells if not (_is_number(cell) and math.isfinite(float(cell))))
     if not bad.strip():
-        raise ValueError(f"{where}: an empty cell")
-    hint = "; commas separate cells, and numbers have a point" if ";" in bad or "\t" in bad else ""
-    raise ValueError(f"{where}: {textwrap.shorten(bad, 40)!r} is not a finite number{hint}")
+        raise ValueError("an empty cell")
+    raise ValueError(f"{textwrap.shorten(bad, 40)!r} is not a finite number")
 
 
 def _is_number(word):
