@@ -26,7 +26,7 @@ from tinytwinflow.runs.recipes import RECIPES, configured
 from tinytwinflow.runs.run import begin, finish, resume
 from tinytwinflow.runs.settings import SETTINGS, check
 
-EXAMPLES = int(os.environ.get("TINYTWINFLOW_FUZZ", 40))
+EXAMPLES = int(os.environ.get("TINYTWINFLOW_FUZZ", 30))
 fuzzed = settings(
     max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )

@@ -162,7 +162,7 @@ def _damage(path, piece):
             file.seek(piece.offset)
             with zipfile.ZipFile(io.BytesIO(file.read(piece.length))) as whole:
                 bad = whole.testzip()
-        return bad and f"{piece.relative_path} at {bad}"
+        return bad and f"{piece.relative_path} at {bad!r}"
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         return f"{piece.relative_path}: {reason(error)}"
 
