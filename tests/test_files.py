@@ -149,6 +149,8 @@ def test_no_memory_is_no_damage(quiet, capsys, monkeypatch):
         with pytest.raises(type(error)):
             read_torch(quiet / "checkpoint.pt")
         fails(capsys, ["sample", quiet], "out of memory")
+    huge = ["train", "toy", "--out", quiet.parent / "huge", "--set", *SMALL, "batch_size=4000000000000"]
+    fails(capsys, huge, "out of memory (RuntimeError: ", "tried to allocate")
 
 
 def test_a_device_that_is_not_there_is_named(quiet, capsys):

@@ -104,7 +104,7 @@ def read_torch(path, what="checkpoint"):
             if not strange:
                 raise
     if damaged:
-        raise ValueError(f"{path}: the file is damaged at {damaged}")
+        raise ValueError(f"{path}: the file is damaged at {damaged!r}")
     if strange:
         raise ValueError(f"{path}: holds a {strange[1]}, whose code is not run: save net.state_dict() alone")
     return content
@@ -144,7 +144,7 @@ def _held(content):
     """What a file holds, in a few words."""
     if not isinstance(content, dict):
         return f"a {type(content).__name__}"
-    names = [str(name) for name in content]
+    names = [" ".join(str(name).split()) for name in content]
     return ", ".join(names[:6] + [f"{len(names) - 6} more"] * (len(names) > 6)) or "nothing"
 
 

@@ -21,7 +21,7 @@ from .ranges import plain
 from .runs.build import OWN, net_of
 from .runs.choice import choose
 from .runs.evaluate import evaluate
-from .runs.folder import Trained, condition_of, read_config, refuse_backbone, sampled, trained
+from .runs.folder import Trained, checked, condition_of, read_config, refuse_backbone, sampled, trained
 from .runs.run import begin, finish, resume
 from .runs.settings import method_of, mode_of
 from .training.checkpoints import NAME, check_about
@@ -142,7 +142,7 @@ def load(path, device="cpu", net=None):
         return Model(trained(path, device, net), device=device)
     content = read_checkpoint(path, keys=("average", "data", "step"))
     check_about(content, path)
-    config = content["config"] if "config" in content else read_config(path.parent)
+    config = checked(content["config"], path) if "config" in content else read_config(path.parent)
     refuse_backbone(path, config)
     saved = {"step": content["step"], "data": content["data"]}
     folder = path.parent if path.name == NAME else None

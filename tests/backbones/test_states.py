@@ -361,6 +361,31 @@ def test_wrong_folders_end_in_one_line(folders, tmp_path, capsys):
     assert "holds another network" in capsys.readouterr().err
 
 
+def test_a_model_that_cannot_be_read_ends_in_one_line_and_leaves_nothing(folders, tmp_path, capsys, monkeypatch):
+    """Quantised weights are refused as such; whatever else its reader raises is named, and stays the cause."""
+    words = command(folders, tmp_path / "run", f"model={tmp_path / 'quantised'}")
+    shutil.copytree(folders / "model", tmp_path / "quantised")
+    config = json.loads((folders / "model" / "config.json").read_text())
+    about = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps({**config, "quantization_config": about}))
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert "quantised: its weights are quantised (quantization_config)" in error and len(error.splitlines()) == 1
+    for raised in (ImportError("no `bitsandbytes`\nrun pip"), KeyError("shape"), AttributeError(), OSError(5, "x")):
+        monkeypatch.setattr(getattr(diffusers, KIND), "from_pretrained", lambda *_, e=raised, **__: throw(e))
+        assert run(*command(folders, tmp_path / "run")) == 2
+        error = capsys.readouterr().err
+        assert f"model: no {KIND} ({type(raised).__name__}" in error and len(error.splitlines()) == 1
+        with pytest.raises(ValueError) as refused:
+            load_velocity(folders / "model")
+        assert refused.value.__cause__ is raised
+    assert not (tmp_path / "run").exists()
+
+
+def throw(error):
+    raise error
+
+
 def test_data_of_another_model_is_refused_before_anything_is_written(folders, tmp_path, capsys):
     """Latents of other channels, prompts of another width: one line, and no run folder that only fails later."""
     whole = safetensors.load_file(folders / "texts" / "texts-00000.safetensors")

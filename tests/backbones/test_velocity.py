@@ -493,7 +493,8 @@ def test_folders_that_hold_no_flow_transformer_are_refused(tmp_path):
     [
         ("SD3Transformer2DModel", {"out_channels": 8}, "makes 8 channels of 4"),
         ("SanaTransformer2DModel", {"out_channels": 8}, "makes 8 channels of 4"),
-        ("FluxTransformer2DModel", {"in_channels": 32, "out_channels": 16}, "makes 4 channels of 8"),
+        ("FluxTransformer2DModel", {"in_channels": 32, "out_channels": 16}, "4 channels of 8: it is shown pictures"),
+        ("FluxTransformer2DModel", {"in_channels": 8, "out_channels": 16}, "makes 4 channels of 2: only a velocity"),
         ("QwenImageTransformer2DModel", {"out_channels": 8}, "makes 8 channels of 4"),
         ("QwenImageTransformer2DModel", {"guidance_embeds": True}, "guidance_embeds=True is another variant"),
         ("QwenImageTransformer2DModel", {"zero_cond_t": True}, "zero_cond_t=True is another variant"),

@@ -250,7 +250,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"tinytwinflow: {error}", file=sys.stderr)
         return 2
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no class of its own for a CPU
+            raise
         print(f"tinytwinflow: out of memory ({reason(error)})", file=sys.stderr)
         return 2
     except FloatingPointError as error:

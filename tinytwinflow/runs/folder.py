@@ -8,6 +8,7 @@ import torch
 
 from ..backbones import states
 from ..backbones.velocity_files import load_velocity
+from ..files import damage_named
 from ..method.conditions import check_rows, move, take
 from ..method.draws import seeded
 from ..method.samplers import sample
@@ -33,12 +34,16 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path}: no such file, so {folder} is no run folder")
-    try:
+    with damage_named(path, "not the settings of a run"):
         config = json.loads(path.read_text())
+    return checked(config, path)
+
+
+def checked(config, path):
+    """The settings of a run as a file has them. Raises ValueError that names it unless they are whole and fit."""
+    with damage_named(path, "not the settings of a run"):
         check(config)
         missing = RECIPES[config["recipe"]].keys() - config.keys()
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the settings of a run ({error})") from error
     if missing:
         raise ValueError(f"{path}: not the settings of a run ({', '.join(sorted(missing))} missing)")
     return config

@@ -55,6 +55,9 @@ def check_about(saved, path):
     shape, scaling = data.get("shape"), [data.get(name) for name in ("mean", "std")]
     fits = all(type(n) is int and n >= 0 for n in (step, data.get("classes")))
     fits &= isinstance(shape, list) and len(shape) > 0 and all(type(n) is int and n > 0 for n in shape)
+    units = data.get("units", ("torch", "float32"))
+    kind, dtype = units if isinstance(units, list | tuple) and len(units) == 2 else (None, None)
+    fits &= kind in ("torch", "numpy") and isinstance(getattr(torch, str(dtype), None), torch.dtype)
     if scaling != [None, None]:
         fits &= all(torch.is_tensor(a) and list(a.shape) in ([], shape) and bool(a.isfinite().all()) for a in scaling)
     if not fits:

@@ -6,11 +6,15 @@ checkpoints that you trust.
 """
 
 import copy
+import io
 import json
 import os
 import shutil
 import warnings
+import zipfile
+import zlib
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +39,8 @@ def about(path):
     """What a checkpoint says of itself: step, size (number of processes), data. Raises ValueError if damaged."""
     try:
         note = json.loads((Path(path) / ABOUT).read_text())
+        if note.get("index", _sum_of(path)) != _sum_of(path):  # earlier versions noted none
+            raise ValueError("its index has changed")
         data = note["data"]
         data |= {name: torch.tensor(data[name], dtype=torch.float64) for name in SCALING if data.get(name)}
         return {"step": int(note["step"]), "size": int(note["size"]), "data": data}
@@ -72,7 +78,8 @@ def save_pieces(folder, state, data):
         with _on_all():
             if _first():
                 plain = {name: value.tolist() if torch.is_tensor(value) else value for name, value in data.items()}
-                write_json(writing / ABOUT, {"step": state.step, "size": _size(), "data": plain})
+                about_it = {"step": state.step, "size": _size(), "data": plain, "index": _sum_of(writing)}
+                write_json(writing / ABOUT, about_it)
                 os.replace(writing, folder / name)
     except BaseException:
         if _first():
@@ -108,16 +115,23 @@ def load_pieces(path, state):
 
 def read_pieces(path, content):
     """Read the tensors of a nested dict from a checkpoint, in place, all processes together or one alone."""
+    about(path)
     with damage_named(path, "damaged checkpoint, its index cannot be read"):
+        index = dcp.FileSystemReader(path).read_metadata()
         there = {
             key: torch.empty(value.size, dtype=value.properties.dtype, device="meta")
-            for key, value in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+            for key, value in index.state_dict_metadata.items()
             if hasattr(value, "size")
         }
     for name, own in content.items():
         if name != "optimizer":
             found = {key.removeprefix(name + "."): value for key, value in there.items() if key.startswith(name + ".")}
             check_weights(own, found, path)
+    pieces = [piece for at, piece in index.storage_data.items() if at.fqn.split(".")[0] in content]
+    mine = pieces[dist.get_rank() :: _size()] if dist.is_initialized() else pieces
+    damaged = _first_of(map(partial(_damage, path), mine))
+    if damaged:
+        raise ValueError(f"{path}: damaged checkpoint ({damaged})")
     try:
         with _alone_or_not() as alone:
             dcp.load(content, checkpoint_id=path, no_dist=alone)
@@ -137,6 +151,22 @@ def _size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def _sum_of(path):
+    return zlib.crc32((Path(path) / ".metadata").read_bytes())
+
+
+def _damage(path, piece):
+    """What is wrong with a piece, a zip within a file, or None; the engine itself does not look."""
+    try:
+        with open(Path(path) / piece.relative_path, "rb") as file:
+            file.seek(piece.offset)
+            with zipfile.ZipFile(io.BytesIO(file.read(piece.length))) as whole:
+                bad = whole.testzip()
+        return bad and f"{piece.relative_path} at {bad!r}"
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        return f"{piece.relative_path}: {reason(error)}"
+
+
 def _everywhere(found):
     """What each process has found."""
     if not dist.is_initialized():
@@ -146,15 +176,19 @@ def _everywhere(found):
     return all_found
 
 
+def _first_of(faults):
+    """The first fault that there is on any process, or None; the same on all."""
+    return next(filter(None, _everywhere(next(filter(None, faults), None))), None)
+
+
 def _not_finite(weights):
-    """The name of a weight that is not finite on any process, or None; the same on all."""
-    bad = (
+    """The name of a weight that is not finite on any process, or None."""
+    return _first_of(
         f"{part}.{name}"
         for part, tensors in weights.items()
         for name, value in tensors.items()
         if not (value.to_local() if hasattr(value, "to_local") else value).isfinite().all()
     )
-    return next(filter(None, _everywhere(next(bad, None))), None)
 
 
 def _failure(error):
