@@ -118,6 +118,27 @@ def test_twins_answer_by_the_sign_of_time(case, t, r):
     close(twins(x, sign * t, sign * r), torch.where(sign[:, None] > 0, real(x, t, r), fake(x, t, r)))
 
 
+@given(arrays((4, 2)), arrays(4), st.permutations([1.0, 1.0, -1.0, -1.0]))
+def test_twins_hand_each_field_its_own_rows_of_a_condition(x, label, sign):
+    """None, a tensor or a dict of tensors, for the rows of a field, and times that are not negative."""
+
+    def field(scale):
+        def velocity(x, t, r, cond):
+            assert (t >= 0).all() and (r >= 0).all()
+            label = 0.0 if cond is None else cond["label"][:, None] if isinstance(cond, dict) else cond[:, None]
+            return scale * x + label
+
+        return velocity
+
+    sign = torch.tensor(sign).double()
+    expected = torch.where(sign[:, None] > 0, x, 3 * x)
+    twins, t = Twins(field(1), field(3)), 0.5 * sign
+    close(twins(x, t, t), expected)
+    close(twins(x, t, t, label), expected + label[:, None])
+    close(twins(x, t, t, {"label": label}), expected + label[:, None])
+    close(twins(x, t.abs(), t.abs(), {"label": label}), x + label[:, None])
+
+
 def test_samples_have_the_moments_of_the_mixture(generator):
     mixture = GaussianMixture([[0.0, 0.0], [4.0, 1.0]], [[[1.0, 0.5], [0.5, 1.0]], [[0.2, 0.0], [0.0, 0.1]]], [3, 1])
     x, k = mixture.sample(40000, generator, labels=True)

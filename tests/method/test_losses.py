@@ -14,7 +14,7 @@ from scipy.stats import kstest
 
 from tinytwinflow import GaussianMixture, TwinFlowLoss, Twins, generate
 from tinytwinflow.method import path, reference
-from tinytwinflow.method.draws import draw_for, split
+from tinytwinflow.method.draws import Draws, draw_for, split
 from tinytwinflow.method.losses import DISTANCES
 from tinytwinflow.nets import MLP
 
@@ -158,22 +158,33 @@ def test_parts_have_their_share_in_expectation(B, share):
     assert np.allclose(counts, np.array(wanted) * B, atol=0.06)
 
 
-@settings(max_examples=5)
-@given(seeds)
-def test_batch_of_one_has_the_gradient_of_a_large_batch_in_expectation(seed):
-    """The mean gradient over many batches of 1 is that of one large batch, to within the error of the mean.
+@given(settings_of_a_loss, seeds)
+def test_batch_of_one_has_the_gradient_of_a_large_batch_in_expectation(kwargs, seed):
+    """A batch of 1 is in one part, with the part's share as probability (the two laws above). The mean over the parts
+    of its gradient is that of a batch of 60, which has 60 times the share in each, if the random numbers are equal.
 
-    All random numbers are made equal: row i of the large batch and batch i hold the same sample, so
-    only the drawing of parts and its weights are tested.
+    Exact, so that no number of samples is too small and nothing but the weights of the parts can make it fail.
     """
-    net, loss, n = network(seed), printed(order=1, clip=100.0), 1000
-    x = torch.randn(1, 2).double()
-    generator = torch.Generator().manual_seed(seed)
-    single = torch.stack([gradients(loss(net, x, generator=generator).total, net) for _ in range(n)])
-    big = torch.stack([gradients(loss(net, x.expand(600, 2), generator=generator).total, net) for _ in range(10)])
-    error = (single.var(0) / n + big.var(0) / 10).sqrt()
-    z_score = ((single.mean(0) - big.mean(0)) / error.clamp(min=1e-12)).abs()
-    assert z_score.max() < 6 and z_score.square().mean() < 2
+    net, loss, x = network(seed, 3), printed(**kwargs), torch.randn(1, 2).double()
+    given = {"cond": torch.randint(3, (1,)), "null": torch.tensor([3])}
+    counts = [round(60 * share) for share in loss.shares()]
+    alone = [printed(**{**kwargs, "share": float(part > 1), "flow_share": float(part == 1)}) for part in range(4)]
+    draws = [draw_for(one, x.expand(2, 2)) for one in alone]
+    only, mean = [], 0
+    for part, (count, drawn) in enumerate(zip(counts, draws)):
+        row = slice(part == 3, (part == 3) + 1)  # the second of two rows rectifies
+        numbers = [torch.zeros(1).long(), *(each[row] for each in (drawn.z, drawn.z_new, drawn.t, drawn.r))]
+        only.append(Draws(tuple(int(part == i) for i in range(4)), *numbers, [times[:1] for times in drawn.inner]))
+        if count:
+            mean = mean + count / 60 * gradients(loss.evaluate(only[part], net, x, **given).total, net)
+    repeated = {
+        name: torch.cat([getattr(own, name).repeat_interleave(n, 0) for n, own in zip(counts, only)])
+        for name in ("rows", "z", "z_new", "t", "r")
+    }
+    inner = [times.repeat(counts[0]) for times in only[0].inner]
+    large = {name: value.expand(60) for name, value in given.items()}
+    draws = Draws(tuple(counts), inner=inner, **repeated)
+    close(mean, gradients(loss.evaluate(draws, net, x.expand(60, 2), **large).total, net))
 
 
 @given(settings_of_a_loss, st.integers(2, 12), seeds)
