@@ -1,22 +1,23 @@
 """Mutation testing: one slip of the pen at a time, and whether a test sees it.
 
-    nice python tests/mutants.py                            # every room, some hours of one core
+    nice python tests/mutants.py                            # every room, an hour or two of one core
     nice python tests/mutants.py method/draws peers/scm     # some rooms
     nice python tests/mutants.py --share 0.2 --seed 1       # a fifth of each room, drawn at random
 
 Each mutant is one change to one room of the package: a comparison turned, + for -, another number, arguments swapped,
-a keyword, a `.detach()` or a statement left out. Annotations, docstrings and messages are left alone. A process that
-has not imported the package forks for each, the child gets the changed source and runs the tests that reach the changed
-function, those that killed the most before first. One that fails or hangs has killed it. What is known is kept in the
-file `--out`, a line a mutant, so that a run that was stopped goes on and only those that lived are tried again;
-begin another file when the code has changed. `mutants.txt` lists the mutants that change nothing that is promised,
-with the reason.
+a keyword, a `.detach()` or a statement left out. Annotations, docstrings and messages are left alone. The tests are
+collected once. For each mutant a process forks, puts the changed code into the functions, classes and constants in use,
+and runs the tests that reach the changed function, the quick ones and those that have killed the most before first. One
+that fails or hangs has killed it. What is known is kept in the file `--out`, a line a mutant: a run that was stopped
+goes on, and only those that lived are tried again; begin another file when the code has changed. `mutants.txt` lists
+the mutants that change nothing that is promised, each with the reason.
 """
 
 import argparse
 import ast
 import copy
-import importlib.util
+import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -25,8 +26,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import FunctionType
+
+import pytest
+from _pytest.runner import runtestprotocol
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "tinytwinflow"
@@ -36,11 +40,9 @@ SUITES = {
     "evaluation": ["evaluation/test_metrics.py"],
     "peers": ["peers"],
 }
-ORDER = "losses draws samplers path twin conditions exact reference".split()
-ROOMS = [f"method/{name}" for name in ORDER] + ["training/loop", "training/ema", "evaluation/metrics"]
+ROOMS = [f"method/{name}" for name in "losses draws samplers path twin conditions exact reference".split()]
+ROOMS += ["training/loop", "training/ema", "evaluation/metrics"]
 ROOMS += [f"peers/{path.stem}" for path in sorted((PACKAGE / "peers").glob("[a-z]*.py"))]
-WARM = "numpy scipy.stats scipy.integrate scipy.optimize scipy.linalg torch torchvision torch.distributed.fsdp pytest"
-WARM += " torch.distributed.checkpoint torch.nn.attention hypothesis.extra.numpy matplotlib.pyplot PIL.Image tqdm"
 
 COMPARISONS = {ast.Lt: [ast.LtE, ast.GtE], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.LtE]}
 COMPARISONS |= {ast.GtE: [ast.Gt, ast.Lt], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot]}
@@ -50,7 +52,7 @@ ARITHMETIC |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.BitOr: ast.BitAnd,
 NAMES = "no_grad enable_grad  min max  minimum maximum  ones_like zeros_like  any all  sum mean".split("  ")
 NAMES = {a: b for a, b in (pair.split() for pair in NAMES)} | {b: a for a, b in (pair.split() for pair in NAMES)}
 PASSED = set("detach clone clamp abs sqrt square floor eval requires_grad_ log exp".split())
-SYMMETRIC = {"min", "max", "minimum", "maximum", "isinstance", "squared_error", "same_shape", "allclose", "getattr"}
+SYMMETRIC = "min max minimum maximum isinstance squared_error same_shape allclose getattr promote_types".split()
 
 
 def variants(node):
@@ -94,7 +96,8 @@ def variants(node):
             for i, keyword in enumerate(keywords):
                 if keyword.arg not in ("device", "kind", "choices", "length", "none"):
                     yield ast.Call(function, arguments, [*keywords[:i], *keywords[i + 1 :]])
-            if len(arguments) > 1 and name not in SYMMETRIC and not any(isinstance(a, ast.Starred) for a in arguments):
+            plain = not any(isinstance(a, ast.Starred) or isinstance(a, ast.Constant) for a in arguments[:2])
+            if len(arguments) > 1 and name not in SYMMETRIC and plain:
                 *first, a, b = arguments if name == "where" else reversed(arguments)
                 yield ast.Call(function, [*first, b, a] if name == "where" else [a, b, *reversed(first)], keywords)
         case ast.Expr() | ast.Raise():
@@ -135,6 +138,7 @@ def sites(node, function=None, statement=None):
                 setattr(node, field, value if isinstance(value, list) else new)
 
             outer = child if function is None and isinstance(child, ast.FunctionDef) else function
+            outer = None if field == "decorator_list" else outer
             here = child if isinstance(child, ast.stmt) else statement
             yield child, put, outer, here
             if not isinstance(child, ast.Raise | ast.Import | ast.ImportFrom):
@@ -159,53 +163,42 @@ def mutants_of(room):
     return found
 
 
-class Served:
-    """Finds one module of the package, and serves another source for it; a plugin of pytest, too."""
-
-    def __init__(self, room, source=None, tests=None):
-        self.module, self.path, self.source = f"tinytwinflow.{room.replace('/', '.')}", PACKAGE / f"{room}.py", source
-        self.tests, self.by, self.reach, self.seconds = tests, "", {}, {}
-
-    def find_spec(self, name, path=None, target=None):
-        if name == self.module and self.source:
-            loader = SourceFileLoader(name, str(self.path))
-            loader.get_code = lambda name: compile(self.source, str(self.path), "exec")
-            return importlib.util.spec_from_file_location(name, self.path, loader=loader)
-
-    def pytest_collection_modifyitems(self, items):
-        if self.tests is not None:
-            items[:] = sorted((i for i in items if i.nodeid in self.tests), key=lambda i: self.tests.index(i.nodeid))
-
-    def pytest_runtest_call(self, item):
-        """Without a mutant, notes the functions of the package that a test reaches."""
-        if not self.source:
-            reached = self.reach.setdefault(item.nodeid, set())
-
-            def note(frame, event, _):
-                if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
-                    reached.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
-
-            sys.setprofile(note)
-
-    def pytest_runtest_logreport(self, report):
-        sys.setprofile(None)
-        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
-        self.by = report.nodeid if report.failed else self.by
+def graft(old, new, put):
+    """Give the functions, classes and constants in use, by name, what those of another source have."""
+    for name, value in new.items():
+        own, value = (getattr(each, "__func__", getattr(each, "fget", each)) for each in (old.get(name), value))
+        if own is value or own is None or name.startswith("__") and not isinstance(value, FunctionType):
+            continue
+        if isinstance(value, FunctionType):
+            own.__code__, own.__defaults__, own.__kwdefaults__ = (
+                value.__code__,
+                value.__defaults__,
+                value.__kwdefaults__,
+            )
+            for cell, other in zip(own.__closure__ or (), value.__closure__ or ()):
+                known, content = {"it": cell.cell_contents}, {"it": other.cell_contents}
+                graft(known, content, lambda _, new, cell=cell: setattr(cell, "cell_contents", new))
+        elif isinstance(value, type) and not issubclass(value, tuple):
+            graft(vars(own), vars(value), lambda name, new, own=own: setattr(own, name, new))
+        else:
+            put(name, value)
 
 
-def tried(served, suite, timeout):
-    """Run tests in a fork.  -> exit status, None where it hangs; which failed; what each reaches; its seconds"""
+def mutate(mutant):
+    """Make the package, as it is in this process, that of a mutant."""
+    module = importlib.import_module(f"tinytwinflow.{mutant['room'].replace('/', '.')}")
+    other = {name: getattr(module, name) for name in ("__name__", "__package__", "__file__")}
+    exec(compile(mutant["source"], module.__file__, "exec"), other)
+    graft(vars(module), other, vars(module).__setitem__)
+
+
+def forked(function, *args, timeout):
+    """What a function returns in a process that forks for it; None if it hangs, "it dies" if it does."""
 
     def child(end):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
         os.setsid()
-        sys.meta_path.insert(0, served)
-        import pytest
-
-        how = "-x -q -n 0 -p no:cacheprovider --hypothesis-seed=0 -W ignore::pytest.PytestAssertRewriteWarning".split()
-        status = pytest.main([*how, *(str(TESTS / part) for part in suite)], plugins=[served])
-        end.send((int(status), served.by, served.reach, served.seconds))
-        end.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
+        end.send(function(*args))
         os._exit(0)
 
     here, there = multiprocessing.Pipe(duplex=False)
@@ -213,13 +206,96 @@ def tried(served, suite, timeout):
     process.start()
     there.close()
     try:
-        answer = here.recv() if here.poll(timeout) else (None, "it hangs", {}, {})
+        return here.recv() if here.poll(timeout) else None
     except EOFError:
-        answer = -1, "it dies", {}, {}
-    if process.is_alive() and answer[0] is None:
-        os.killpg(process.pid, 9)
-    process.join()
-    return answer
+        return "it dies"
+    finally:
+        if process.is_alive():
+            process.join(1)
+        if process.is_alive():
+            os.killpg(process.pid, 9)
+        process.join()
+
+
+def failing(items, mutant, quick):
+    """The first test that a mutant does not pass, "" if it passes all that are run in so many seconds."""
+    try:
+        mutate(mutant)
+    except Exception:
+        return "it cannot be imported"
+    for item, following in zip(items, [*items[1:], None]):
+        if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
+            return item.nodeid
+        if time.process_time() > quick:
+            break
+    return ""
+
+
+def surveyed(items):
+    """Which functions of the package each test reaches, by file and first line, and how long it takes.  -> two dicts"""
+    reach, seconds = {}, {}
+    for item, following in zip(items, [*items[1:], None]):
+        found, begun = reach.setdefault(item.nodeid, set()), time.process_time()
+
+        def note(frame, event, _, found=found):
+            if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+                found.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
+
+        sys.settrace(note)
+        reports = runtestprotocol(item, nextitem=following, log=False)
+        sys.settrace(None)
+        if any(report.failed for report in reports):
+            return f"{item.nodeid} fails without any mutant"
+        seconds[item.nodeid] = time.process_time() - begun
+    return reach, seconds
+
+
+class Trials:
+    """A plugin of pytest that, in place of the tests, tries the mutants of rooms on them."""
+
+    def __init__(self, rooms, options, listed):
+        self.rooms, self.options, self.listed, self.table = rooms, options, listed, []
+
+    def pytest_runtestloop(self, session):
+        survey = forked(surveyed, session.items, timeout=1800)
+        if not isinstance(survey, tuple):
+            sys.exit(f"{survey or 'the tests hang'}")
+        gc.freeze()
+        lines = self.options.out.read_text().splitlines() if self.options.out.exists() else []
+        known = {line["id"]: line for line in map(json.loads, lines)}
+        kills = Counter(line["by"] for line in known.values())
+        for room in self.rooms:
+            mutants, begun = mutants_of(room), time.monotonic()
+            if self.options.share < 1:
+                mutants = random.Random(self.options.seed).sample(mutants, round(self.options.share * len(mutants)))
+            for mutant in mutants:
+                if mutant["id"] not in self.listed and not known.get(mutant["id"], {}).get("by"):
+                    known[mutant["id"]] = self.tried(mutant, session.items, *survey, kills)
+                    with open(self.options.out, "a") as file:
+                        file.write(json.dumps(known[mutant["id"]]) + "\n")
+            equivalent = [mutant["id"] for mutant in mutants if mutant["id"] in self.listed]
+            alive = [m["id"] for m in mutants if m["id"] not in self.listed and not known[m["id"]]["by"]]
+            numbers = len(mutants), len(mutants) - len(equivalent) - len(alive), len(equivalent), len(alive)
+            self.table.append((*numbers, time.monotonic() - begun))
+            told("".join(f"alive  {name}  [{known[name]['tests']} tests]\n" for name in alive), end="")
+            told("{}: {} mutants, {} killed, {} equivalent, {} alive, {:.0f} seconds".format(room, *self.table[-1]))
+        return True
+
+    def tried(self, mutant, items, reach, seconds, kills):
+        """One mutant.  -> id, by: which test killed it, tests: how many reach it"""
+        place = (str(PACKAGE / f"{mutant['room']}.py"), mutant["line"])
+        items = [item for item in items if mutant["line"] is None or place in reach[item.nodeid]]
+        items.sort(key=lambda item: (seconds[item.nodeid] + 0.05) / (1 + kills[item.nodeid]))
+        budget = 20 + 10 * sum(seconds[item.nodeid] for item in items)
+        by = forked(failing, items, mutant, self.options.quick, timeout=budget)
+        kills[by] += 1
+        return {"id": mutant["id"], "by": "it hangs" if by is None else by, "tests": len(items)}
+
+
+def told(words, end="\n"):
+    """Say something past pytest's capture."""
+    sys.__stdout__.write(words + end)
+    sys.__stdout__.flush()
 
 
 def main():
@@ -227,54 +303,27 @@ def main():
     parser.add_argument("rooms", nargs="*", default=ROOMS, help="such as method/draws")
     parser.add_argument("--share", type=float, default=1.0, help="of the mutants of each room")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", type=float, default=float("inf"), help="seconds of tests for a mutant that lives")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "tinytwinflow-mutants.jsonl")
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HYPOTHESIS_STORAGE_DIRECTORY": tempfile.mkdtemp()}
-    for name in WARM.split():
-        importlib.import_module(name)
     from hypothesis import Phase, settings
 
     settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)  # nothing is shrunk
     settings.load_profile("mutants")
-    os.chdir(TESTS.parent)
-    sys.path.insert(0, str(TESTS.parent))
-
-    lines = options.out.read_text().splitlines() if options.out.exists() else []
-    known = {line["id"]: line for line in map(json.loads, lines)}
-    listed = [line for line in (TESTS / "mutants.txt").read_text().splitlines() if line and line[0] not in " #"]
-    reached, table, kills = {}, [], Counter()
-    for room in options.rooms:
-        mutants, begun, alive = mutants_of(room), time.monotonic(), []
-        if options.share < 1:
-            mutants = random.Random(options.seed).sample(mutants, round(options.share * len(mutants)))
-        suite = SUITES[room.split("/")[0]]
-        if str(suite) not in reached:
-            status, by, *reached[str(suite)] = tried(Served(room), suite, 1800)
-            if status:
-                sys.exit(f"the tests fail without any mutant: {by}")
-        reach, seconds = reached[str(suite)]
-        for mutant in mutants:
-            if mutant["id"] in listed or known.get(mutant["id"], {}).get("killed"):
-                continue
-            place = (str(PACKAGE / f"{room}.py"), mutant["line"])
-            tests = [test for test in reach if mutant["line"] is None or place in reach[test]]
-            tests.sort(key=lambda test: (seconds[test] + 0.1) / (1 + kills[test]))
-            budget = 20 + 4 * sum(seconds[test] for test in tests)
-            status, by, *_ = tried(Served(room, mutant["source"], tests), suite, budget) if tests else (0, "", 0, 0)
-            kills[by] += 1
-            known[mutant["id"]] = {"id": mutant["id"], "killed": status not in (0, 5), "by": by, "tests": len(tests)}
-            with open(options.out, "a") as file:
-                file.write(json.dumps(known[mutant["id"]]) + "\n")
-        equivalent = [mutant["id"] for mutant in mutants if mutant["id"] in listed]
-        alive = [m["id"] for m in mutants if m["id"] not in listed and not known[m["id"]]["killed"]]
-        for name in alive:
-            print(f"alive  {name}  [{known[name]['tests']} tests]")
-        killed = len(mutants) - len(equivalent) - len(alive)
-        table.append((room, len(mutants), killed, len(equivalent), len(alive), time.monotonic() - begun))
-        print(f"{room}: {len(mutants)} mutants, {killed} killed, {len(equivalent)} equivalent, {len(alive)} alive")
-        sys.stdout.flush()
-    totals = [sum(column) for column in list(zip(*table))[1:]]
-    print("total: {} mutants, {} killed, {} equivalent, {} alive, {:.0f} seconds".format(*totals))
+    listed = {line for line in (TESTS / "mutants.txt").read_text().splitlines() if line and line[0] not in " #"}
+    table = []
+    for folder, suite in SUITES.items():
+        rooms = [room for room in options.rooms if room.startswith(folder)]
+        trials = Trials(rooms, options, listed)
+        how = "-q -n 0 -s -p no:cacheprovider --hypothesis-seed=0 -W ignore::pytest.PytestAssertRewriteWarning".split()
+        if rooms:
+            pytest.main(
+                [*how, "--rootdir", str(TESTS.parent), *(str(TESTS / part) for part in suite)], plugins=[trials]
+            )
+        table += trials.table
+    totals = [sum(column) for column in zip(*table)]
+    told("all: {} mutants, {} killed, {} equivalent, {} alive, {:.0f} seconds".format(*totals))
 
 
 if __name__ == "__main__":

@@ -112,6 +112,52 @@ def test_neighbours_tell_what_is_missing_from_what_is_wrong():
     assert point["recall"] < 0.05 and point["coverage"] < 0.05 and point["precision"] > 0.95, "a collapse shows"
 
 
+@given(arrays((8, 2)), arrays((9, 2)), st.integers(1, 7))
+def test_neighbours_are_their_definition(x, y, k):
+    """By sorted lists of distances: the ball of a point reaches to its k-th nearest other one, its edge included."""
+    distance = lambda a, b: (a - b).norm().item()  # noqa: E731
+    reach = lambda points, i: sorted(distance(points[i], other) for j, other in enumerate(points) if j != i)[k - 1]  # noqa: E731
+    x, y = (points + 0.01 * torch.randn(points.shape, generator=torch.Generator().manual_seed(len(points))).double()
+            for points in (x, y))  # fmt: skip
+    share = lambda held: sum(held) / len(held)  # noqa: E731
+    of_x, of_y = ([reach(points, i) for i in range(len(points))] for points in (x, y))
+    expected = {
+        "precision": share([any(distance(a, b) <= of_y[j] for j, b in enumerate(y)) for a in x]),
+        "recall": share([any(distance(b, a) <= of_x[i] for i, a in enumerate(x)) for b in y]),
+        "coverage": share([any(distance(b, a) <= of_y[j] for a in x) for j, b in enumerate(y)]),
+    }
+    assert metrics.precision_recall_coverage(x, y, k) == pytest.approx(expected)
+    if k == 5:
+        assert metrics.precision_recall_coverage(x, y) == pytest.approx(expected)
+
+
+def test_the_edge_of_a_ball_is_in_it_and_five_is_the_usual_number_of_neighbours():
+    """Real points 0, 1, ..., 9: the ball of 0 reaches to 5, that of 4 to 3 from it. More than k points are enough."""
+    line = lambda *places: torch.tensor(places).double()[:, None]  # noqa: E731
+    real = line(*range(10))
+    for place, share in ((14.0, 1.0), (14.01, 0.5)):
+        assert metrics.precision_recall_coverage(line(0.0, place), real, k=1) == pytest.approx(
+            {"precision": 0.5, "recall": 1.0, "coverage": 0.2})  # fmt: skip
+        far = torch.cat([line(place), line(*[0.0] * 5)])
+        assert metrics.precision_recall_coverage(far, real)["precision"] == pytest.approx((5 + (share == 1)) / 6)
+    assert set(metrics.precision_recall_coverage(real[:6], real[:6]).values()) == {1.0}
+
+
+def test_coverage_needs_half_of_what_is_due_within_three_standard_deviations():
+    """Two components with weights 3 and 1 and standard deviations 1 and 2, along the first axis; 8 samples, so that 6
+    and 2 are due. A sample belongs to the component that is nearer in its own standard deviations."""
+    mixture = GaussianMixture([[0.0, 0.0], [12.0, 0.0]], [np.eye(2), 4 * np.eye(2)], [3, 1])
+    value = lambda *places, **how: metrics.coverage(torch.tensor([[p, 0.0] for p in places]), mixture, **how)  # noqa: E731
+    far = [100.0]
+    assert value(*[2.99] * 3, 6.01, *far * 4) == 1  # 3 of 6 and 1 of 2, each at 3 standard deviations
+    assert value(*[2.99] * 2, 6.01, *far * 5) == 0.5
+    assert value(*[3.01] * 3, 6.01, *far * 4) == 0.5
+    assert value(*[-2.99] * 3, 5.99, *far * 4) == 0.5
+    assert value(*[3.01] * 3, 5.99, *far * 4, radius=3.02) == 1
+    assert value(*[3.99] * 3, 4.01, *far * 4, radius=4) == 1  # 4 from the first, 8 / 2 from the second
+    assert value(*[4.01] * 7, 3.99, radius=5) == 0.5 and value(*[5.0] * 8, radius=5) == 0.5
+
+
 @given(arrays((8, 3)), st.floats(0, 1), st.permutations(range(8)))
 def test_diversity_shrinks_with_the_samples_and_sees_classes_apart(x, shrink, order):
     """The mean distance of pairs within a class: linear in scale, blind to order and to distance between classes."""

@@ -358,6 +358,33 @@ def test_rectification_gradient_is_minus_the_gap_times_the_jacobian(seed, B, cli
     close(gradients(loss.evaluate(draws, net, x).total, net), -gradients(inner_product, net))
 
 
+@given(seeds, sizes, st.sampled_from([None, 0.05]), st.floats(0.1, 2))
+def test_gap_is_the_mean_square_of_dv(seed, B, clip, weight):
+    """By hand, at the noised fakes of the rectify rows, whatever its weight; 0 without such rows."""
+    net, loss = network(seed), printed(share=1.0, rectify_weight=weight, rectify_clip=clip)
+    x = torch.randn(2 * B, 2).double()
+    draws = draw_for(loss, x)
+    z, z_new, t = (each[draws.slices()[3]] for each in (draws.z, draws.z_new, draws.t))
+    x_t = t[:, None] * z_new + (1 - t[:, None]) * (z - net(z, torch.ones(B).double(), torch.zeros(B).double()))
+    dv = net(x_t, t, t) - net(x_t, -t, -t)
+    dv = dv if clip is None else dv.clamp(-clip, clip)
+    out = loss.evaluate(draws, net, x)
+    close(out.gap, dv.square().mean().detach())
+    close(out.rectify, weight * out.gap)
+    assert printed(share=0.0)(net, x).gap == 0
+
+
+@given(seeds, st.integers(1, 8), st.booleans())
+def test_what_original_keeps_stays_its_own(seed, B, acts):
+    """An original that answers data-free training from a tensor that it keeps finds it unchanged, guided or not."""
+    net, kept = network(seed, 3), torch.randn(2 * B, 2).double()
+    before = kept.clone()
+    loss = printed(data_free=True, guidance=0.5, share=0.0, guidance_range=(0.0, 1.0 if acts else 0.0))
+    out = loss(net, torch.zeros(B, 2).double(), torch.zeros(B).long(), original=lambda x, t, r, cond: kept[: len(x)],
+               null=torch.tensor([3]))  # fmt: skip
+    assert torch.equal(kept, before) and out.total.isfinite()
+
+
 @settings(max_examples=25)
 @given(st.floats(0.3, 2), st.floats(0.3, 2), st.floats(-1, 1), st.floats(-1, 1), st.floats(0.1, 0.9))
 def test_rectification_is_the_gradient_of_kl_between_gaussians(a, real_scale, b, real_mean, t):
@@ -536,8 +563,9 @@ def test_wrong_use_says_what_is_allowed():
     for x in (torch.zeros(3, dtype=torch.long), torch.zeros(3), torch.zeros(0, 2)):
         with pytest.raises(ValueError, match="x must be a floating-point batch"):
             printed()(net, x)
-    with pytest.raises(ValueError, match="guidance > 0 needs cond and null"):
-        printed(guidance=1.0)(net, torch.zeros(3, 2).double())
+    for one in ({}, {"cond": torch.zeros(3)}, {"null": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="guidance > 0 needs cond and null"):
+            printed(guidance=1.0)(net, torch.zeros(3, 2).double(), **one)
     with pytest.raises(ValueError, match="data_free needs original"):
         printed(data_free=True)(net, torch.zeros(3, 2).double())
     with pytest.raises(ValueError, match="cond has 2 rows, x has 3"):

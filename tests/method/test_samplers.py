@@ -1,5 +1,6 @@
 """Laws of the samplers, with exact fields: what is exact must be exact, what converges must do so at its order."""
 
+import itertools
 import math
 
 import numpy as np
@@ -171,6 +172,53 @@ def test_extrapolation_moves_along_the_last_change():
     half = torch.full((1,), 0.5).double()
     clean1, clean2 = first - v1, second - 0.5 * net(second, half, half)
     close(sample(net, z, 2, "multi", extrapolation=k), clean2 + k * (clean2 - clean1))
+
+
+@given(st.integers(3, 6), MODES, st.floats(0.1, 2), st.sampled_from([0.0, 0.4, 1.0]), seeds)
+def test_many_extrapolated_steps_by_hand(steps, mode, k, share, seed):
+    """x^ and z^ of each step move further from those of the step before (not extrapolated) by k; then a share s of
+    the noise is drawn afresh, sqrt(1 - s) z^ + sqrt(s) z', in all steps but the last."""
+    net, generator = Counted(exact_jump(0.5)), torch.Generator().manual_seed(seed)
+    z = torch.randn(3, 1, generator=generator, dtype=torch.float64)
+    grid, x, last = time_grid(steps), z, None
+    twin = torch.Generator().manual_seed(seed + 1)
+    found = sample(net, z, steps, mode, stochastic=share, extrapolation=k, generator=twin, trajectory=True)
+    fresh = torch.Generator().manual_seed(seed + 1)
+    for (t, r), asked, state in zip(itertools.pairwise(grid), net.asked, found[1:]):
+        F = net.field(x, *(torch.full((3,), a, dtype=torch.float64) for a in asked))
+        clean, noise = x - t * F, x + (1 - t) * F
+        more = (clean, noise) if last is None else (clean + k * (clean - last[0]), noise + k * (noise - last[1]))
+        last, (x_0, x_1) = (clean, noise), more
+        if share and r:
+            x_1 = (1 - share) ** 0.5 * x_1 + share**0.5 * torch.randn(3, 1, generator=fresh, dtype=torch.float64)
+        x = (1 - r) * x_0 + r * x_1
+        close(state, x)
+
+
+@given(st.integers(2, 40), seeds)
+def test_sde_adds_the_variance_of_its_equation(steps, seed):
+    """dx = (v - t s) dt + sqrt(2 t) dW adds 2 t h of variance in a step of h, and never more than all noise, r^2."""
+    z = torch.randn(2, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    own, fresh = (torch.Generator().manual_seed(seed + 1) for _ in range(2))
+    states = sample(exact_jump(0.5), z, steps, "multi", stochastic="sde", generator=own, trajectory=True)
+    for (t, r), x_t, x_r in zip(itertools.pairwise(time_grid(steps)[:-1]), states, states[1:]):
+        time = torch.full((2,), t, dtype=torch.float64)
+        F = exact_jump(0.5)(x_t, time, time)
+        added = min(2 * t * (t - r), r**2)
+        kept = (r**2 - added) ** 0.5
+        noise = torch.randn(2, 1, generator=fresh, dtype=torch.float64)
+        close(x_r, (1 - r) * (x_t - t * F) + kept * (x_t + (1 - t) * F) + added**0.5 * noise)
+
+
+@pytest.mark.parametrize("mode, share", [("any", 0.0), ("few", 1.0), ("multi", 0.0)])
+def test_noise_is_drawn_afresh_where_the_mode_asks_for_it(mode, share):
+    """All of it in "few", none in the others; "few" without fresh noise follows the flow of its jumps."""
+    z = torch.ones(3, 1, dtype=torch.float64)
+    one, other = (
+        sample(exact_jump(0.5), z, 3, mode, stochastic=given, generator=torch.Generator().manual_seed(0))
+        for given in (None, share)
+    )
+    close(one, other)
 
 
 def test_wrong_use_says_what_is_allowed():

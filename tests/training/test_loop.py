@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinytwinflow import Losses, TwinFlowLoss
+from tinytwinflow import Losses, TwinFlowLoss, peers
 from tinytwinflow.data.points import Points
 from tinytwinflow.files import read_checkpoint
 from tinytwinflow.nets import MLP
@@ -271,3 +272,81 @@ def test_fresh_noise_of_few_step_samples_is_not_the_first_noise(seed):
     sampled(Zero(1, 1), 500, (2,), 2, "few", seed)
     first, second = seen
     assert (first * 2 * second).mean().abs() < 0.2 and abs((2 * second).std() - 1) < 0.1
+
+
+def test_the_learning_rate_by_value():
+    """A line from 1 / 100 to 1 over 100 steps, times half a cosine from 1 to 0; each record and group has its part."""
+    cosine = lambda i: (1 + math.cos(math.pi * i / 1000)) / 2  # noqa: E731
+    for i, rise in ((0, 0.01), (1, 0.02), (49, 0.5), (98, 0.99), (99, 1.0), (100, 1.0), (250, 1.0), (999, 1.0)):
+        assert learning_rate(i, 1000) == pytest.approx(rise * cosine(i))
+    assert learning_rate(500, 1000) == pytest.approx(0.5) and learning_rate(0, 10, warm_up=4) == 0.25
+    assert learning_rate(250, 1000) - learning_rate(750, 1000) == pytest.approx(0.5**0.5)
+    state = small_state()
+    state.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "initial_lr": 1.0})
+    for i, record in enumerate(train(state, Plain(), lambda i: (torch.ones(2, 2), None), 5)):
+        rates = [group["lr"] for group in state.optimizer.param_groups]
+        assert rates == pytest.approx([1e-2 * learning_rate(i, 5), learning_rate(i, 5)]) and record["lr"] == rates[0]
+
+
+def test_the_decay_warms_up_by_value_and_each_average_has_its_own():
+    """1 / 10, 1 / 2, 9 / 10 after 0, 8 and 80 steps, then the decay asked for; average and teacher in training."""
+    assert [ema.warmed_up(0.99, step) for step in (0, 8, 80)] == pytest.approx([0.1, 0.5, 0.9])
+    assert [ema.warmed_up(0.99, step) for step in (889, 891, 5000)] == pytest.approx([890 / 899, 0.99, 0.99])
+    state, averages = small_state(), []
+    for i, _ in enumerate(train(state, Plain(), lambda i: (torch.ones(2, 2), None), 6, ema=0.3, teacher_ema=0.2)):
+        net, decays = state.net.out.bias.detach().clone(), [min(most, (1 + i) / (10 + i)) for most in (0.3, 0.2)]
+        last = averages or [torch.zeros(2)] * 2
+        averages = [d * a + (1 - d) * net for d, a in zip(decays, last)]
+        for own, wanted in zip((state.average, state.teacher), averages):
+            torch.testing.assert_close(own.out.bias, wanted)
+
+
+def test_an_average_that_is_not_finite_is_never_written(tmp_path):
+    state, path = small_state(), tmp_path / "checkpoint.pt"
+    write_checkpoint(path, {**state.state_dict(), "step": 1})
+    for value in (float("nan"), float("-inf")):
+        next(state.average.parameters()).data[0] = value
+        with pytest.raises(FloatingPointError, match="step 0: weight layers.0.weight is not finite"):
+            write_checkpoint(path, state.state_dict())
+    assert read_checkpoint(path)["step"] == 1
+
+
+class Pulled:
+    """A loss whose gradients are as long as asked for: in each weight of the network and of the helper."""
+
+    helpers = {"fake": "trained"}
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, net, x, fake, **others):
+        parts = [self.size * sum(p.sum() for p in network.parameters()) for network in (net, fake)]
+        return peers.common.terms(generator=parts[0], fake=parts[1])
+
+
+@given(st.floats(0.1, 5), st.floats(0.01, 3))
+@settings(max_examples=5)
+def test_each_network_has_its_gradient_cut_to_the_norm_by_itself(size, norm):
+    """With rate one, network and helper both move by min(norm, the length of their own gradient)."""
+    state = new_state(torch.nn.Linear(3, 1), lr=1.0, helpers=Pulled.helpers)
+    state.optimizer = torch.optim.SGD([*state.net.parameters(), *state.helpers["fake"].parameters()], lr=1.0)
+    state.optimizer.param_groups[0]["initial_lr"] = 1.0
+    before = [p.detach().clone() for p in state.net.parameters()]
+    record = next(train(state, Pulled(size), lambda i: (torch.ones(2, 3), None), 1, clip_norm=norm))
+    for network in (state.net, state.helpers["fake"]):
+        moved = torch.cat([(p - b).flatten() for p, b in zip(network.parameters(), before)]).norm().item()
+        assert moved / record["lr"] == pytest.approx(min(norm, size * 4**0.5), rel=1e-3)
+
+
+def test_rate_and_betas_arrive_at_every_group_of_the_optimiser():
+    """AdamW without weight decay (Table 6); frozen networks are not in it."""
+    helpers = {"original": "frozen", "teacher": "average", "fake": "trained", "critic": "critic"}
+    for betas, wanted in (({}, (0.9, 0.99)), ({"betas": (0.5, 0.7)}, (0.5, 0.7))):
+        state = new_state(torch.nn.Linear(2, 2), lr=0.25, helpers=helpers, **betas)
+        groups = state.optimizer.param_groups
+        assert isinstance(state.optimizer, torch.optim.AdamW) and set(state.helpers) == set(helpers) - {"teacher"}
+        assert [set(group["params"]) for group in groups] == [
+            set(network.parameters()) for network in (state.net, state.helpers["fake"], state.helpers["critic"])
+        ]
+        for group in groups:
+            assert (group["betas"], group["lr"], group["initial_lr"], group["weight_decay"]) == (wanted, 0.25, 0.25, 0)
