@@ -44,9 +44,8 @@ ROOMS = [f"method/{name}" for name in "losses draws samplers path twin condition
 ROOMS += ["training/loop", "training/ema", "evaluation/metrics"]
 ROOMS += [f"peers/{path.stem}" for path in sorted((PACKAGE / "peers").glob("[a-z]*.py"))]
 
-COMPARISONS = {ast.Lt: [ast.LtE, ast.GtE], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.LtE]}
-COMPARISONS |= {ast.GtE: [ast.Gt, ast.Lt], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot]}
-COMPARISONS |= {ast.IsNot: [ast.Is], ast.In: [ast.NotIn], ast.NotIn: [ast.In]}
+COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq}
+COMPARISONS |= {ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In}
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
 ARITHMETIC |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr}
 NAMES = "no_grad enable_grad  min max  minimum maximum  ones_like zeros_like  any all  sum mean".split("  ")
@@ -60,8 +59,8 @@ def variants(node):
     match node:
         case ast.Compare():
             for i, op in enumerate(node.ops):
-                for other in COMPARISONS[type(op)]:
-                    yield ast.Compare(node.left, [*node.ops[:i], other(), *node.ops[i + 1 :]], node.comparators)
+                other = COMPARISONS[type(op)]()
+                yield ast.Compare(node.left, [*node.ops[:i], other, *node.ops[i + 1 :]], node.comparators)
         case ast.BinOp(left, op, right) if type(op) in ARITHMETIC:
             yield ast.BinOp(left, ARITHMETIC[type(op)](), right)
         case ast.AugAssign(target, op, value):
@@ -91,7 +90,7 @@ def variants(node):
                     yield changed(node, **{end: ast.BinOp(getattr(node, end), ast.Add(), ast.Constant(1))})
         case ast.Call(function, arguments, keywords):
             name = getattr(function, "attr", getattr(function, "id", ""))
-            if name in PASSED and isinstance(function, ast.Attribute):
+            if name in PASSED and isinstance(function, ast.Attribute) and ast.unparse(function.value) != "math":
                 yield function.value
             for i, keyword in enumerate(keywords):
                 if keyword.arg not in ("device", "kind", "choices", "length", "none"):
@@ -100,7 +99,7 @@ def variants(node):
             if len(arguments) > 1 and name not in SYMMETRIC and plain:
                 *first, a, b = arguments if name == "where" else reversed(arguments)
                 yield ast.Call(function, [*first, b, a] if name == "where" else [a, b, *reversed(first)], keywords)
-        case ast.Expr() | ast.Raise():
+        case ast.Expr():
             yield ast.Pass()
         case ast.Assign([target], value):
             again = ast.unparse(target) in {ast.unparse(part) for part in ast.walk(value) if isinstance(part, ast.expr)}
@@ -155,7 +154,14 @@ def mutants_of(room):
             after = text(new if statement is node else statement)
             source = ast.unparse(ast.fix_missing_locations(tree))
             put(node)
-            name = f"{room}.{function.name if function else ''}: " + (f"no {before}" if after == "pass" else after)
+            after = (
+                f"no {before}"
+                if after == "pass"
+                else f"{after}  # {before}"
+                if after[3:] in ("True:", "False:")
+                else after
+            )
+            name = f"{room}.{function.name if function else ''}: {after}"
             seen[name] += 1
             number = f" ({seen[name]})" if seen[name] > 1 else ""
             line = function and min([function.lineno, *(d.lineno for d in function.decorator_list)])
@@ -167,7 +173,8 @@ def graft(old, new, put):
     """Give the functions, classes and constants in use, by name, what those of another source have."""
     for name, value in new.items():
         own, value = (getattr(each, "__func__", getattr(each, "fget", each)) for each in (old.get(name), value))
-        if own is value or own is None or name.startswith("__") and not isinstance(value, FunctionType):
+        known = isinstance(value, FunctionType) or name == "__dataclass_fields__" or not name.startswith("__")
+        if own is value or own is None or not known:
             continue
         if isinstance(value, FunctionType):
             own.__code__, own.__defaults__, own.__kwdefaults__ = (
@@ -176,8 +183,8 @@ def graft(old, new, put):
                 value.__kwdefaults__,
             )
             for cell, other in zip(own.__closure__ or (), value.__closure__ or ()):
-                known, content = {"it": cell.cell_contents}, {"it": other.cell_contents}
-                graft(known, content, lambda _, new, cell=cell: setattr(cell, "cell_contents", new))
+                inside, content = {"it": cell.cell_contents}, {"it": other.cell_contents}
+                graft(inside, content, lambda _, new, cell=cell: setattr(cell, "cell_contents", new))
         elif isinstance(value, type) and not issubclass(value, tuple):
             graft(vars(own), vars(value), lambda name, new, own=own: setattr(own, name, new))
         else:

@@ -1,6 +1,7 @@
 """Laws of the losses. `reference.py` is the paper, line by line; the fast loss must be the same function."""
 
 import copy
+import dataclasses
 import math
 from functools import partial
 
@@ -520,6 +521,27 @@ def test_data_free_training_never_reads_the_data(seed, B):
         for x in (torch.zeros(B, 2), torch.full((B, 2), float("nan")))
     ]
     close(*values)
+
+
+def test_the_settings_are_those_of_the_table_here_and_in_the_paper():
+    """Defaults are what is recommended; `paper` is what is printed, with what is changed; both check what they get."""
+    same = {"share": 1 / 3, "dt": 0.01, "times": (1.0, 1.0), "metric": "squared", "rectify_clip": None, "guidance": 0.0}
+    same |= {"guidance_range": (0.0, 1.0), "data_free": False}
+    here = {"order": 8, "flow_share": 0.5, "one_step_share": 0.3, "even_inner": True, "gain": 4.0, "clip": 10.0}
+    here |= {"adversarial_weight": 0.3, "rectify_weight": 0.3}
+    paper = {"order": 2, "flow_share": 0.05, "one_step_share": 0.0, "even_inner": False, "gain": math.inf, "clip": 1.0}
+    paper |= {"adversarial_weight": 1.0, "rectify_weight": 1.0}
+    assert dataclasses.asdict(TwinFlowLoss()) == same | here
+    assert dataclasses.asdict(TwinFlowLoss.paper()) == same | paper
+    assert dataclasses.asdict(TwinFlowLoss.paper(order=3, clip=2.0)) == same | paper | {"order": 3, "clip": 2.0}
+    number = TwinFlowLoss(order=np.int64(3), share=torch.tensor(0.5), rectify_clip=np.float32(2), clip=math.inf)
+    assert (number.order, number.share, number.rectify_clip) == (3, 0.5, 2.0) and type(number.share) is float
+    assert TwinFlowLoss(share=0.25, flow_share=0.2).shares() == pytest.approx((0.6, 0.15, 0.125, 0.125))
+    assert TwinFlowLoss(share=0.25, order=0).shares() == pytest.approx((0.0, 0.75, 0.125, 0.125))
+    for edge in ({"dt": 1.0}, {"dt": 0.0}, {"share": 1.01}, {"guidance_range": (0.5, 1.5)}, {"order": True}):
+        with pytest.raises(ValueError, match="must"):
+            TwinFlowLoss(**edge)
+    TwinFlowLoss(share=1.0, flow_share=1.0, one_step_share=1.0, guidance_range=(0.5, 0.5), order=0)
 
 
 def test_network_calls_of_one_loss():

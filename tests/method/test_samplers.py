@@ -64,6 +64,32 @@ def test_even_grid_keeps_its_gaps(intervals, gap):
         assert math.isclose(grid[-2], gap[1], abs_tol=1e-12)
 
 
+@given(st.integers(1, 8), gaps)
+def test_a_grid_is_even_between_its_gaps(intervals, gap):
+    """From 1 - start in equal steps: to 0, or to `end`, the last time a network is called at, and then 0."""
+    start, end = gap
+    last = intervals - 1 if end > 0 else intervals
+    wanted = [1 - start - (1 - start - end) * i / max(last, 1) for i in range(intervals)] + [0.0]
+    assert time_grid(intervals, gaps=gap) == pytest.approx(wanted)
+    assert time_grid(intervals) == pytest.approx([1 - i / intervals for i in range(intervals + 1)])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"intervals": 0}, "a time grid needs at least 1 interval, got 0"),
+        *(({"shape": shape}, "shape must be three positive numbers") for shape in (
+            (0.0, 1, 1), (1, 0.0, 1), (1, 1, 0.0), (1, 1, -1), (1, 1), (1, 1, 1, 1))),
+        *(({"gaps": gap}, r"gaps must be two numbers in \[0, 1\)") for gap in (
+            (-0.1, 0.2), (0.2, -0.1), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.1,), (0.1, 0.1, 0.1))),
+    ],
+)  # fmt: skip
+def test_a_grid_that_is_none_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        time_grid(**{"intervals": 3, **wrong})
+    assert len(time_grid(1, (0.1, 9, 0.01), (0.98, 0.01))) == 2
+
+
 @given(st.integers(1, 8), shapes)
 def test_grid_is_the_kumaraswamy_transform_of_progress(intervals, shape):
     a, b, c = shape
@@ -231,8 +257,13 @@ def test_wrong_use_says_what_is_allowed():
         ({"order": 3}, "order must be 1 or 2"),
         ({"order": 2}, "needs mode='multi'"),
         ({"stochastic": 1.2}, r"stochastic must lie in \[0, 1\]"),
+        ({"stochastic": -0.1}, r"stochastic must lie in \[0, 1\]"),
         ({"stochastic": "ode"}, "stochastic must lie in"),
-        ({"extrapolation": -1}, "extrapolation must be >= 0"),
+        ({"extrapolation": -0.1}, "extrapolation must be >= 0"),
+        ({"extrapolation": math.inf}, "extrapolation must be >= 0"),
+        ({"extrapolation": math.nan}, "extrapolation must be >= 0"),
+        ({"steps": None}, "steps must be a whole number"),
+        ({"steps": 2, "mode": "few", "order": 2}, "needs mode='multi', got mode='few'"),
         ({"shape": (0, 1, 1)}, "three positive numbers"),
         ({"shape": (1, 1)}, "three positive numbers"),
         ({"gaps": (0.1,)}, "gaps must be two numbers"),
@@ -241,3 +272,5 @@ def test_wrong_use_says_what_is_allowed():
         with pytest.raises(ValueError, match=message):
             sample(net, z, **kwargs)
     close(sample(net, z + 1, np.int64(2)), sample(net, z + 1, 2))
+    for kwargs in ({"stochastic": 0}, {"stochastic": 1}, {"stochastic": "sde"}, {"extrapolation": 0}, {"steps": 1}):
+        assert sample(net, z, **kwargs).shape == z.shape

@@ -1,5 +1,6 @@
 """Laws of the peers: each term moves its own network, the exact field stands still, all else moves towards it."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -119,6 +120,34 @@ def test_dmd2_moves_the_generator_in_one_of_so_many_steps(seed):
         assert gradients(out.fake, helpers["fake"]).any() and gradients(out.critic, helpers["critic"]).any()
         assert gradients(out.total, net).any() == out.generator.requires_grad
     assert abs(moved - 50) < 30
+
+
+def test_the_settings_are_those_of_the_papers_or_as_each_page_says():
+    """And so are the networks that each needs, and how its model samples."""
+    frozen, fake = {"original": "frozen"}, {"original": "frozen", "fake": "trained"}
+    average, critic = {"teacher": "average"}, {"critic": "critic"}
+    expected = {
+        "consistency training": ({"first": 10, "last": 160, "c": 0.03}, {}, "few"),
+        "consistency distillation": ({"steps": 40, "heun": True, "c": None}, frozen | average, "few"),
+        "scm": ({"derivative": "jvp", "warm_up": 0.25, "normalise": True}, {}, "few"),
+        "scm by differences": ({"derivative": "differences", "warm_up": 0.25, "normalise": True}, {}, "few"),
+        "meanflow": ({"flow_share": 0.75, "power": 1.0}, {}, "any"),
+        "shortcut": ({"share": 0.25, "finest": 128}, average, "any"),
+        "progressive distillation": ({"rehearse": 0.25, "truncated": False}, frozen | average, "any"),
+        "vsd": ({}, fake, None),
+        "dmd": ({"regression": 0.25, "pairs": 16384, "steps": 64, "share": 0.25, "kept": None}, fake, None),
+        "dmd2": ({"every": 2, "gan": 0.1, "critic_weight": 1.0}, fake | critic, None),
+        "sid": ({"alpha": 1.0}, fake, None),
+        "sana-sprint": (
+            {"gan": 0.1, "at_noise": 0.5, "derivative": "jvp", "warm_up": 0.25},
+            frozen | critic,
+            "few",
+        ),
+    }
+    found = {name: make() for name, make in peers.PEERS.items()}
+    assert {name: (dataclasses.asdict(loss), loss.helpers, loss.mode) for name, loss in found.items()} == expected
+    assert [name for name, loss in found.items() if hasattr(loss, "refill")] == ["progressive distillation"]
+    assert found["progressive distillation"].refill == pytest.approx([1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7])
 
 
 # Where the exact field is a zero of the loss, row by row
