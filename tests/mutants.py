@@ -147,6 +147,7 @@ def sites(node, function=None, statement=None):
 def mutants_of(room):
     """All mutants of a room.  -> list of dicts: id, room, source, and the line of the function that is changed"""
     tree, found, seen = ast.parse((PACKAGE / f"{room}.py").read_text()), [], Counter()
+    original = ast.unparse(tree)
     for node, put, function, statement in list(sites(tree)):
         before = text(statement) if statement else ""
         for new in variants(node):
@@ -154,6 +155,8 @@ def mutants_of(room):
             after = text(new if statement is node else statement)
             source = ast.unparse(ast.fix_missing_locations(tree))
             put(node)
+            if source == original:
+                continue
             after = (
                 f"no {before}"
                 if after == "pass"

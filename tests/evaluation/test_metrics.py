@@ -73,8 +73,19 @@ def test_coverage_counts_the_components_that_get_their_due(missing, seed):
 def test_wrong_use_says_what_is_allowed():
     with pytest.raises(ValueError, match="samples must be"):
         metrics.energy_distance(torch.zeros(3, 2), torch.zeros(3, 1))
-    with pytest.raises(ValueError, match="at least 2"):
-        metrics.energy_distance(torch.zeros(1, 2), torch.zeros(3, 2))
+    x = torch.zeros(3, 2)
+    for metric in (metrics.energy_distance, metrics.sliced_wasserstein, metrics.wasserstein, metrics.frechet,
+                   metrics.precision_recall_coverage):  # fmt: skip
+        for one in (torch.zeros(3, 1), torch.zeros(3), torch.zeros(3, 2, 1)):
+            with pytest.raises(ValueError, match=r"must be \(n, D\) and \(m, D\), got \(3, 2\) and \(3,"):
+                metric(x, one)
+            with pytest.raises(ValueError, match=r"must be \(n, D\) and \(m, D\), got \(3"):
+                metric(one, x)
+        for sizes in ((1, 3), (3, 1), (0, 3)):
+            with pytest.raises(ValueError, match="at least 2 samples, got {} and {}".format(*sizes)):
+                metric(*(torch.zeros(n, 2) for n in sizes))
+    with pytest.raises(ValueError, match="equally many samples, at most 5000, got 4 and 3"):
+        metrics.wasserstein(torch.zeros(4, 2), x)
     with pytest.raises(ValueError, match="equally many"):
         metrics.sliced_wasserstein(torch.zeros(3, 2), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="at most 5000"):
@@ -141,6 +152,71 @@ def test_the_edge_of_a_ball_is_in_it_and_five_is_the_usual_number_of_neighbours(
         far = torch.cat([line(place), line(*[0.0] * 5)])
         assert metrics.precision_recall_coverage(far, real)["precision"] == pytest.approx((5 + (share == 1)) / 6)
     assert set(metrics.precision_recall_coverage(real[:6], real[:6]).values()) == {1.0}
+
+
+def test_all_metrics_of_points_are_those_of_above():
+    """Energy distance and diversity on the first 5,000, coverage of a mixture that is known."""
+    x, y = (gaussian(torch.zeros(2).double(), torch.eye(2).double(), 5002, seed) for seed in range(2))
+    x[5000:] += 1e3
+    y[5000:] -= 1e4
+    expected = {
+        "sliced_wasserstein": metrics.sliced_wasserstein(x, y, projections=256, seed=0),
+        "energy_distance": metrics.energy_distance(x[:5000], y[:5000]),
+        "diversity": metrics.diversity(x[:1000], torch.zeros(1000)),
+    }
+    found = metrics.measure_points(x, y)
+    assert found.keys() == expected.keys() and found["diversity"] == pytest.approx(torch.pdist(x[:5000]).mean().item())
+    assert found["sliced_wasserstein"] == expected["sliced_wasserstein"] > 100
+    assert found["energy_distance"] == expected["energy_distance"] < 0.1
+    assert found["diversity"] == pytest.approx(expected["diversity"], rel=0.05)
+    mixture = GaussianMixture([[0.0, 0.0], [50.0, 0.0]], [np.eye(2)] * 2)
+    assert metrics.measure_points(x[:100], y[:100], mixture)["coverage"] == 0.5
+
+
+def test_all_metrics_of_images_are_those_of_above():
+    """Frechet distance of all, neighbours on the first 5,000; what needs labels or a classifier where there is one."""
+    x, y = (gaussian(torch.zeros(2).double(), torch.eye(2).double(), 5001, seed) for seed in range(2))
+    x[5000], y[5000] = 1e3, -1e3
+    expected = {"frechet": metrics.frechet(x, y), **metrics.precision_recall_coverage(x[:5000], y[:5000])}
+    assert metrics.measure_images(x, None, y) == expected and expected["coverage"] < 1
+    some, label, real = x[:50], (x[:50, 1] > x[:50, 0]).long(), y[:60]
+    diversity = {"diversity": metrics.diversity(some, label)}
+    own = {"frechet": metrics.frechet(some, real), **metrics.precision_recall_coverage(some, real), **diversity}
+    assert metrics.measure_images(some, label, real) == own
+
+    class Net:
+        last = staticmethod(lambda x: torch.stack([x[:, 0], x[:, 1], torch.full((len(x),), 1.0)], 1))
+
+    share = sum(max(a, b, 1.0) == (b if k else a) for (a, b), k in zip(some.tolist(), label.tolist())) / 50
+    assert metrics.measure_images(some, label, real, Net) == {**own, "accuracy": share} and 0 < share < 1
+    assert metrics.measure_images(some, None, real, Net).keys() == {"frechet", "precision", "recall", "coverage"}
+
+
+def test_more_rows_than_one_piece_of_a_computation():
+    """Distances are computed by pieces of 1,024 rows: as those of all at once."""
+    x, y = (
+        gaussian(torch.tensor(mean).double(), torch.eye(1).double(), n, n) for mean, n in (([0.0], 1100), ([1.0], 1300))
+    )
+    all_at_once = 2 * (x - y.T).abs().mean() - torch.pdist(x).mean() - torch.pdist(y).mean()
+    close(metrics.energy_distance(x, y), all_at_once.item())
+    of_x, of_y = ((points - points.T).abs().sort(1)[0][:, 5] for points in (x, y))
+    apart = (x - y.T).abs()
+    expected = [(apart <= of_y).any(1), (apart <= of_x[:, None]).any(0), (apart <= of_y).any(0)]
+    found = metrics.precision_recall_coverage(x, y)
+    assert list(found.values()) == [inside.double().mean().item() for inside in expected]
+    assert metrics.wasserstein(x[:2], y[:2]) == pytest.approx(
+        ((x[:2].sort(0)[0] - y[:2].sort(0)[0]) ** 2).mean() ** 0.5
+    )
+
+
+def test_directions_are_fixed_by_the_seed_and_even_over_the_sphere():
+    """The usual ones are 256 of seed 0; a set and its mirror image in a corner are told apart, turned axes are not."""
+    x, y = (gaussian(torch.zeros(3).double(), torch.eye(3).double(), 50, seed) for seed in range(2))
+    value = metrics.sliced_wasserstein(x, y)
+    assert value == metrics.sliced_wasserstein(x, y, 256, 0) != metrics.sliced_wasserstein(x, y, 256, 1)
+    assert value != metrics.sliced_wasserstein(x, y, 255)
+    many = [metrics.sliced_wasserstein(x + shift, x, 20_000) for shift in 3.0 * torch.eye(3).double()]
+    assert many == pytest.approx([3**0.5] * 3, rel=0.02)
 
 
 def test_coverage_needs_half_of_what_is_due_within_three_standard_deviations():
