@@ -34,9 +34,10 @@ from _pytest.runner import runtestprotocol
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "tinytwinflow"
+HELPERS = "test_helpers_begin_as_the_flow_model_and_the_frozen_one_stays"
 SUITES = {
     "method": ["method"],
-    "training": ["training/test_loop.py"],
+    "training": ["training/test_loop.py", "peers/test_peers.py::" + HELPERS],
     "evaluation": ["evaluation/test_metrics.py"],
     "peers": ["peers"],
 }

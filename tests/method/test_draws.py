@@ -173,7 +173,7 @@ def test_guidance_acts_on_the_rows_whose_time_is_in_its_range(times, low, width,
     """Both ends included, by a loop. Together with other processes there is a row to call the network with, of weight
     0, where there is none, if there is any row at all."""
     times = [low, low + width, *times]
-    for some in (times, [low + width + 0.1], []):
+    for some in (times, [low + width + 0.1] * 3, []):
         on, acts = draws.guided_rows(torch.tensor(some, dtype=torch.float64), (low, low + width), together)
         wanted = [i for i, t in enumerate(some) if low <= t <= low + width]
         if wanted or not together:

@@ -146,6 +146,29 @@ def test_only_the_network_gets_gradient(kwargs, B, seed):
     assert not any(term.requires_grad for term in out[1:])
 
 
+@given(settings_of_a_loss, sizes, seeds)
+def test_no_network_is_called_for_no_rows_and_a_call_for_others_changes_nothing(kwargs, B, seed):
+    """Together with other processes guidance may ask for a row that it does not act on: of weight 0."""
+    net, teacher, original = network(seed, 3), network(seed + 1, 3), network(seed + 2, 3)
+    x, cond, loss = torch.randn(B, 2).double(), torch.randint(3, (B,)), printed(**kwargs)
+
+    def asked(field):
+        def answer(x, t, r, cond):
+            assert len(x) == len(t) == len(r) == len(cond) > 0
+            return field(x, t, r, cond)
+
+        return answer
+
+    draws = draw_for(loss, x)
+    alone, others = (
+        loss.evaluate(dataclasses.replace(draws, together=together), asked(net), x, cond, asked(teacher),
+                      torch.tensor([3]), asked(original)).total
+        for together in (False, True)
+    )  # fmt: skip
+    close(alone, others)
+    close(gradients(alone, net), gradients(others, net))
+
+
 @given(st.integers(1, 40), seeds, shares, st.sampled_from([0.0, 0.3, 1.0]), orders)
 def test_parts_add_up_to_the_batch(B, seed, share, flow_share, order):
     """For every batch size and share: parts sum to B, each is within one row of its share, and in the
@@ -278,6 +301,27 @@ def test_gain_bounds_the_weight_of_a_jump_and_keeps_its_fixed_point(seed, gain):
         unbounded = paper._any_step_correction(draws, rows, F, x_t, u, None, net)
     weight = (draws.t - draws.r) / loss.dt
     close(bounded / weight.clamp(max=gain).clamp(min=1)[:, None], unbounded / weight.clamp(min=1)[:, None])
+
+
+@given(arrays((4, 2)), arrays((4, 2)), st.sampled_from([1.0, 0.4, 8.0]))
+def test_the_printed_base_loss_by_hand(x, z, size):
+    """Order 1 with F = a x_t + b t + c r: dt u and one jump; rows with t - r < dt are flow matching, that with
+    t - r = dt is none. What the paper fixes is the default: dt = 0.01, clip 1, squared error."""
+    t, r = torch.tensor([0.75, 0.75, 0.5, 0.5]).double(), torch.tensor([0.25, 0.5, 0.375, 0.5]).double()
+
+    def F(x, t, r, cond=None):
+        return size * x + (2 * t - 3 * r)[:, None]
+
+    u, dt, column = z - x, 0.25, lambda a: a[:, None]  # noqa: E731
+    x_t = column(t) * z + column(1 - t) * x
+    x_s = x_t - dt * u
+    jump = column(t - dt - r) * F(x_s, t - dt, r)
+    correction = (column(t - r) * F(x_t, t, r) - jump) / dt - u
+    wanted = correction.clamp(-2, 2).square().mean(1)
+    wanted[2:] = (F(x_t, t, t) - u)[2:].square().mean(1)
+    close(reference.base(F, F, x, z, t, r, [], dt, 2.0), wanted)
+    every = reference.base(F, F, x, z, t, r, [], 0.01, 1.0, math.inf, None, u, reference.squared)
+    close(reference.base(F, F, x, z, t, r, []), every)
 
 
 # The base loss and the exact field

@@ -350,3 +350,180 @@ def test_rate_and_betas_arrive_at_every_group_of_the_optimiser():
         ]
         for group in groups:
             assert (group["betas"], group["lr"], group["initial_lr"], group["weight_decay"]) == (wanted, 0.25, 0.25, 0)
+
+
+class Heard(TwinFlowLoss):
+    """A loss that keeps what it is and what it was given."""
+
+    seen = []
+
+    def __call__(self, net, x, **given):
+        self.seen.append((self, net, x, given))
+        one = torch.ones(len(x))
+        total = (net(x, one, one) - x).square().mean()
+        return Losses(total, *[total.detach()] * 4)
+
+
+def heard(state, loss, batch, steps, **options):
+    """What a loss was given in each call of some steps of training."""
+    Heard.seen.clear()
+    records = list(train(state, loss, batch, steps, **options))
+    return [(loss, net, x, given) for loss, net, x, given in Heard.seen], records
+
+
+def test_a_loss_is_given_all_that_the_state_has_and_the_batch():
+    """By default all of the loss from the first step, the batch whole and its conditions as they are."""
+    state, label = small_state(), torch.arange(6)
+    loss = Heard(order=3, share=0.4, metric="normalised", times=(1.0, 2.0), gain=3.0)
+    x = torch.randn(6, 2)
+    state.original, state.call = torch.nn.Identity(), lambda *given: state.net(*given)
+    for null in (9, torch.tensor([9])):
+        calls, _ = heard(state, loss, lambda i: (x, label), state.step + 3, null=null)
+        assert len(calls) == 3
+        for own, net, seen, found in calls:
+            assert own is loss and net is state.call and torch.equal(seen, x) and torch.equal(found["cond"], label)
+            assert found["teacher"] is state.teacher and found["original"] is state.original
+            assert found["generator"] is state.generator and found["together"] is None
+            assert found["null"].tolist() == [9] and set(found) == {
+                "cond", "teacher", "null", "original", "generator", "together"}  # fmt: skip
+    state.call, null = None, {"a": torch.zeros(1)}
+    calls, _ = heard(state, loss, lambda i: (x, {"a": x[:, 0]}), state.step + 4, null=null, warmup_steps=state.step + 1,
+                     base_steps=2, accumulate=2)  # fmt: skip
+    assert [net is state.net for _, net, _, _ in calls] == [True] * 8
+    assert torch.equal(torch.cat([seen for _, _, seen, _ in calls]), x.repeat(4, 1))
+    assert torch.equal(torch.cat([given["cond"]["a"] for *_, given in calls]), x[:, 0].repeat(4))
+    for own, phase in zip(
+        [call[0] for call in calls], [{"order": 0, "share": 0.0}] * 2 + [{"share": 0.0}] * 4 + [{}] * 2
+    ):
+        assert own == dataclasses.replace(loss, **phase)
+
+
+def test_a_batch_that_does_not_divide_into_equal_parts_is_refused():
+    with pytest.raises(ValueError, match="a batch of 6 does not divide into 4 equal parts"):
+        next(train(small_state(), Plain(), lambda i: (torch.zeros(6, 2), None), 1, accumulate=4))
+
+
+def test_training_is_the_loop_written_out():
+    """By hand with plain descent, two parts, clipped: each step's rate, gradients of that step alone, both averages."""
+    x = torch.randn(5, 6, 2, generator=torch.Generator().manual_seed(1))
+    states = small_state(), small_state()
+    for state in states:
+        torch.nn.init.normal_(state.net.out.weight, generator=torch.Generator().manual_seed(2))
+        state.optimizer = torch.optim.SGD(state.net.parameters(), lr=1.0)
+        state.optimizer.param_groups[0]["initial_lr"] = 0.5
+        state.step = 20_000
+    one, other = states
+    calls, records = heard(one, Heard(), lambda i: (x[i - 20_000], None), 20_003, accumulate=2, clip_norm=1.0)
+    for i, record in zip(range(20_000, 20_003), records):
+        values = []
+        other.net.zero_grad()
+        for part in x[i - 20_000].chunk(2):
+            value = (other.net(part, torch.ones(3), torch.ones(3)) - part).square().mean()
+            (value / 2).backward()
+            values.append(value.item())
+        length = torch.cat([p.grad.flatten() for p in other.net.parameters()]).norm().item()
+        with torch.no_grad():
+            for p, a, b in zip(*(net.parameters() for net in (other.net, other.average, other.teacher))):
+                p -= 0.5 * learning_rate(i, 20_003) * p.grad / max(1.0, length)
+                a += 0.001 * (p - a)
+                b += 0.01 * (p - b)
+        assert record["step"] == i + 1 and record["total"] == record["gap"] == pytest.approx(sum(values) / 2, rel=1e-5)
+        assert list(record) == ["step", "lr", *Losses._fields]
+    for a, b in zip(weights(one), weights(other)):
+        torch.testing.assert_close(a, b)
+    assert one.step == 20_003 and len(calls) == 6
+
+
+class Late:
+    """A peer's loss with a term whose name comes after "total"."""
+
+    helpers = {}
+
+    def __init__(self, **values):
+        self.values, self.progress = values, []
+
+    def __call__(self, net, x, progress, **given):
+        self.progress.append(progress)
+        here = sum(p.sum() for p in net.parameters())
+        return peers.common.terms(**{name: value + 0 * here for name, value in self.values.items()})
+
+
+def test_a_term_that_is_not_finite_is_named_before_the_total():
+    for values, name in (({"x": math.nan, "a": 0.0}, "x"), ({"a": math.inf, "x": -math.inf}, "a")):
+        with pytest.raises(FloatingPointError, match=f"step 1: the {name} loss is"):
+            next(train(small_state(), Late(**values), lambda i: (torch.zeros(2, 2), None), 1))
+
+
+@pytest.mark.parametrize("warmup", [0, 2, 5])
+def test_a_peer_begins_with_flow_matching_and_is_told_how_far_it_is(warmup):
+    """The same weights as flow matching makes, for so many steps; then the share of the rest that is done."""
+    batch = lambda i: (torch.randn(8, 2, generator=torch.Generator().manual_seed(i)), None)  # noqa: E731
+    peer, plain, late = small_state(), small_state(), Late(a=1.0)
+    flow = TwinFlowLoss(order=0, share=0.0)
+    steps = zip(train(peer, late, batch, 5, warmup_steps=warmup), train(plain, flow, batch, 5))
+    for i, (one, other) in enumerate(steps):
+        if i < warmup:
+            assert one == other and all(map(torch.equal, weights(peer), weights(plain)))
+    assert late.progress == [i / (5 - warmup) for i in range(5 - warmup)]
+
+
+def test_which_labels_are_dropped_is_the_states_own_chance():
+    """Not torch's own generator; without a null, or a share, none is."""
+    found, label = [], torch.arange(64)
+    for seed in (0, 1):
+        state = small_state()
+        torch.manual_seed(seed)  # of torch, which is not asked
+        calls, _ = heard(state, Heard(), lambda i: (torch.zeros(64, 2), label), 2, null=99, label_dropout=0.5)
+        found.append([given["cond"].tolist() for *_, given in calls])
+    assert found[0] == found[1] and found[0][0] != found[0][1]
+    for options in ({"null": 99}, {"label_dropout": 0.5}):
+        calls, _ = heard(small_state(), Heard(), lambda i: (torch.zeros(64, 2), label), 1, **options)
+        assert torch.equal(calls[0][3]["cond"], label)
+
+
+class World:
+    """A stand-in for many processes, of which this is one."""
+
+    def __init__(self):
+        self.said = []
+
+    def reseed(self, generator, step):
+        self.said.append(("reseed", generator, step))
+        return f"together {step}"
+
+    def sync(self, network, last):
+        self.said.append(("sync", network, last))
+
+    def mean(self, terms):
+        return terms + 100
+
+
+def test_processes_agree_before_each_step_share_gradients_after_the_last_part_and_mean_their_terms():
+    state, world, x = small_state(), World(), torch.zeros(6, 2)
+    calls, records = heard(state, Heard(), lambda i: (x, None), 2, accumulate=3, world=world)
+    parts = [("sync", state.net, last) for last in (False, False, True)]
+    assert world.said == [("reseed", state.generator, 0), *parts, ("reseed", state.generator, 1), *parts]
+    assert [given["together"] for *_, given in calls] == ["together 0"] * 3 + ["together 1"] * 3
+    assert all(record["total"] >= 100 for record in records)
+    state.call = torch.nn.Module()
+    state.call.forward = lambda *given: state.net(*given)
+    heard(state, Heard(), lambda i: (x, None), 3, world=world)
+    assert world.said[-1] == ("sync", state.call, True)
+
+
+def test_an_average_is_a_frozen_copy_and_buffers_are_copied():
+    """In evaluation mode whatever the network is in; the network stays as it is."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    average = ema.average_of(net)
+    assert net.training and all(p.requires_grad for p in net.parameters())
+    assert not average.training and not any(p.requires_grad for p in average.parameters())
+    net(torch.randn(8, 2) + 3)
+    ema.update(average, net, 0.9)
+    assert torch.equal(average[1].running_mean, net[1].running_mean) and average[1].running_mean.abs().max() > 0
+    with torch.no_grad():
+        net[0].weight.fill_(1.0), average[0].weight.fill_(0.0)
+    ema.update(average, net, 0.0)
+    assert torch.equal(average[0].weight, net[0].weight) and net[0].weight.eq(1).all()
+    for decay in (-0.1, 1.0, 1.5):
+        with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got"):
+            ema.update(average, net, decay)
