@@ -98,6 +98,13 @@ def test_every_function_refuses_times_and_shapes_that_are_none():
     assert path.jump(x, x, 0.0, 1.0).eq(2).all() and path.interpolate(x[:0], x[:0], torch.zeros(0)).shape == (0, 2)
 
 
+def test_times_on_another_device_are_not_looked_at():
+    """Their values would have to be waited for; a device without values shows it."""
+    x, late = torch.zeros(3, 2, device="meta"), torch.full((3,), 2.0, device="meta")
+    for found in (path.interpolate(x, x, late), path.denoise(x, x, late), path.jump(x, x, late, late)):
+        assert found.shape == x.shape and found.device.type == "meta"
+
+
 @given(batches(2))
 def test_times_are_numbers_of_the_precision_of_the_data(case):
     """Float32 times, whole numbers and 0-dim tensors serve data of any precision and keep it."""

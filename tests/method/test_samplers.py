@@ -236,6 +236,24 @@ def test_sde_adds_the_variance_of_its_equation(steps, seed):
         close(x_r, (1 - r) * (x_t - t * F) + kept * (x_t + (1 - t) * F) + added**0.5 * noise)
 
 
+@given(st.integers(1, 5), MODES, st.sampled_from([None, 0.0, 0.3, "sde"]), seeds)
+def test_noise_is_drawn_in_the_steps_that_add_it_and_in_no_other(steps, mode, stochastic, seed):
+    """One fresh noise between two steps, where it has a share, none after the last."""
+    z, net = torch.ones(3, 1, dtype=torch.float64), exact_jump(0.5)
+    used, expected = (torch.Generator().manual_seed(seed) for _ in range(2))
+    x = sample(net, z.requires_grad_(), steps, mode, stochastic=stochastic, generator=used)
+    drawn = steps - 1 if stochastic or stochastic is None and mode == "few" else 0
+    for _ in range(drawn):
+        torch.randn(3, 1, generator=expected, dtype=torch.float64)
+    assert torch.equal(used.get_state(), expected.get_state()) and not x.requires_grad
+
+
+def test_one_step_is_the_jump_to_data():
+    """The usual number of steps; z - F(z, 1, 0)."""
+    z, one = torch.randn(3, 1), torch.ones(3)
+    close(sample(exact_jump(0.5), z), z - exact_jump(0.5)(z, one, 0 * one))
+
+
 @pytest.mark.parametrize("mode, share", [("any", 0.0), ("few", 1.0), ("multi", 0.0)])
 def test_noise_is_drawn_afresh_where_the_mode_asks_for_it(mode, share):
     """All of it in "few", none in the others; "few" without fresh noise follows the flow of its jumps."""
