@@ -158,13 +158,10 @@ def mutants_of(room):
             put(node)
             if source == original:
                 continue
-            after = (
-                f"no {before}"
-                if after == "pass"
-                else f"{after}  # {before}"
-                if after[3:] in ("True:", "False:")
-                else after
-            )
+            if after == "pass":
+                after = f"no {before}"
+            elif after in ("if True:", "if False:"):
+                after += f"  # {before}"
             name = f"{room}.{function.name if function else ''}: {after}"
             seen[name] += 1
             number = f" ({seen[name]})" if seen[name] > 1 else ""
@@ -181,11 +178,8 @@ def graft(old, new, put):
         if own is value or own is None or not known:
             continue
         if isinstance(value, FunctionType):
-            own.__code__, own.__defaults__, own.__kwdefaults__ = (
-                value.__code__,
-                value.__defaults__,
-                value.__kwdefaults__,
-            )
+            for part in ("__code__", "__defaults__", "__kwdefaults__"):
+                setattr(own, part, getattr(value, part))
             for cell, other in zip(own.__closure__ or (), value.__closure__ or ()):
                 inside, content = {"it": cell.cell_contents}, {"it": other.cell_contents}
                 graft(inside, content, lambda _, new, cell=cell: setattr(cell, "cell_contents", new))

@@ -166,6 +166,17 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path):
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(a.parameters(), b.parameters()))
 
 
+def test_the_usual_decays_are_those_of_many_steps_and_of_few():
+    """0.999 for the average and 0.99 for the teacher, when the warm-up of both is over."""
+    state = small_state()
+    state.step = 20_000
+    torch.nn.init.normal_(state.net.out.weight)
+    before = state.average.out.weight.clone()
+    next(train(state, Plain(), lambda i: (torch.ones(2, 2), None), 20_001))
+    for average, decay in ((state.average, 0.999), (state.teacher, 0.99)):
+        torch.testing.assert_close(average.out.weight, torch.lerp(before, state.net.out.weight, 1 - decay))
+
+
 @given(st.floats(0, 0.99), st.integers(1, 5))
 def test_moving_average_is_the_weighted_sum_of_the_past(decay, steps):
     net = torch.nn.Linear(1, 1).double()
