@@ -320,6 +320,7 @@ def test_the_printed_base_loss_by_hand(x, z, size):
     wanted = correction.clamp(-2, 2).square().mean(1)
     wanted[2:] = (F(x_t, t, t) - u)[2:].square().mean(1)
     close(reference.base(F, F, x, z, t, r, [], dt, 2.0), wanted)
+    close(reference.flow_matching(F, x, z, t), (F(x_t, t, t) - u).square().mean(1))
     every = reference.base(F, F, x, z, t, r, [], 0.01, 1.0, math.inf, None, u, reference.squared)
     close(reference.base(F, F, x, z, t, r, []), every)
 
@@ -419,6 +420,7 @@ def test_gap_is_the_mean_square_of_dv(seed, B, clip, weight):
     z, z_new, t = (each[draws.slices()[3]] for each in (draws.z, draws.z_new, draws.t))
     x_t = t[:, None] * z_new + (1 - t[:, None]) * (z - net(z, torch.ones(B).double(), torch.zeros(B).double()))
     dv = net(x_t, t, t) - net(x_t, -t, -t)
+    close(reference.score_gap(net, x_t, t), -dv * ((1 - t) / t)[:, None])
     dv = dv if clip is None else dv.clamp(-clip, clip)
     out = loss.evaluate(draws, net, x)
     close(out.gap, dv.square().mean().detach())

@@ -350,6 +350,13 @@ def test_derivative_along_a_path(seed, exact):
     close(F, net(x, t, r).detach())
     errors = [(along_differences(net, x, t, r, u, step=step) - dF).norm() for step in (0.01, 0.005)]
     assert 3 < errors[0] / errors[1] < 5 and errors[1] < 0.05 * dF.norm()
+    edges, seen = torch.tensor([0.204, 0.5, 0.997, 1.0]).double(), Spy(net)
+    along_differences(seen, x, edges, torch.full_like(t, 0.2), u)
+    for (asked, s, _, _), wanted in zip(seen.calls, ([0.209, 0.505, 1.0, 1.0], [0.2, 0.495, 0.992, 0.995])):
+        close(s, torch.tensor(wanted).double())
+        close(asked, x + (s - edges)[:, None] * u)
+    F, dF = along(lambda x, t, r, cond: torch.ones_like(x), x, t, r, u)
+    assert F.eq(1).all() and dF.eq(0).all() and dF.shape == x.shape
     for edge in (r + 1e-7, torch.ones_like(t)):
         close(along_differences(net, x, edge, r, u, step=1e-6), along(net, x, edge, r, u)[1], atol=1e-3, rtol=1e-3)
     x = exact.sample(4)

@@ -24,7 +24,7 @@ from tinytwinflow.runs.recipes import configured
 from tinytwinflow.runs.run import begin, finish
 from tinytwinflow.training import ema
 from tinytwinflow.training.checkpoints import write_checkpoint
-from tinytwinflow.training.loop import learning_rate, train
+from tinytwinflow.training.loop import autocast, learning_rate, train
 from tinytwinflow.training.state import new_state
 
 SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "base_steps=0", "eval_samples=64"]
@@ -259,6 +259,8 @@ def test_precision_runs_the_loss_under_autocast():
         Plain.seen.clear()
         step_of(precision=precision)
         assert Plain.seen == [(None, precision == "bf16")]
+        with autocast("cpu", precision):  # whose cache may hold casts made without gradient
+            assert not torch.is_autocast_cache_enabled()
 
 
 def test_config_is_kept_and_checkpoint_is_plain_data(tmp_path):
