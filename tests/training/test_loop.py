@@ -24,7 +24,7 @@ from tinytwinflow.runs.recipes import configured
 from tinytwinflow.runs.run import begin, finish
 from tinytwinflow.training import ema
 from tinytwinflow.training.checkpoints import write_checkpoint
-from tinytwinflow.training.loop import autocast, learning_rate, train
+from tinytwinflow.training.loop import autocast, learning_rate, loss_of_batch, train
 from tinytwinflow.training.state import new_state
 
 SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "base_steps=0", "eval_samples=64"]
@@ -478,6 +478,8 @@ def test_a_peer_begins_with_flow_matching_and_is_told_how_far_it_is(warmup):
         if i < warmup:
             assert one == other and all(map(torch.equal, weights(peer), weights(plain)))
     assert late.progress == [i / (5 - warmup) for i in range(5 - warmup)]
+    loss_of_batch(late, peer, batch(0)[0])
+    assert late.progress[-1] == 0, "where nothing is said of it"
 
 
 def test_which_labels_are_dropped_is_the_states_own_chance():
