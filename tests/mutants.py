@@ -139,7 +139,7 @@ def sites(node, function=None, statement=None):
 
             outer = child if function is None and isinstance(child, ast.FunctionDef) else function
             outer = None if field == "decorator_list" else outer
-            here = child if isinstance(child, ast.stmt) else statement
+            here = child if isinstance(child, ast.stmt) or field == "decorator_list" else statement
             yield child, put, outer, here
             if not isinstance(child, ast.Raise | ast.Import | ast.ImportFrom):
                 yield from sites(child, outer, here)
@@ -181,8 +181,10 @@ def graft(old, new, put):
             for part in ("__code__", "__defaults__", "__kwdefaults__"):
                 setattr(own, part, getattr(value, part))
             for cell, other in zip(own.__closure__ or (), value.__closure__ or ()):
-                inside, content = {"it": cell.cell_contents}, {"it": other.cell_contents}
-                graft(inside, content, lambda _, new, cell=cell: setattr(cell, "cell_contents", new))
+                if isinstance(cell.cell_contents, FunctionType):
+                    graft({"it": cell.cell_contents}, {"it": other.cell_contents}, None)
+                else:
+                    cell.cell_contents = other.cell_contents
         elif isinstance(value, type) and not issubclass(value, tuple):
             graft(vars(own), vars(value), lambda name, new, own=own: setattr(own, name, new))
         else:

@@ -217,6 +217,8 @@ def test_directions_are_fixed_by_the_seed_and_even_over_the_sphere():
     assert value != metrics.sliced_wasserstein(x, y, 255)
     many = [metrics.sliced_wasserstein(x + shift, x, 20_000) for shift in 3.0 * torch.eye(3).double()]
     assert many == pytest.approx([3**0.5] * 3, rel=0.02)
+    wide = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)).double()
+    assert metrics.sliced_wasserstein(wide + 2.0, wide, 4096) == pytest.approx(2.0, rel=0.05)
 
 
 def test_coverage_needs_half_of_what_is_due_within_three_standard_deviations():
