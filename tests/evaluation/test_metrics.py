@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import arrays, seeds
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tinytwinflow import GaussianMixture
@@ -219,6 +219,21 @@ def test_directions_are_fixed_by_the_seed_and_even_over_the_sphere():
     assert many == pytest.approx([3**0.5] * 3, rel=0.02)
     wide = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)).double()
     assert metrics.sliced_wasserstein(wide + 2.0, wide, 4096) == pytest.approx(2.0, rel=0.05)
+
+
+@given(arrays((8, 2)), arrays(2), st.floats(0.1, 3))
+def test_coverage_measures_along_the_axes_of_a_component(x, mean, radius):
+    """Its standard deviations are those of its covariance: (x - m) S^-1 (x - m) at most their square."""
+    S = torch.tensor([[4.0, 1.8], [1.8, 1.0]]).double()
+    far = ((x - mean) @ torch.linalg.inv(S) * (x - mean)).sum(1).sqrt()
+    assume((far - radius).abs().min() > 1e-9)
+    assert metrics.coverage(x, GaussianMixture(mean[None], S[None]), radius) == ((far <= radius).sum() >= 4)
+
+
+def test_five_thousand_samples_can_be_assigned(monkeypatch):
+    monkeypatch.setattr(metrics, "linear_sum_assignment", lambda cost: (np.arange(len(cost)),) * 2)
+    x = torch.zeros(5000, 1)
+    assert metrics.wasserstein(x, x + 2) == 2
 
 
 def test_coverage_needs_half_of_what_is_due_within_three_standard_deviations():
