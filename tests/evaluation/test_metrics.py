@@ -243,6 +243,7 @@ def test_coverage_needs_half_of_what_is_due_within_three_standard_deviations():
     value = lambda *places, **how: metrics.coverage(torch.tensor([[p, 0.0] for p in places]), mixture, **how)  # noqa: E731
     far = [100.0]
     assert value(*[2.99] * 3, 6.01, *far * 4) == 1  # 3 of 6 and 1 of 2, each at 3 standard deviations
+    assert value(*[3.0] * 3, 6.0, *far * 4) == 1  # the edge itself
     assert value(*[2.99] * 2, 6.01, *far * 5) == 0.5
     assert value(*[3.01] * 3, 6.01, *far * 4) == 0.5
     assert value(*[-2.99] * 3, 5.99, *far * 4) == 0.5
@@ -262,10 +263,28 @@ def test_diversity_shrinks_with_the_samples_and_sees_classes_apart(x, shrink, or
     close(metrics.diversity((x + 100 * label[:, None])[order], label[list(order)]), value, atol=1e-6, rtol=1e-6)
 
 
+def test_diversity_is_of_the_first_thousand_of_a_class_and_needs_two():
+    x, label = torch.zeros(1005, 1), torch.cat([torch.zeros(1002), torch.ones(2), torch.full((1,), 2.0)])
+    x[1000:1002], x[1002:1004], x[1004] = 1e6, torch.tensor([[0.0], [3.0]]), 1e9
+    assert metrics.diversity(x, label) == 1.5
+
+
+@given(seeds, st.integers(2, 8))
+@settings(max_examples=20)
+def test_frechet_of_sets_on_a_line(seed, D):
+    """No covariance has an inverse, and rounding makes some of their eigenvalues negative: (s - s')^2 of the spreads."""
+    draw = torch.Generator().manual_seed(seed)
+    a, direction = torch.randn(20, 1, generator=draw).double(), torch.randn(1, D, generator=draw).double()
+    x = (a - a.mean()) @ direction
+    for scale in (0.0, 0.5, 3.0):
+        close(metrics.frechet(x, scale * x), (1 - scale) ** 2 * x.var(0).sum().item(), atol=1e-6, rtol=1e-6)
+
+
 def test_wrong_use_of_image_metrics_is_refused():
     x = torch.zeros(4, 2)
-    with pytest.raises(ValueError, match="more than k = 5"):
-        metrics.precision_recall_coverage(x, x)
+    for n, m in ((4, 4), (5, 5), (5, 9), (9, 5)):
+        with pytest.raises(ValueError, match=f"more than k = 5 samples in each set, got {n} and {m}"):
+            metrics.precision_recall_coverage(torch.zeros(n, 2), torch.zeros(m, 2))
     with pytest.raises(ValueError, match="a class with two samples"):
         metrics.diversity(x, torch.arange(4))
     with pytest.raises(ValueError, match="a label for each"):
