@@ -272,7 +272,7 @@ def test_diversity_is_of_the_first_thousand_of_a_class_and_needs_two():
 @given(seeds, st.integers(2, 8))
 @settings(max_examples=20)
 def test_frechet_of_sets_on_a_line(seed, D):
-    """No covariance has an inverse, and rounding makes some of their eigenvalues negative: (s - s')^2 of the spreads."""
+    """No covariance has an inverse, and rounding makes eigenvalues negative: the square of the spreads' difference."""
     draw = torch.Generator().manual_seed(seed)
     a, direction = torch.randn(20, 1, generator=draw).double(), torch.randn(1, D, generator=draw).double()
     x = (a - a.mean()) @ direction
