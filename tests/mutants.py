@@ -188,6 +188,8 @@ def graft(old, new, put):
         elif isinstance(value, type) and not issubclass(value, tuple):
             inside = {name: part for name, part in vars(value).items() if not isinstance(part, type)}
             graft(vars(own), inside, lambda name, new, own=own: setattr(own, name, new))
+            for name in [name for name in vars(own) if name not in vars(value) and name[0] != "_"]:
+                delattr(own, name)
         else:
             put(name, value)
 

@@ -14,6 +14,7 @@ from torch import nn
 from tinytwinflow import generate, peers, sample
 from tinytwinflow.nets import MLP
 from tinytwinflow.peers.common import along, along_differences
+from tinytwinflow.peers.consistency import pseudo_huber
 from tinytwinflow.peers.shortcut import two_jumps
 from tinytwinflow.training.loop import train
 from tinytwinflow.training.state import new_state
@@ -147,6 +148,9 @@ def test_the_settings_are_those_of_the_papers_or_as_each_page_says():
     found = {name: make() for name, make in peers.PEERS.items()}
     assert {name: (dataclasses.asdict(loss), loss.helpers, loss.mode) for name, loss in found.items()} == expected
     assert [name for name, loss in found.items() if hasattr(loss, "refill")] == ["progressive distillation"]
+    assert "kept" not in repr(found["dmd"])
+    with pytest.raises(TypeError, match="kept"):
+        peers.DMD(kept=())
     assert found["progressive distillation"].refill == pytest.approx([1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7])
 
 
@@ -406,6 +410,36 @@ def test_consistency_training_compares_neighbours_of_one_line(seed, progress, c)
     square = (x_t - t[:, None] * F - x_s + s[:, None] * F_s).square().sum(1)
     distance = square if c is None else (square + 2 * c**2).sqrt() - 2**0.5 * c
     close(total, n * distance.mean(), atol=1e-5, rtol=1e-5)
+
+
+@given(seeds)
+@settings(max_examples=5)
+def test_what_a_peer_does_where_nothing_is_said(seed):
+    """Without an average the network is its own teacher; training is at its beginning where a method has stages, at its
+    end where a warm-up would be over. Equal samples are at distance zero, with a gradient that is finite."""
+    net, original, x = network(seed), network(seed + 1), torch.randn(8, 2).double()
+    helpers = {"original": original, "fake": original, "critic": original}
+
+    def value(name, **given):
+        torch.manual_seed(seed)
+        loss = made(name)
+        known = {helper: helpers[helper] for helper in loss.helpers if helper in helpers}
+        return loss(net, x, **{**known, **given}).total
+
+    for name in ("consistency distillation", "shortcut"):
+        close(value(name), value(name, teacher=net))
+        assert value(name) != value(name, teacher=original)
+    for name in ("consistency training", "progressive distillation"):
+        close(value(name), value(name, progress=0.0))
+    for name in ("scm", "sana-sprint"):
+        close(value(name), value(name, progress=1.0))
+        assert value(name) != value(name, progress=0.1)
+    for c in (0.0, 0.3):
+        a = x.clone().requires_grad_()
+        distance = pseudo_huber(a, x, c)
+        distance.sum().backward()
+        assert distance.abs().max() < 1e-5 and a.grad.isfinite().all()
+        close(pseudo_huber(a, x + 1, c).detach(), torch.full((8,), (2 + c**2) ** 0.5 - c).double())
 
 
 @settings(max_examples=20)
