@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import arrays, seeds
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tinytwinflow import GaussianMixture
@@ -73,8 +73,19 @@ def test_coverage_counts_the_components_that_get_their_due(missing, seed):
 def test_wrong_use_says_what_is_allowed():
     with pytest.raises(ValueError, match="samples must be"):
         metrics.energy_distance(torch.zeros(3, 2), torch.zeros(3, 1))
-    with pytest.raises(ValueError, match="at least 2"):
-        metrics.energy_distance(torch.zeros(1, 2), torch.zeros(3, 2))
+    x = torch.zeros(3, 2)
+    for metric in (metrics.energy_distance, metrics.sliced_wasserstein, metrics.wasserstein, metrics.frechet,
+                   metrics.precision_recall_coverage):  # fmt: skip
+        for one in (torch.zeros(3, 1), torch.zeros(3), torch.zeros(3, 2, 1)):
+            with pytest.raises(ValueError, match=r"must be \(n, D\) and \(m, D\), got \(3, 2\) and \(3,"):
+                metric(x, one)
+            with pytest.raises(ValueError, match=r"must be \(n, D\) and \(m, D\), got \(3"):
+                metric(one, x)
+        for sizes in ((1, 3), (3, 1), (0, 3)):
+            with pytest.raises(ValueError, match="at least 2 samples, got {} and {}".format(*sizes)):
+                metric(*(torch.zeros(n, 2) for n in sizes))
+    with pytest.raises(ValueError, match="equally many samples, at most 5000, got 4 and 3"):
+        metrics.wasserstein(torch.zeros(4, 2), x)
     with pytest.raises(ValueError, match="equally many"):
         metrics.sliced_wasserstein(torch.zeros(3, 2), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="at most 5000"):
@@ -112,6 +123,135 @@ def test_neighbours_tell_what_is_missing_from_what_is_wrong():
     assert point["recall"] < 0.05 and point["coverage"] < 0.05 and point["precision"] > 0.95, "a collapse shows"
 
 
+@given(arrays((8, 2)), arrays((9, 2)), st.integers(1, 7))
+def test_neighbours_are_their_definition(x, y, k):
+    """By sorted lists of distances: the ball of a point reaches to its k-th nearest other one, its edge included."""
+    distance = lambda a, b: (a - b).norm().item()  # noqa: E731
+    reach = lambda points, i: sorted(distance(points[i], other) for j, other in enumerate(points) if j != i)[k - 1]  # noqa: E731
+    x, y = (points + 0.01 * torch.randn(points.shape, generator=torch.Generator().manual_seed(len(points))).double()
+            for points in (x, y))  # fmt: skip
+    share = lambda held: sum(held) / len(held)  # noqa: E731
+    of_x, of_y = ([reach(points, i) for i in range(len(points))] for points in (x, y))
+    expected = {
+        "precision": share([any(distance(a, b) <= of_y[j] for j, b in enumerate(y)) for a in x]),
+        "recall": share([any(distance(b, a) <= of_x[i] for i, a in enumerate(x)) for b in y]),
+        "coverage": share([any(distance(b, a) <= of_y[j] for a in x) for j, b in enumerate(y)]),
+    }
+    assert metrics.precision_recall_coverage(x, y, k) == pytest.approx(expected)
+    if k == 5:
+        assert metrics.precision_recall_coverage(x, y) == pytest.approx(expected)
+
+
+def test_the_edge_of_a_ball_is_in_it_and_five_is_the_usual_number_of_neighbours():
+    """Real points 0, 1, ..., 9: the ball of 0 reaches to 5, that of 4 to 3 from it. More than k points are enough."""
+    line = lambda *places: torch.tensor(places).double()[:, None]  # noqa: E731
+    real = line(*range(10))
+    for place, share in ((14.0, 1.0), (14.01, 0.5)):
+        assert metrics.precision_recall_coverage(line(0.0, place), real, k=1) == pytest.approx(
+            {"precision": 0.5, "recall": 1.0, "coverage": 0.2})  # fmt: skip
+        far = torch.cat([line(place), line(*[0.0] * 5)])
+        assert metrics.precision_recall_coverage(far, real)["precision"] == pytest.approx((5 + (share == 1)) / 6)
+    assert set(metrics.precision_recall_coverage(real[:6], real[:6]).values()) == {1.0}
+
+
+def test_all_metrics_of_points_are_those_of_above():
+    """Energy distance and diversity on the first 5,000, coverage of a mixture that is known."""
+    x, y = (gaussian(torch.zeros(2).double(), torch.eye(2).double(), 5002, seed) for seed in range(2))
+    x[5000:] += 1e3
+    y[5000:] -= 1e4
+    expected = {
+        "sliced_wasserstein": metrics.sliced_wasserstein(x, y, projections=256, seed=0),
+        "energy_distance": metrics.energy_distance(x[:5000], y[:5000]),
+        "diversity": metrics.diversity(x[:1000], torch.zeros(1000)),
+    }
+    found = metrics.measure_points(x, y)
+    assert found.keys() == expected.keys() and found["diversity"] == pytest.approx(torch.pdist(x[:5000]).mean().item())
+    assert found["sliced_wasserstein"] == expected["sliced_wasserstein"] > 100
+    assert found["energy_distance"] == expected["energy_distance"] < 0.1
+    assert found["diversity"] == pytest.approx(expected["diversity"], rel=0.05)
+    mixture = GaussianMixture([[0.0, 0.0], [50.0, 0.0]], [np.eye(2)] * 2)
+    assert metrics.measure_points(x[:100], y[:100], mixture)["coverage"] == 0.5
+
+
+def test_all_metrics_of_images_are_those_of_above():
+    """Frechet distance of all, neighbours on the first 5,000; what needs labels or a classifier where there is one."""
+    x, y = (gaussian(torch.zeros(2).double(), torch.eye(2).double(), 5001, seed) for seed in range(2))
+    x[5000], y[5000] = 1e3, -1e3
+    expected = {"frechet": metrics.frechet(x, y), **metrics.precision_recall_coverage(x[:5000], y[:5000])}
+    assert metrics.measure_images(x, None, y) == expected and expected["coverage"] < 1
+    some, label, real = x[:50], (x[:50, 1] > x[:50, 0]).long(), y[:60]
+    diversity = {"diversity": metrics.diversity(some, label)}
+    own = {"frechet": metrics.frechet(some, real), **metrics.precision_recall_coverage(some, real), **diversity}
+    assert metrics.measure_images(some, label, real) == own
+
+    class Net:
+        last = staticmethod(lambda x: torch.stack([x[:, 0], x[:, 1], torch.full((len(x),), 1.0)], 1))
+
+    share = sum(max(a, b, 1.0) == (b if k else a) for (a, b), k in zip(some.tolist(), label.tolist())) / 50
+    assert metrics.measure_images(some, label, real, Net) == {**own, "accuracy": share} and 0 < share < 1
+    assert metrics.measure_images(some, None, real, Net).keys() == {"frechet", "precision", "recall", "coverage"}
+
+
+def test_more_rows_than_one_piece_of_a_computation():
+    """Distances are computed by pieces of 1,024 rows: as those of all at once."""
+    x, y = (
+        gaussian(torch.tensor(mean).double(), torch.eye(1).double(), n, n) for mean, n in (([0.0], 1100), ([1.0], 1300))
+    )
+    all_at_once = 2 * (x - y.T).abs().mean() - torch.pdist(x).mean() - torch.pdist(y).mean()
+    close(metrics.energy_distance(x, y), all_at_once.item())
+    of_x, of_y = ((points - points.T).abs().sort(1)[0][:, 5] for points in (x, y))
+    apart = (x - y.T).abs()
+    expected = [(apart <= of_y).any(1), (apart <= of_x[:, None]).any(0), (apart <= of_y).any(0)]
+    found = metrics.precision_recall_coverage(x, y)
+    assert list(found.values()) == [inside.double().mean().item() for inside in expected]
+    assert metrics.wasserstein(x[:2], y[:2]) == pytest.approx(
+        ((x[:2].sort(0)[0] - y[:2].sort(0)[0]) ** 2).mean() ** 0.5
+    )
+
+
+def test_directions_are_fixed_by_the_seed_and_even_over_the_sphere():
+    """The usual ones are 256 of seed 0; a set and its mirror image in a corner are told apart, turned axes are not."""
+    x, y = (gaussian(torch.zeros(3).double(), torch.eye(3).double(), 50, seed) for seed in range(2))
+    value = metrics.sliced_wasserstein(x, y)
+    assert value == metrics.sliced_wasserstein(x, y, 256, 0) != metrics.sliced_wasserstein(x, y, 256, 1)
+    assert value != metrics.sliced_wasserstein(x, y, 255)
+    many = [metrics.sliced_wasserstein(x + shift, x, 20_000) for shift in 3.0 * torch.eye(3).double()]
+    assert many == pytest.approx([3**0.5] * 3, rel=0.02)
+    wide = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)).double()
+    assert metrics.sliced_wasserstein(wide + 2.0, wide, 4096) == pytest.approx(2.0, rel=0.05)
+
+
+@given(arrays((8, 2)), arrays(2), st.floats(0.1, 3))
+def test_coverage_measures_along_the_axes_of_a_component(x, mean, radius):
+    """Its standard deviations are those of its covariance: (x - m) S^-1 (x - m) at most their square."""
+    S = torch.tensor([[4.0, 1.8], [1.8, 1.0]]).double()
+    far = ((x - mean) @ torch.linalg.inv(S) * (x - mean)).sum(1).sqrt()
+    assume((far - radius).abs().min() > 1e-9)
+    assert metrics.coverage(x, GaussianMixture(mean[None], S[None]), radius) == ((far <= radius).sum() >= 4)
+
+
+def test_five_thousand_samples_can_be_assigned(monkeypatch):
+    monkeypatch.setattr(metrics, "linear_sum_assignment", lambda cost: (np.arange(len(cost)),) * 2)
+    x = torch.zeros(5000, 1)
+    assert metrics.wasserstein(x, x + 2) == 2
+
+
+def test_coverage_needs_half_of_what_is_due_within_three_standard_deviations():
+    """Two components with weights 3 and 1 and standard deviations 1 and 2, along the first axis; 8 samples, so that 6
+    and 2 are due. A sample belongs to the component that is nearer in its own standard deviations."""
+    mixture = GaussianMixture([[0.0, 0.0], [12.0, 0.0]], [np.eye(2), 4 * np.eye(2)], [3, 1])
+    value = lambda *places, **how: metrics.coverage(torch.tensor([[p, 0.0] for p in places]), mixture, **how)  # noqa: E731
+    far = [100.0]
+    assert value(*[2.99] * 3, 6.01, *far * 4) == 1  # 3 of 6 and 1 of 2, each at 3 standard deviations
+    assert value(*[3.0] * 3, 6.0, *far * 4) == 1  # the edge itself
+    assert value(*[2.99] * 2, 6.01, *far * 5) == 0.5
+    assert value(*[3.01] * 3, 6.01, *far * 4) == 0.5
+    assert value(*[-2.99] * 3, 5.99, *far * 4) == 0.5
+    assert value(*[3.01] * 3, 5.99, *far * 4, radius=3.02) == 1
+    assert value(*[3.99] * 3, 4.01, *far * 4, radius=4) == 1  # 4 from the first, 8 / 2 from the second
+    assert value(*[4.01] * 7, 3.99, radius=5) == 0.5 and value(*[5.0] * 8, radius=5) == 0.5
+
+
 @given(arrays((8, 3)), st.floats(0, 1), st.permutations(range(8)))
 def test_diversity_shrinks_with_the_samples_and_sees_classes_apart(x, shrink, order):
     """The mean distance of pairs within a class: linear in scale, blind to order and to distance between classes."""
@@ -123,10 +263,28 @@ def test_diversity_shrinks_with_the_samples_and_sees_classes_apart(x, shrink, or
     close(metrics.diversity((x + 100 * label[:, None])[order], label[list(order)]), value, atol=1e-6, rtol=1e-6)
 
 
+def test_diversity_is_of_the_first_thousand_of_a_class_and_needs_two():
+    x, label = torch.zeros(1005, 1), torch.cat([torch.zeros(1002), torch.ones(2), torch.full((1,), 2.0)])
+    x[1000:1002], x[1002:1004], x[1004] = 1e6, torch.tensor([[0.0], [3.0]]), 1e9
+    assert metrics.diversity(x, label) == 1.5
+
+
+@given(seeds, st.integers(2, 8))
+@settings(max_examples=20)
+def test_frechet_of_sets_on_a_line(seed, D):
+    """No covariance has an inverse, and rounding makes eigenvalues negative: the square of the spreads' difference."""
+    draw = torch.Generator().manual_seed(seed)
+    a, direction = torch.randn(20, 1, generator=draw).double(), torch.randn(1, D, generator=draw).double()
+    x = (a - a.mean()) @ direction
+    for scale in (0.0, 0.5, 3.0):
+        close(metrics.frechet(x, scale * x), (1 - scale) ** 2 * x.var(0).sum().item(), atol=1e-6, rtol=1e-6)
+
+
 def test_wrong_use_of_image_metrics_is_refused():
     x = torch.zeros(4, 2)
-    with pytest.raises(ValueError, match="more than k = 5"):
-        metrics.precision_recall_coverage(x, x)
+    for n, m in ((4, 4), (5, 5), (5, 9), (9, 5)):
+        with pytest.raises(ValueError, match=f"more than k = 5 samples in each set, got {n} and {m}"):
+            metrics.precision_recall_coverage(torch.zeros(n, 2), torch.zeros(m, 2))
     with pytest.raises(ValueError, match="a class with two samples"):
         metrics.diversity(x, torch.arange(4))
     with pytest.raises(ValueError, match="a label for each"):

@@ -1,120 +1,83 @@
-"""Conditions, batches and fields as users hand them over: what is plain works, the rest is one line."""
+"""Laws of conditions: what holds for the rows of a tensor holds for those of a dict of tensors."""
 
-import numpy as np
 import pytest
 import torch
-from conftest import seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tinytwinflow as ttf
-from tinytwinflow.method.conditions import as_pair, check_rows, join, move, repeat, replace, take
-from tinytwinflow.method.twin import check_field
+from tinytwinflow.method import conditions
+
+one_of_each_kind = st.sampled_from(["none", "label", "tensor", "image", "dict"])
 
 
-@given(st.integers(2, 6), seeds)
-def test_a_dict_is_its_tensors_and_what_is_none_stays_none(n, seed):
-    """Each operation on a dict is that operation on each of its tensors."""
-    generator = torch.Generator().manual_seed(seed)
-    text, mask = torch.randn(n, 3, generator=generator), torch.randint(2, (n,), generator=generator)
-    cond, rows = {"text": text, "mask": mask, "image": None}, torch.randperm(n, generator=generator)[: n // 2]
-    for function in (
-        lambda c: take(c, rows),
-        lambda c: join(c, c),
-        lambda c: repeat(take(c, slice(0, 1)), n),
-        lambda c: move(c, "cpu"),
-        lambda c: replace(c, take(c, slice(0, 1)), mask.bool()),
-    ):
-        out = function(cond)
-        assert out["image"] is None and function(None) is None
-        assert torch.equal(out["text"], function(text)) and torch.equal(out["mask"], function(mask))
-    assert torch.equal(replace(text, text[:1], mask.bool())[0], text[0])
-    for i in range(n):
-        assert torch.equal(replace(text, text[:1], mask.bool())[i], text[0] if mask[i] else text[i])
+def made(kind, n, seed=0):
+    """A condition of n rows of a kind."""
+    draw = torch.Generator().manual_seed(seed)
+    label, tensor = torch.randint(5, (n,), generator=draw), torch.randn(n, 3, generator=draw)
+    image = torch.randn(n, 2, 2, 2, generator=draw)
+    kinds = {"none": None, "label": label, "tensor": tensor, "image": image, "dict": {"a": label, "b": image}}
+    return kinds[kind]
 
 
-@pytest.mark.parametrize("other", [None, torch.zeros(2), {"a": torch.zeros(2)}, {"b": torch.zeros(2), "a": None}])
-def test_conditions_of_two_kinds_are_not_joined(other):
-    cond = {"a": torch.zeros(2), "b": torch.zeros(2)}
-    with pytest.raises(ValueError, match="conditions must be of one kind, got a dict of a, b and ") as error:
-        join(cond, other)
-    assert len(str(error.value).splitlines()) == 1
+def parts(cond):
+    return [] if cond is None else list(cond.values()) if isinstance(cond, dict) else [cond]
 
 
-@pytest.mark.parametrize("cond", [3, [0, 1, 2], np.zeros(3), torch.tensor(1), "cat", {"a": 3}, {"a": {"b": 1}}])
-def test_a_condition_of_another_kind_is_one_line(cond):
-    x = torch.zeros(3, 2)
-    for call in (
-        lambda: check_rows(cond, 3),
-        lambda: ttf.TwinFlowLoss()(ttf.nets.MLP(2, 8, 1, classes=3), x, cond),
-        lambda: ttf.sample(ttf.nets.MLP(2, 8, 1, classes=3), x, cond=cond),
-    ):
-        with pytest.raises(ValueError, match="must be None or a tensor of 3 rows") as error:
-            call()
-        assert len(str(error.value).splitlines()) == 1
+def same(a, b):
+    assert type(a) is type(b) and (not isinstance(a, dict) or a.keys() == b.keys())
+    assert len(parts(a)) == len(parts(b)) and all(map(torch.equal, parts(a), parts(b)))
 
 
-def test_a_loss_takes_a_dict_with_none_in_it_and_a_null_of_its_kind():
-    def net(x, t, r, cond):
-        assert cond["image"] is None and len(cond["text"]) == len(x)
-        return x * w + cond["text"]
-
-    w = torch.ones((), requires_grad=True)
-    cond, x = {"text": torch.randn(6, 2), "image": None}, torch.randn(6, 2)
-    out = ttf.TwinFlowLoss(guidance=0.5)(net, x, cond, null={"text": torch.zeros(1, 2), "image": None})
-    out.total.backward()
-    assert w.grad.isfinite()
-    with pytest.raises(ValueError, match="one kind, got a dict of text and a dict of "):
-        ttf.TwinFlowLoss(guidance=0.5)(net, x, cond, null={"image": None})
+@given(one_of_each_kind, st.integers(0, 5), st.permutations(range(5)))
+def test_what_is_cut_and_joined_is_whole(kind, cut, order):
+    """For slices and for lists of rows; in another order it is the other order."""
+    cond = made(kind, 5)
+    same(conditions.join(conditions.take(cond, slice(0, cut)), conditions.take(cond, slice(cut, 5))), cond)
+    moved = conditions.take(cond, torch.tensor(order))
+    assert all(torch.equal(a, b[order]) for a, b in zip(parts(moved), parts(cond)))
+    same(conditions.join(cond), cond)
+    same(conditions.join(*[conditions.take(cond, [i]) for i in order]), moved)
 
 
-def test_a_batch_is_x_or_a_pair():
-    x, y = np.zeros((2, 2), np.float32), [0, 1]
-    for item, (a, b) in [(x, (x, None)), ((x,), (x, None)), ([x], (x, None)), ((x, y), (x, y)), ([x, None], (x, None))]:
-        pair = as_pair(item)
-        assert pair[0] is a and pair[1] is b
-    for item in (3, "x", None, (x, y, y), [1.0, 2.0], {"x": x}):
-        with pytest.raises(ValueError, match="a batch is x or a pair"):
-            as_pair(item)
+@given(one_of_each_kind, st.integers(1, 5))
+def test_rows_are_counted_in_every_tensor(kind, n):
+    cond = made(kind, n)
+    conditions.check_rows(cond, n)
+    conditions.check_rows({"none": None}, n)
+    if cond is not None:
+        name = "cond" if torch.is_tensor(cond) else next(iter(cond))
+        with pytest.raises(ValueError, match=f"^{name} has {n} rows, x has {n + 1}$"):
+            conditions.check_rows(cond, n + 1)
+        with pytest.raises(ValueError, match=f"last has {n} rows, x has {n - 1}"):
+            conditions.check_rows({"first": None, "last": parts(cond)[0]}, n - 1)
 
 
-@pytest.mark.parametrize(
-    "net",
-    [lambda x, t: x, lambda x: x, lambda x, t, r: x, torch.nn.Linear(2, 2), lambda x, t, *, cond: x],
-    ids=["x t", "x", "x t r", "module of x", "named cond"],
-)
-def test_a_field_of_other_arguments_is_one_line(net):
-    x = torch.zeros(3, 2)
-    calls = [lambda: check_field(net), lambda: ttf.TwinFlowLoss()(net, x), lambda: ttf.sample(net, x)]
-    if isinstance(net, torch.nn.Module):
-        calls.append(lambda: ttf.fit(torch.arange(6.0).view(3, 2), net))
-    for call in calls:
-        with pytest.raises(ValueError, match=r"called as net\(x, t, r, cond\), this one cannot be: ") as error:
-            call()
-        assert len(str(error.value).splitlines()) == 1
+@given(st.sampled_from(["label", "tensor", "image", "dict"]), st.integers(1, 6), st.lists(st.booleans(), min_size=6))
+def test_null_stands_for_any_number_of_rows_and_takes_the_place_of_some(kind, n, dropped):
+    """A null of one row is that row for all; one of n rows is itself; no other number is taken for either."""
+    cond, null, each = made(kind, n), made(kind, 1, seed=1), made(kind, n, seed=2)
+    rows = torch.tensor(dropped[:n])
+    spread = conditions.repeat(null, n)
+    assert all(torch.equal(a, torch.cat([b] * n)) for a, b in zip(parts(spread), parts(null)))
+    same(conditions.repeat(each, n), each)
+    for one in (null, each):
+        for found, kept, other in zip(
+            *map(parts, (conditions.replace(cond, one, rows), cond, conditions.repeat(one, n)))
+        ):
+            assert all(torch.equal(found[i], other[i] if rows[i] else kept[i]) for i in range(n))
+    if n > 2:
+        with pytest.raises(ValueError, match=rf"null has shape \({n}.*x has {n - 1} rows: it needs 1 or as many"):
+            conditions.repeat(each, n - 1)
+        with pytest.raises(ValueError, match=r"null has shape \(2"):
+            conditions.repeat(made(kind, 2), n)
+    with pytest.raises(ValueError, match=r"null has shape \(\), but x has 4 rows"):
+        conditions.repeat(torch.tensor(3), 4)
 
 
-@pytest.mark.parametrize("answer", [lambda x: (x,), lambda x: type("Output", (), {"sample": x})(), lambda x: x.numpy()])
-def test_an_answer_that_is_no_tensor_is_one_line(answer):
-    def net(x, t, r, cond=None):
-        return answer(x)
-
-    x = torch.zeros(3, 2)
-    for call in (
-        lambda: ttf.TwinFlowLoss()(net, x),
-        lambda: ttf.TwinFlowLoss(order=0, share=0.0)(net, x),
-        lambda: ttf.sample(net, x, 2),
-        lambda: ttf.generate(net, x),
-        lambda: ttf.gap(net, x, x[:, 0]),
-    ):
-        with pytest.raises(ValueError, match="must be tensors, got ") as error:
-            call()
-        assert len(str(error.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("x", [np.zeros((3, 2)), [[0.0, 1.0]], torch.zeros(3, 2, dtype=torch.long), torch.zeros(3)])
-def test_samples_and_noise_that_are_no_batch_are_one_line(x):
-    net = ttf.nets.MLP(2, 8, 1)
-    for call, name in ((lambda: ttf.TwinFlowLoss()(net, x), "x"), (lambda: ttf.sample(net, x), "z")):
-        with pytest.raises(ValueError, match=rf"{name} must be .*floating-point .*\(B, \*D\), a tensor, got "):
-            call()
+@given(one_of_each_kind)
+def test_a_condition_moves_to_a_device_whole(kind):
+    """To one without memory, which shows each tensor's move."""
+    cond = made(kind, 3)
+    moved = conditions.move(cond, "meta")
+    assert type(moved) is type(cond) and [m.device.type for m in parts(moved)] == ["meta"] * len(parts(cond))
+    assert [m.shape for m in parts(moved)] == [c.shape for c in parts(cond)]

@@ -32,6 +32,13 @@ def test_log_density_is_that_of_the_scaled_and_noised_mixture(case, t):
     close(mixture.log_density(x, t).exp(), torch.as_tensor(density).reshape(-1))
 
 
+@given(mixture_and_points())
+def test_density_and_score_are_by_default_those_of_the_data(case):
+    mixture, x = case
+    close(mixture.log_density(x), mixture.log_density(x, 0.0))
+    close(mixture.score(x), mixture.score(x, 0.0))
+
+
 @given(mixture_and_points(), arrays(3, unit))
 def test_score_is_the_gradient_of_the_log_density(case, t):
     mixture, x = case
@@ -78,6 +85,21 @@ def test_flow_map_is_a_semigroup_with_inverse_and_identity(case, t, s, r):
     close(mixture.flow(x, t, t), x)
 
 
+@given(mixture_and_points(), arrays(3, unit), arrays(3, unit))
+@settings(max_examples=8)
+def test_rows_do_not_see_each_other_and_keep_their_precision(case, t, r):
+    """A row is what it is alone, jumps and velocities mixed, in float32 as in float64; a jump has no gradient."""
+    mixture, x = case
+    r[1] = t[1]
+    together = mixture(x, t, r)
+    for i in range(3):
+        close(together[i : i + 1], mixture(x[i : i + 1], t[i : i + 1], r[i : i + 1]), atol=1e-6, rtol=1e-6)
+    narrow = mixture.flow(x.float(), t, r)
+    assert narrow.dtype == torch.float32 and mixture(x.float(), t.float(), r.float()).dtype == torch.float32
+    close(narrow.double(), mixture.flow(x, t, r), atol=1e-4, rtol=1e-4)
+    assert not mixture.flow(x.requires_grad_(), t, r).requires_grad
+
+
 @settings(max_examples=15)
 @given(mixture_and_points(n=1), inside, inside)
 def test_average_velocity_is_the_integral_of_the_velocity(case, t, r):
@@ -118,9 +140,32 @@ def test_twins_answer_by_the_sign_of_time(case, t, r):
     close(twins(x, sign * t, sign * r), torch.where(sign[:, None] > 0, real(x, t, r), fake(x, t, r)))
 
 
+@given(arrays((4, 2)), arrays(4), st.permutations([1.0, 1.0, -1.0, -1.0]))
+def test_twins_hand_each_field_its_own_rows_of_a_condition(x, label, sign):
+    """None, a tensor or a dict of tensors, for the rows of a field, and times that are not negative."""
+
+    def field(scale):
+        def velocity(x, t, r, cond):
+            assert (t >= 0).all() and (r >= 0).all()
+            label = 0.0 if cond is None else cond["label"][:, None] if isinstance(cond, dict) else cond[:, None]
+            return scale * x + label
+
+        return velocity
+
+    sign = torch.tensor(sign).double()
+    expected = torch.where(sign[:, None] > 0, x, 3 * x)
+    twins, t = Twins(field(1), field(3)), 0.5 * sign
+    close(twins(x, t, t), expected)
+    close(twins(x, t, t, label), expected + label[:, None])
+    close(twins(x, t, t, {"label": label}), expected + label[:, None])
+    close(twins(x, t.abs(), t.abs(), {"label": label}), x + label[:, None])
+
+
 def test_samples_have_the_moments_of_the_mixture(generator):
     mixture = GaussianMixture([[0.0, 0.0], [4.0, 1.0]], [[[1.0, 0.5], [0.5, 1.0]], [[0.2, 0.0], [0.0, 0.1]]], [3, 1])
     x, k = mixture.sample(40000, generator, labels=True)
+    assert x.dtype == torch.float64 and mixture.sample(3, dtype=torch.float32).dtype == torch.float32
+    assert torch.equal(mixture.sample(40000, torch.Generator().manual_seed(0)), x), "its own generator, and no labels"
     assert abs((k == 0).double().mean() - 0.75) < 0.01
     close(x.mean(0), torch.tensor([1.0, 0.25]).double(), atol=0.03, rtol=0)
     close(x[k == 0].T.cov(), mixture.covs[0], atol=0.03, rtol=0)
@@ -133,7 +178,30 @@ def test_wrong_use_says_what_is_allowed():
         GaussianMixture([0.0], [[[1.0]]])
     with pytest.raises(ValueError, match="weights must be 1 positive"):
         GaussianMixture([[0.0]], [[[1.0]]], [0.0])
+    eye, two = np.eye(2), [[0.0, 0.0], [1.0, 0.0]]
+    for means, covs in ((two, [eye]), (two[0], eye), ([two], [[eye, eye]]), (two, np.ones((2, 1, 1))), (two, eye)):
+        with pytest.raises(ValueError, match=r"means must be \(K, D\) and covs \(K, D, D\), got \("):
+            GaussianMixture(means, covs)
+    for cov in (
+        [[1.0, 0.5], [0.0, 1.0]],
+        [[1.0, 1.0], [1.0, 1.0]],
+        [[1.0, 0.0], [0.0, 0.0]],
+        [[1.0, 0.0], [0.0, -1.0]],
+    ):
+        with pytest.raises(ValueError, match="every covariance must be symmetric and positive definite"):
+            GaussianMixture(two, [eye, cov])
+    for weights in ([1.0], [1.0, 0.0], [1.0, -1.0], [1.0, 1.0, 1.0], [[1.0, 1.0]]):
+        with pytest.raises(ValueError, match="weights must be 2 positive numbers"):
+            GaussianMixture(two, [eye, eye], weights)
+    close(GaussianMixture(two, [eye, eye], [3, 1]).weights, torch.tensor([0.75, 0.25]).double())
+    close(GaussianMixture(two, [eye, eye]).weights, torch.tensor([0.5, 0.5]).double())
     one = GaussianMixture([[0.0]], [[[1.0]]])
+    for x in (torch.zeros(2), torch.zeros(2, 1, 1), torch.zeros(2, 2)):
+        with pytest.raises(ValueError, match=r"this mixture takes \(B, 1\)"):
+            one.log_density(x, 0.5)
+    for t, r, name in ((1.1, 0.5, "t"), (0.5, -0.1, "r"), (0.5, 1.1, "r")):
+        with pytest.raises(ValueError, match=rf"^{name} must lie in \[0, 1\]"):
+            one.flow(torch.zeros(2, 1), t, r)
     with pytest.raises(ValueError, match=r"takes \(B, 1\)"):
         one.velocity(torch.zeros(2, 3), 0.5)
     with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):

@@ -1,6 +1,7 @@
 """Laws of the losses. `reference.py` is the paper, line by line; the fast loss must be the same function."""
 
 import copy
+import dataclasses
 import math
 from functools import partial
 
@@ -14,7 +15,7 @@ from scipy.stats import kstest
 
 from tinytwinflow import GaussianMixture, TwinFlowLoss, Twins, generate
 from tinytwinflow.method import path, reference
-from tinytwinflow.method.draws import draw_for, split
+from tinytwinflow.method.draws import Draws, draw_for, split
 from tinytwinflow.method.losses import DISTANCES
 from tinytwinflow.nets import MLP
 
@@ -26,10 +27,17 @@ shares = st.sampled_from([0.0, 0.2, 1 / 3, 0.5, 1.0])
 sizes = st.integers(1, 12)
 
 
+class Signed(MLP):
+    """An MLP that answers differently for r and -r, too; the library's own reads the sign of t alone."""
+
+    def forward(self, x, t, r, cond=None):
+        return super().forward(x, t, r, cond) + 0.3 * r[:, None]
+
+
 def network(seed, classes=0):
     """A small float64 MLP with random weights everywhere, its last layer included."""
     torch.manual_seed(seed)
-    net = MLP(2, width=16, depth=2, classes=classes).double()
+    net = Signed(2, width=16, depth=2, classes=classes).double()
     for layer in (net.out, net.twin_in, net.twin_out):
         torch.nn.init.normal_(layer.weight, std=0.3)
     return net
@@ -138,6 +146,29 @@ def test_only_the_network_gets_gradient(kwargs, B, seed):
     assert not any(term.requires_grad for term in out[1:])
 
 
+@given(settings_of_a_loss, sizes, seeds)
+def test_no_network_is_called_for_no_rows_and_a_call_for_others_changes_nothing(kwargs, B, seed):
+    """Together with other processes guidance may ask for a row that it does not act on: of weight 0."""
+    net, teacher, original = network(seed, 3), network(seed + 1, 3), network(seed + 2, 3)
+    x, cond, loss = torch.randn(B, 2).double(), torch.randint(3, (B,)), printed(**kwargs)
+
+    def asked(field):
+        def answer(x, t, r, cond):
+            assert len(x) == len(t) == len(r) == len(cond) > 0
+            return field(x, t, r, cond)
+
+        return answer
+
+    draws = draw_for(loss, x)
+    alone, others = (
+        loss.evaluate(dataclasses.replace(draws, together=together), asked(net), x, cond, asked(teacher),
+                      torch.tensor([3]), asked(original)).total
+        for together in (False, True)
+    )  # fmt: skip
+    close(alone, others)
+    close(gradients(alone, net), gradients(others, net))
+
+
 @given(st.integers(1, 40), seeds, shares, st.sampled_from([0.0, 0.3, 1.0]), orders)
 def test_parts_add_up_to_the_batch(B, seed, share, flow_share, order):
     """For every batch size and share: parts sum to B, each is within one row of its share, and in the
@@ -158,22 +189,33 @@ def test_parts_have_their_share_in_expectation(B, share):
     assert np.allclose(counts, np.array(wanted) * B, atol=0.06)
 
 
-@settings(max_examples=5)
-@given(seeds)
-def test_batch_of_one_has_the_gradient_of_a_large_batch_in_expectation(seed):
-    """The mean gradient over many batches of 1 is that of one large batch, to within the error of the mean.
+@given(settings_of_a_loss, seeds)
+def test_batch_of_one_has_the_gradient_of_a_large_batch_in_expectation(kwargs, seed):
+    """A batch of 1 is in one part, with the part's share as probability (the two laws above). The mean over the parts
+    of its gradient is that of a batch of 60, which has 60 times the share in each, if the random numbers are equal.
 
-    All random numbers are made equal: row i of the large batch and batch i hold the same sample, so
-    only the drawing of parts and its weights are tested.
+    Exact, so that no number of samples is too small and nothing but the weights of the parts can make it fail.
     """
-    net, loss, n = network(seed), printed(order=1, clip=100.0), 1000
-    x = torch.randn(1, 2).double()
-    generator = torch.Generator().manual_seed(seed)
-    single = torch.stack([gradients(loss(net, x, generator=generator).total, net) for _ in range(n)])
-    big = torch.stack([gradients(loss(net, x.expand(600, 2), generator=generator).total, net) for _ in range(10)])
-    error = (single.var(0) / n + big.var(0) / 10).sqrt()
-    z_score = ((single.mean(0) - big.mean(0)) / error.clamp(min=1e-12)).abs()
-    assert z_score.max() < 6 and z_score.square().mean() < 2
+    net, loss, x = network(seed, 3), printed(**kwargs), torch.randn(1, 2).double()
+    given = {"cond": torch.randint(3, (1,)), "null": torch.tensor([3])}
+    counts = [round(60 * share) for share in loss.shares()]
+    alone = [printed(**{**kwargs, "share": float(part > 1), "flow_share": float(part == 1)}) for part in range(4)]
+    draws = [draw_for(one, x.expand(2, 2)) for one in alone]
+    only, mean = [], 0
+    for part, (count, drawn) in enumerate(zip(counts, draws)):
+        row = slice(part == 3, (part == 3) + 1)  # the second of two rows rectifies
+        numbers = [torch.zeros(1).long(), *(each[row] for each in (drawn.z, drawn.z_new, drawn.t, drawn.r))]
+        only.append(Draws(tuple(int(part == i) for i in range(4)), *numbers, [times[:1] for times in drawn.inner]))
+        if count:
+            mean = mean + count / 60 * gradients(loss.evaluate(only[part], net, x, **given).total, net)
+    repeated = {
+        name: torch.cat([getattr(own, name).repeat_interleave(n, 0) for n, own in zip(counts, only)])
+        for name in ("rows", "z", "z_new", "t", "r")
+    }
+    inner = [times.repeat(counts[0]) for times in only[0].inner]
+    large = {name: value.expand(60) for name, value in given.items()}
+    draws = Draws(tuple(counts), inner=inner, **repeated)
+    close(mean, gradients(loss.evaluate(draws, net, x.expand(60, 2), **large).total, net))
 
 
 @given(settings_of_a_loss, st.integers(2, 12), seeds)
@@ -261,6 +303,28 @@ def test_gain_bounds_the_weight_of_a_jump_and_keeps_its_fixed_point(seed, gain):
     close(bounded / weight.clamp(max=gain).clamp(min=1)[:, None], unbounded / weight.clamp(min=1)[:, None])
 
 
+@given(arrays((4, 2)), arrays((4, 2)), st.sampled_from([1.0, 0.4, 8.0]))
+def test_the_printed_base_loss_by_hand(x, z, size):
+    """Order 1 with F = a x_t + b t + c r: dt u and one jump; rows with t - r < dt are flow matching, that with
+    t - r = dt is none. What the paper fixes is the default: dt = 0.01, clip 1, squared error."""
+    t, r = torch.tensor([0.75, 0.75, 0.5, 0.5]).double(), torch.tensor([0.25, 0.5, 0.375, 0.5]).double()
+
+    def F(x, t, r, cond=None):
+        return size * x + (2 * t - 3 * r)[:, None]
+
+    u, dt, column = z - x, 0.25, lambda a: a[:, None]  # noqa: E731
+    x_t = column(t) * z + column(1 - t) * x
+    x_s = x_t - dt * u
+    jump = column(t - dt - r) * F(x_s, t - dt, r)
+    correction = (column(t - r) * F(x_t, t, r) - jump) / dt - u
+    wanted = correction.clamp(-2, 2).square().mean(1)
+    wanted[2:] = (F(x_t, t, t) - u)[2:].square().mean(1)
+    close(reference.base(F, F, x, z, t, r, [], dt, 2.0), wanted)
+    close(reference.flow_matching(F, x, z, t), (F(x_t, t, t) - u).square().mean(1))
+    every = reference.base(F, F, x, z, t, r, [], 0.01, 1.0, math.inf, None, u, reference.squared)
+    close(reference.base(F, F, x, z, t, r, []), every)
+
+
 # The base loss and the exact field
 
 
@@ -345,6 +409,34 @@ def test_rectification_gradient_is_minus_the_gap_times_the_jacobian(seed, B, cli
     dv = dv if clip is None else dv.clamp(-clip, clip)
     inner_product = (dv * net(z, one, 0 * one)).sum() / B
     close(gradients(loss.evaluate(draws, net, x).total, net), -gradients(inner_product, net))
+
+
+@given(seeds, sizes, st.sampled_from([None, 0.05]), st.floats(0.1, 2))
+def test_gap_is_the_mean_square_of_dv(seed, B, clip, weight):
+    """By hand, at the noised fakes of the rectify rows, whatever its weight; 0 without such rows."""
+    net, loss = network(seed), printed(share=1.0, rectify_weight=weight, rectify_clip=clip)
+    x = torch.randn(2 * B, 2).double()
+    draws = draw_for(loss, x)
+    z, z_new, t = (each[draws.slices()[3]] for each in (draws.z, draws.z_new, draws.t))
+    x_t = t[:, None] * z_new + (1 - t[:, None]) * (z - net(z, torch.ones(B).double(), torch.zeros(B).double()))
+    dv = net(x_t, t, t) - net(x_t, -t, -t)
+    close(reference.score_gap(net, x_t, t), -dv * ((1 - t) / t)[:, None])
+    dv = dv if clip is None else dv.clamp(-clip, clip)
+    out = loss.evaluate(draws, net, x)
+    close(out.gap, dv.square().mean().detach())
+    close(out.rectify, weight * out.gap)
+    assert printed(share=0.0)(net, x).gap == 0
+
+
+@given(seeds, st.integers(1, 8), st.booleans())
+def test_what_original_keeps_stays_its_own(seed, B, acts):
+    """An original that answers data-free training from a tensor that it keeps finds it unchanged, guided or not."""
+    net, kept = network(seed, 3), torch.randn(2 * B, 2).double()
+    before = kept.clone()
+    loss = printed(data_free=True, guidance=0.5, share=0.0, guidance_range=(0.0, 1.0 if acts else 0.0))
+    out = loss(net, torch.zeros(B, 2).double(), torch.zeros(B).long(), original=lambda x, t, r, cond: kept[: len(x)],
+               null=torch.tensor([3]))  # fmt: skip
+    assert torch.equal(kept, before) and out.total.isfinite()
 
 
 @settings(max_examples=25)
@@ -484,6 +576,27 @@ def test_data_free_training_never_reads_the_data(seed, B):
     close(*values)
 
 
+def test_the_settings_are_those_of_the_table_here_and_in_the_paper():
+    """Defaults are what is recommended; `paper` is what is printed, with what is changed; both check what they get."""
+    same = {"share": 1 / 3, "dt": 0.01, "times": (1.0, 1.0), "metric": "squared", "rectify_clip": None, "guidance": 0.0}
+    same |= {"guidance_range": (0.0, 1.0), "data_free": False}
+    here = {"order": 8, "flow_share": 0.5, "one_step_share": 0.3, "even_inner": True, "gain": 4.0, "clip": 10.0}
+    here |= {"adversarial_weight": 0.3, "rectify_weight": 0.3}
+    paper = {"order": 2, "flow_share": 0.05, "one_step_share": 0.0, "even_inner": False, "gain": math.inf, "clip": 1.0}
+    paper |= {"adversarial_weight": 1.0, "rectify_weight": 1.0}
+    assert dataclasses.asdict(TwinFlowLoss()) == same | here
+    assert dataclasses.asdict(TwinFlowLoss.paper()) == same | paper
+    assert dataclasses.asdict(TwinFlowLoss.paper(order=3, clip=2.0)) == same | paper | {"order": 3, "clip": 2.0}
+    number = TwinFlowLoss(order=np.int64(3), share=torch.tensor(0.5), rectify_clip=np.float32(2), clip=math.inf)
+    assert (number.order, number.share, number.rectify_clip) == (3, 0.5, 2.0) and type(number.share) is float
+    assert TwinFlowLoss(share=0.25, flow_share=0.2).shares() == pytest.approx((0.6, 0.15, 0.125, 0.125))
+    assert TwinFlowLoss(share=0.25, order=0).shares() == pytest.approx((0.0, 0.75, 0.125, 0.125))
+    for edge in ({"dt": 1.0}, {"dt": 0.0}, {"share": 1.01}, {"guidance_range": (0.5, 1.5)}, {"order": True}):
+        with pytest.raises(ValueError, match="must"):
+            TwinFlowLoss(**edge)
+    TwinFlowLoss(share=1.0, flow_share=1.0, one_step_share=1.0, guidance_range=(0.5, 0.5), order=0)
+
+
 def test_network_calls_of_one_loss():
     """One forward with gradient for the batch; without: 2 jumps of the any-step rows, one pass for the
     fakes, one for both velocities of the gap, one for both guidance velocities."""
@@ -525,8 +638,9 @@ def test_wrong_use_says_what_is_allowed():
     for x in (torch.zeros(3, dtype=torch.long), torch.zeros(3), torch.zeros(0, 2)):
         with pytest.raises(ValueError, match="x must be a floating-point batch"):
             printed()(net, x)
-    with pytest.raises(ValueError, match="guidance > 0 needs cond and null"):
-        printed(guidance=1.0)(net, torch.zeros(3, 2).double())
+    for one in ({}, {"cond": torch.zeros(3)}, {"null": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="guidance > 0 needs cond and null"):
+            printed(guidance=1.0)(net, torch.zeros(3, 2).double(), **one)
     with pytest.raises(ValueError, match="data_free needs original"):
         printed(data_free=True)(net, torch.zeros(3, 2).double())
     with pytest.raises(ValueError, match="cond has 2 rows, x has 3"):

@@ -74,6 +74,50 @@ def test_a_single_time_means_that_time_for_every_row(t):
     close(path.interpolate(x, z, t), path.interpolate(x, z, torch.full((3,), t)))
 
 
+def test_every_function_refuses_times_and_shapes_that_are_none():
+    """The ends of [0, 1] are times, numbers just outside are not, nor are those of another number of rows."""
+    x, other = torch.ones(3, 2), torch.ones(3, 1)
+    functions = {
+        path.interpolate: (x, x), path.denoise: (x, x), path.noise: (x, x), path.score: (x, x),
+        lambda a, b, t: path.jump(a, b, t, 0.5): (x, x),
+    }  # fmt: skip
+    for function, points in functions.items():
+        for t in (1e-30, 1.0, torch.tensor([1.0, 0.5, 1e-30])):
+            function(*points, t)
+        for t in (-1e-6, 1 + 1e-6, torch.tensor([0.5, 0.5, 1.1]), torch.tensor([-0.1, 0.5, 0.5])):
+            with pytest.raises(ValueError, match="^t must lie in"):
+                function(*points, t)
+        with pytest.raises(ValueError, match="must have the same shape"):
+            function(x, other, 0.5)
+        for times in (torch.full((2,), 0.5), torch.full((3, 1), 0.5), torch.full((1,), 0.5)):
+            with pytest.raises(ValueError, match="times have shape"):
+                function(*points, times)
+    for r in (-1e-6, 1 + 1e-6):
+        with pytest.raises(ValueError, match=r"^r must lie in \[0, 1\]"):
+            path.jump(x, x, 0.5, r)
+    assert path.jump(x, x, 0.0, 1.0).eq(2).all() and path.interpolate(x[:0], x[:0], torch.zeros(0)).shape == (0, 2)
+
+
+def test_times_on_another_device_are_not_looked_at():
+    """Their values would have to be waited for; a device without values shows it."""
+    x, late = torch.zeros(3, 2, device="meta"), torch.full((3,), 2.0, device="meta")
+    for found in (path.interpolate(x, x, late), path.denoise(x, x, late), path.jump(x, x, late, late)):
+        assert found.shape == x.shape and found.device.type == "meta"
+
+
+@given(batches(2))
+def test_times_are_numbers_of_the_precision_of_the_data(case):
+    """Float32 times, whole numbers and 0-dim tensors serve data of any precision and keep it."""
+    (x, z), t = case
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        a, b = x.to(dtype), z.to(dtype)
+        for time in (t, t.float(), torch.tensor(0.25), 0.25, 1):
+            found = path.interpolate(a, b, time)
+            assert found.dtype == dtype == path.jump(a, b, torch.as_tensor(time), 0.0).dtype
+            wanted = path.interpolate(x, z, torch.as_tensor(time).double())
+            close(found.double(), wanted, atol=0.05, rtol=0.02)
+
+
 def test_wrong_use_says_what_is_allowed():
     x = torch.zeros(3, 2)
     with pytest.raises(ValueError, match=r"t must lie in \[0, 1\], got values from -0.1 to 0.5"):

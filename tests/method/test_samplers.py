@@ -1,5 +1,6 @@
 """Laws of the samplers, with exact fields: what is exact must be exact, what converges must do so at its order."""
 
+import itertools
 import math
 
 import numpy as np
@@ -61,6 +62,32 @@ def test_even_grid_keeps_its_gaps(intervals, gap):
     assert math.isclose(grid[0], 1 - gap[0])
     if gap[1] > 0:
         assert math.isclose(grid[-2], gap[1], abs_tol=1e-12)
+
+
+@given(st.integers(1, 8), gaps)
+def test_a_grid_is_even_between_its_gaps(intervals, gap):
+    """From 1 - start in equal steps: to 0, or to `end`, the last time a network is called at, and then 0."""
+    start, end = gap
+    last = intervals - 1 if end > 0 else intervals
+    wanted = [1 - start - (1 - start - end) * i / max(last, 1) for i in range(intervals)] + [0.0]
+    assert time_grid(intervals, gaps=gap) == pytest.approx(wanted)
+    assert time_grid(intervals) == pytest.approx([1 - i / intervals for i in range(intervals + 1)])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"intervals": 0}, "a time grid needs at least 1 interval, got 0"),
+        *(({"shape": shape}, "shape must be three positive numbers") for shape in (
+            (0.0, 1, 1), (1, 0.0, 1), (1, 1, 0.0), (1, 1, -1), (1, 1), (1, 1, 1, 1))),
+        *(({"gaps": gap}, r"gaps must be two numbers in \[0, 1\)") for gap in (
+            (-0.1, 0.2), (0.2, -0.1), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.1,), (0.1, 0.1, 0.1))),
+    ],
+)  # fmt: skip
+def test_a_grid_that_is_none_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        time_grid(**{"intervals": 3, **wrong})
+    assert len(time_grid(1, (0.1, 9, 0.01), (0.98, 0.01))) == 2
 
 
 @given(st.integers(1, 8), shapes)
@@ -173,6 +200,71 @@ def test_extrapolation_moves_along_the_last_change():
     close(sample(net, z, 2, "multi", extrapolation=k), clean2 + k * (clean2 - clean1))
 
 
+@given(st.integers(3, 6), MODES, st.floats(0.1, 2), st.sampled_from([0.0, 0.4, 1.0]), seeds)
+def test_many_extrapolated_steps_by_hand(steps, mode, k, share, seed):
+    """x^ and z^ of each step move further from those of the step before (not extrapolated) by k; then a share s of
+    the noise is drawn afresh, sqrt(1 - s) z^ + sqrt(s) z', in all steps but the last."""
+    net, generator = Counted(exact_jump(0.5)), torch.Generator().manual_seed(seed)
+    z = torch.randn(3, 1, generator=generator, dtype=torch.float64)
+    grid, x, last = time_grid(steps), z, None
+    twin = torch.Generator().manual_seed(seed + 1)
+    found = sample(net, z, steps, mode, stochastic=share, extrapolation=k, generator=twin, trajectory=True)
+    fresh = torch.Generator().manual_seed(seed + 1)
+    for (t, r), asked, state in zip(itertools.pairwise(grid), net.asked, found[1:]):
+        F = net.field(x, *(torch.full((3,), a, dtype=torch.float64) for a in asked))
+        clean, noise = x - t * F, x + (1 - t) * F
+        more = (clean, noise) if last is None else (clean + k * (clean - last[0]), noise + k * (noise - last[1]))
+        last, (x_0, x_1) = (clean, noise), more
+        if share and r:
+            x_1 = (1 - share) ** 0.5 * x_1 + share**0.5 * torch.randn(3, 1, generator=fresh, dtype=torch.float64)
+        x = (1 - r) * x_0 + r * x_1
+        close(state, x)
+
+
+@given(st.integers(2, 40), seeds)
+def test_sde_adds_the_variance_of_its_equation(steps, seed):
+    """dx = (v - t s) dt + sqrt(2 t) dW adds 2 t h of variance in a step of h, and never more than all noise, r^2."""
+    z = torch.randn(2, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    own, fresh = (torch.Generator().manual_seed(seed + 1) for _ in range(2))
+    states = sample(exact_jump(0.5), z, steps, "multi", stochastic="sde", generator=own, trajectory=True)
+    for (t, r), x_t, x_r in zip(itertools.pairwise(time_grid(steps)[:-1]), states, states[1:]):
+        time = torch.full((2,), t, dtype=torch.float64)
+        F = exact_jump(0.5)(x_t, time, time)
+        added = min(2 * t * (t - r), r**2)
+        kept = (r**2 - added) ** 0.5
+        noise = torch.randn(2, 1, generator=fresh, dtype=torch.float64)
+        close(x_r, (1 - r) * (x_t - t * F) + kept * (x_t + (1 - t) * F) + added**0.5 * noise)
+
+
+@given(st.integers(1, 5), MODES, st.sampled_from([None, 0.0, 0.3, "sde"]), seeds)
+def test_noise_is_drawn_in_the_steps_that_add_it_and_in_no_other(steps, mode, stochastic, seed):
+    """One fresh noise between two steps, where it has a share, none after the last."""
+    z, net = torch.ones(3, 1, dtype=torch.float64), exact_jump(0.5)
+    used, expected = (torch.Generator().manual_seed(seed) for _ in range(2))
+    x = sample(net, z.requires_grad_(), steps, mode, stochastic=stochastic, generator=used)
+    drawn = steps - 1 if stochastic or stochastic is None and mode == "few" else 0
+    for _ in range(drawn):
+        torch.randn(3, 1, generator=expected, dtype=torch.float64)
+    assert torch.equal(used.get_state(), expected.get_state()) and not x.requires_grad
+
+
+def test_one_step_is_the_jump_to_data():
+    """The usual number of steps; z - F(z, 1, 0)."""
+    z, one = torch.randn(3, 1), torch.ones(3)
+    close(sample(exact_jump(0.5), z), z - exact_jump(0.5)(z, one, 0 * one))
+
+
+@pytest.mark.parametrize("mode, share", [("any", 0.0), ("few", 1.0), ("multi", 0.0)])
+def test_noise_is_drawn_afresh_where_the_mode_asks_for_it(mode, share):
+    """All of it in "few", none in the others; "few" without fresh noise follows the flow of its jumps."""
+    z = torch.ones(3, 1, dtype=torch.float64)
+    one, other = (
+        sample(exact_jump(0.5), z, 3, mode, stochastic=given, generator=torch.Generator().manual_seed(0))
+        for given in (None, share)
+    )
+    close(one, other)
+
+
 def test_wrong_use_says_what_is_allowed():
     net, z = exact_jump(0.5), torch.zeros(2, 1)
     for kwargs, message in [
@@ -183,8 +275,13 @@ def test_wrong_use_says_what_is_allowed():
         ({"order": 3}, "order must be 1 or 2"),
         ({"order": 2}, "needs mode='multi'"),
         ({"stochastic": 1.2}, r"stochastic must lie in \[0, 1\]"),
+        ({"stochastic": -0.1}, r"stochastic must lie in \[0, 1\]"),
         ({"stochastic": "ode"}, "stochastic must lie in"),
-        ({"extrapolation": -1}, "extrapolation must be >= 0"),
+        ({"extrapolation": -0.1}, "extrapolation must be >= 0"),
+        ({"extrapolation": math.inf}, "extrapolation must be >= 0"),
+        ({"extrapolation": math.nan}, "extrapolation must be >= 0"),
+        ({"steps": None}, "steps must be a whole number"),
+        ({"steps": 2, "mode": "few", "order": 2}, "needs mode='multi', got mode='few'"),
         ({"shape": (0, 1, 1)}, "three positive numbers"),
         ({"shape": (1, 1)}, "three positive numbers"),
         ({"gaps": (0.1,)}, "gaps must be two numbers"),
@@ -193,3 +290,5 @@ def test_wrong_use_says_what_is_allowed():
         with pytest.raises(ValueError, match=message):
             sample(net, z, **kwargs)
     close(sample(net, z + 1, np.int64(2)), sample(net, z + 1, 2))
+    for kwargs in ({"stochastic": 0}, {"stochastic": 1}, {"stochastic": "sde"}, {"extrapolation": 0}, {"steps": 1}):
+        assert sample(net, z, **kwargs).shape == z.shape

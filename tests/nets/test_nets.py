@@ -1,6 +1,7 @@
 """A network is a velocity field: right shapes, both signs of time told apart, null label like any other."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -456,7 +457,17 @@ def test_the_loss_and_one_step_samples_survive_bfloat16(kind, seed):
     with torch.autocast("cpu", torch.bfloat16):
         close(value(net, x), exact, atol=0.02, rtol=0.1)
     close(value(half, x), exact, atol=0.02, rtol=0.1)
-    draws = draw_for(loss, x.bfloat16(), torch.Generator().manual_seed(seed))
-    assert draws.t.dtype == torch.float32
-    sampled = ttf.sample(half, x, 2, cond=label)
-    close(sampled, ttf.sample(net, x, 2, cond=label), atol=0.2, rtol=0.1)
+    # all in bfloat16 but the times: what is drawn for such data, the loss of it, and what is sampled from such noise
+    coarse = x.bfloat16()
+    draws = draw_for(loss, coarse, torch.Generator().manual_seed(seed))
+    assert draws.t.dtype == torch.float32 and draws.z.dtype == torch.bfloat16
+    wide = dataclasses.replace(draws, z=draws.z.float(), z_new=draws.z_new.float())
+    found, wanted = (
+        torch.stack(loss.evaluate(own, one, data, label, null=torch.tensor([3]))).float()
+        for own, one, data in ((draws, half, coarse), (wide, net, coarse.float()))
+    )
+    assert wanted.isfinite().all() and wanted.min() > 0
+    close(found, wanted, atol=0.02, rtol=0.1)
+    for steps in (1, 2):
+        found, wanted = ttf.sample(half, coarse, steps, cond=label), ttf.sample(net, coarse.float(), steps, cond=label)
+        close(found.float(), wanted, atol=0.2, rtol=0.1)

@@ -1,5 +1,6 @@
 """Laws of the peers: each term moves its own network, the exact field stands still, all else moves towards it."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from tinytwinflow import generate, peers, sample
 from tinytwinflow.nets import MLP
 from tinytwinflow.peers.common import along, along_differences
+from tinytwinflow.peers.consistency import pseudo_huber
 from tinytwinflow.peers.shortcut import two_jumps
 from tinytwinflow.training.loop import train
 from tinytwinflow.training.state import new_state
@@ -119,6 +121,37 @@ def test_dmd2_moves_the_generator_in_one_of_so_many_steps(seed):
         assert gradients(out.fake, helpers["fake"]).any() and gradients(out.critic, helpers["critic"]).any()
         assert gradients(out.total, net).any() == out.generator.requires_grad
     assert abs(moved - 50) < 30
+
+
+def test_the_settings_are_those_of_the_papers_or_as_each_page_says():
+    """And so are the networks that each needs, and how its model samples."""
+    frozen, fake = {"original": "frozen"}, {"original": "frozen", "fake": "trained"}
+    average, critic = {"teacher": "average"}, {"critic": "critic"}
+    expected = {
+        "consistency training": ({"first": 10, "last": 160, "c": 0.03}, {}, "few"),
+        "consistency distillation": ({"steps": 40, "heun": True, "c": None}, frozen | average, "few"),
+        "scm": ({"derivative": "jvp", "warm_up": 0.25, "normalise": True}, {}, "few"),
+        "scm by differences": ({"derivative": "differences", "warm_up": 0.25, "normalise": True}, {}, "few"),
+        "meanflow": ({"flow_share": 0.75, "power": 1.0}, {}, "any"),
+        "shortcut": ({"share": 0.25, "finest": 128}, average, "any"),
+        "progressive distillation": ({"rehearse": 0.25, "truncated": False}, frozen | average, "any"),
+        "vsd": ({}, fake, None),
+        "dmd": ({"regression": 0.25, "pairs": 16384, "steps": 64, "share": 0.25, "kept": None}, fake, None),
+        "dmd2": ({"every": 2, "gan": 0.1, "critic_weight": 1.0}, fake | critic, None),
+        "sid": ({"alpha": 1.0}, fake, None),
+        "sana-sprint": (
+            {"gan": 0.1, "at_noise": 0.5, "derivative": "jvp", "warm_up": 0.25},
+            frozen | critic,
+            "few",
+        ),
+    }
+    found = {name: make() for name, make in peers.PEERS.items()}
+    assert {name: (dataclasses.asdict(loss), loss.helpers, loss.mode) for name, loss in found.items()} == expected
+    assert [name for name, loss in found.items() if hasattr(loss, "refill")] == ["progressive distillation"]
+    assert "kept" not in repr(found["dmd"])
+    with pytest.raises(TypeError, match="kept"):
+        peers.DMD(kept=())
+    assert found["progressive distillation"].refill == pytest.approx([1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7])
 
 
 # Where the exact field is a zero of the loss, row by row
@@ -321,6 +354,13 @@ def test_derivative_along_a_path(seed, exact):
     close(F, net(x, t, r).detach())
     errors = [(along_differences(net, x, t, r, u, step=step) - dF).norm() for step in (0.01, 0.005)]
     assert 3 < errors[0] / errors[1] < 5 and errors[1] < 0.05 * dF.norm()
+    edges, seen = torch.tensor([0.204, 0.5, 0.997, 1.0]).double(), Spy(net)
+    along_differences(seen, x, edges, torch.full_like(t, 0.2), u)
+    for (asked, s, _, _), wanted in zip(seen.calls, ([0.209, 0.505, 1.0, 1.0], [0.2, 0.495, 0.992, 0.995])):
+        close(s, torch.tensor(wanted).double())
+        close(asked, x + (s - edges)[:, None] * u)
+    F, dF = along(lambda x, t, r, cond: torch.ones_like(x), x, t, r, u)
+    assert F.eq(1).all() and dF.eq(0).all() and dF.shape == x.shape
     for edge in (r + 1e-7, torch.ones_like(t)):
         close(along_differences(net, x, edge, r, u, step=1e-6), along(net, x, edge, r, u)[1], atol=1e-3, rtol=1e-3)
     x = exact.sample(4)
@@ -370,6 +410,36 @@ def test_consistency_training_compares_neighbours_of_one_line(seed, progress, c)
     square = (x_t - t[:, None] * F - x_s + s[:, None] * F_s).square().sum(1)
     distance = square if c is None else (square + 2 * c**2).sqrt() - 2**0.5 * c
     close(total, n * distance.mean(), atol=1e-5, rtol=1e-5)
+
+
+@given(seeds)
+@settings(max_examples=5)
+def test_what_a_peer_does_where_nothing_is_said(seed):
+    """Without an average the network is its own teacher; training is at its beginning where a method has stages, at its
+    end where a warm-up would be over. Equal samples are at distance zero, with a gradient that is finite."""
+    net, original, x = network(seed), network(seed + 1), torch.randn(8, 2).double()
+    helpers = {"original": original, "fake": original, "critic": original}
+
+    def value(name, **given):
+        torch.manual_seed(seed)
+        loss = made(name)
+        known = {helper: helpers[helper] for helper in loss.helpers if helper in helpers}
+        return loss(net, x, **{**known, **given}).total
+
+    for name in ("consistency distillation", "shortcut"):
+        close(value(name), value(name, teacher=net))
+        assert value(name) != value(name, teacher=original)
+    for name in ("consistency training", "progressive distillation"):
+        close(value(name), value(name, progress=0.0))
+    for name in ("scm", "sana-sprint"):
+        close(value(name), value(name, progress=1.0))
+        assert value(name) != value(name, progress=0.1)
+    for c in (0.0, 0.3):
+        a = x.clone().requires_grad_()
+        distance = pseudo_huber(a, x, c)
+        distance.sum().backward()
+        assert distance.abs().max() < 1e-5 and a.grad.isfinite().all()
+        close(pseudo_huber(a, x + 1, c).detach(), torch.full((8,), (2 + c**2) ** 0.5 - c).double())
 
 
 @settings(max_examples=20)

@@ -123,13 +123,13 @@ def whole_gradients(net):
     return {name: whole(parameter.grad) for name, parameter in net.named_parameters()}
 
 
-def mean_gradients(size, parts=1, n=6, precision="float32"):
+def mean_gradients(size, parts=1, n=6, precision="float32", step=0):
     """What `size` processes should find, from one: the mean of the gradients of their losses."""
     world = [scale.World(rank, size, "cpu", seed=7) for rank in range(size)]
     net, teacher = small_net(), moved(small_net())
     for one in world:
         generator = torch.Generator()
-        same = one.reseed(generator, 0)
+        same = one.reseed(generator, step)
         x, label = batch_of(one.rank, n=n)
         for rows in torch.arange(n).chunk(parts):
             with autocast("cpu", precision):
@@ -138,14 +138,14 @@ def mean_gradients(size, parts=1, n=6, precision="float32"):
     return whole_gradients(net)
 
 
-def gradients(world, parallel, parts=1, n=6, **how):
+def gradients(world, parallel, parts=1, n=6, step=0, **how):
     """What one process of many finds."""
     state = placed_state(small_net, world, parallel=parallel, make=new_state, **how)
     state.teacher.load_state_dict(state.net.state_dict())
     with torch.no_grad():
         for i, parameter in enumerate(state.teacher.parameters()):
             parameter.mul_(0.9 + 0.01 * i)
-    same = world.reseed(state.generator, 0)
+    same = world.reseed(state.generator, step)
     x, label = batch_of(world.rank, n=n)
     for k, rows in enumerate(torch.arange(n).chunk(parts)):
         world.sync(state.call or state.net, last=k == parts - 1)
@@ -170,7 +170,7 @@ def all_gradients(world):
         "ddp in parts": gradients(world, "ddp", parts=3),
         "fsdp recomputed": gradients(world, "fsdp", recompute=True),
         "ddp recomputed": gradients(world, "ddp", recompute=True),
-        "fsdp, a row each": gradients(world, "fsdp", n=1),
+        **{f"fsdp, a row each, step {step}": gradients(world, "fsdp", n=1, step=step) for step in (0, 4, 5)},
         "hsdp": gradients(replace(world, local=1), "hsdp"),
         "fsdp bf16": gradients(world, "fsdp", precision="bf16"),
     }
@@ -178,19 +178,34 @@ def all_gradients(world):
 
 def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     """grad of DDP and FSDP2 = mean over processes of grad of each one's loss: one batch or summed in parts,
-    activations kept or computed again, and with a row on each, where a process alone would skip calls."""
+    activations kept or computed again, and with a row on each, where a process alone would skip calls: guidance acts on
+    no row in step 0, and on that of one process in steps 4 and 5, where the other must call the network all the same.
+    """
     found = together(2, all_gradients, tmp_path)
     expected, in_parts = mean_gradients(2), mean_gradients(2, parts=3)
-    one_row, halves = mean_gradients(2, n=1), mean_gradients(2, precision="bf16")
+    halves = mean_gradients(2, precision="bf16")
     assert max((expected[name] - in_parts[name]).abs().max() for name in expected) > 1e-3
     for mine in found:
         for kind in ("ddp", "fsdp", "hsdp", "fsdp recomputed", "ddp recomputed"):
             close(mine[kind], expected)
         for kind in ("fsdp in parts", "ddp in parts"):
             close(mine[kind], in_parts)
-        close(mine["fsdp, a row each"], one_row)
+        for step in (0, 4, 5):
+            close(mine[f"fsdp, a row each, step {step}"], mean_gradients(2, n=1, step=step))
         close(mine["fsdp bf16"], halves, 0.03)
         assert any(not torch.equal(mine["fsdp bf16"][name], mine["fsdp"][name]) for name in expected)
+
+
+def test_guidance_acts_on_the_row_of_one_process_only_in_two_of_the_steps_above():
+    """Else the test above would not show that a process without such a row waits for the others."""
+    acting = []
+    for step in (0, 4, 5):
+        worlds = [scale.World(rank, 2, "cpu", seed=7) for rank in range(2)]
+        generators = [(torch.Generator(), world) for world in worlds]
+        drawn = [draw_for(LOSS, torch.zeros(1, 2), own, world.reseed(own, step)) for own, world in generators]
+        assert all(sum(one.counts[:2]) == 1 for one in drawn)
+        acting.append(sum(one.t.item() <= 0.4 for one in drawn))
+    assert acting == [0, 1, 1]
 
 
 def test_processes_have_their_own_noise_and_the_same_counts():

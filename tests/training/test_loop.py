@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinytwinflow import Losses, TwinFlowLoss
+from tinytwinflow import Losses, TwinFlowLoss, peers
 from tinytwinflow.data.points import Points
 from tinytwinflow.files import read_checkpoint
 from tinytwinflow.nets import MLP
@@ -23,7 +24,7 @@ from tinytwinflow.runs.recipes import configured
 from tinytwinflow.runs.run import begin, finish
 from tinytwinflow.training import ema
 from tinytwinflow.training.checkpoints import write_checkpoint
-from tinytwinflow.training.loop import learning_rate, train
+from tinytwinflow.training.loop import autocast, learning_rate, loss_of_batch, train
 from tinytwinflow.training.state import new_state
 
 SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "base_steps=0", "eval_samples=64"]
@@ -230,6 +231,17 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path):
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(a.parameters(), b.parameters()))
 
 
+def test_the_usual_decays_are_those_of_many_steps_and_of_few():
+    """0.999 for the average and 0.99 for the teacher, when the warm-up of both is over."""
+    state = small_state()
+    state.step = 20_000
+    torch.nn.init.normal_(state.net.out.weight)
+    before = state.average.out.weight.clone()
+    next(train(state, Plain(), lambda i: (torch.ones(2, 2), None), 20_001))
+    for average, decay in ((state.average, 0.999), (state.teacher, 0.99)):
+        torch.testing.assert_close(average.out.weight, torch.lerp(before, state.net.out.weight, 1 - decay))
+
+
 @given(st.floats(0, 0.99), st.integers(1, 5))
 def test_moving_average_is_the_weighted_sum_of_the_past(decay, steps):
     net = torch.nn.Linear(1, 1).double()
@@ -312,6 +324,8 @@ def test_precision_runs_the_loss_under_autocast():
         Plain.seen.clear()
         step_of(precision=precision)
         assert Plain.seen == [(None, precision == "bf16")]
+        with autocast("cpu", precision):  # whose cache may hold casts made without gradient
+            assert not torch.is_autocast_cache_enabled()
 
 
 def test_config_is_kept_and_checkpoint_is_plain_data(tmp_path):
@@ -336,3 +350,260 @@ def test_fresh_noise_of_few_step_samples_is_not_the_first_noise(seed):
     sampled(Zero(1, 1), 500, (2,), 2, "few", seed)
     first, second = seen
     assert (first * 2 * second).mean().abs() < 0.2 and abs((2 * second).std() - 1) < 0.1
+
+
+def test_the_learning_rate_by_value():
+    """A line from 1 / 100 to 1 over 100 steps, times half a cosine from 1 to 0; each record and group has its part."""
+    cosine = lambda i: (1 + math.cos(math.pi * i / 1000)) / 2  # noqa: E731
+    for i, rise in ((0, 0.01), (1, 0.02), (49, 0.5), (98, 0.99), (99, 1.0), (100, 1.0), (250, 1.0), (999, 1.0)):
+        assert learning_rate(i, 1000) == pytest.approx(rise * cosine(i))
+    assert learning_rate(500, 1000) == pytest.approx(0.5) and learning_rate(0, 10, warm_up=4) == 0.25
+    assert learning_rate(250, 1000) - learning_rate(750, 1000) == pytest.approx(0.5**0.5)
+    state = small_state()
+    state.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "initial_lr": 1.0})
+    for i, record in enumerate(train(state, Plain(), lambda i: (torch.ones(2, 2), None), 5)):
+        rates = [group["lr"] for group in state.optimizer.param_groups]
+        assert rates == pytest.approx([1e-2 * learning_rate(i, 5), learning_rate(i, 5)]) and record["lr"] == rates[0]
+
+
+def test_the_decay_warms_up_by_value_and_each_average_has_its_own():
+    """1 / 10, 1 / 2, 9 / 10 after 0, 8 and 80 steps, then the decay asked for; average and teacher in training."""
+    assert [ema.warmed_up(0.99, step) for step in (0, 8, 80)] == pytest.approx([0.1, 0.5, 0.9])
+    assert [ema.warmed_up(0.99, step) for step in (889, 891, 5000)] == pytest.approx([890 / 899, 0.99, 0.99])
+    state, averages = small_state(), []
+    for i, _ in enumerate(train(state, Plain(), lambda i: (torch.ones(2, 2), None), 6, ema=0.3, teacher_ema=0.2)):
+        net, decays = state.net.out.bias.detach().clone(), [min(most, (1 + i) / (10 + i)) for most in (0.3, 0.2)]
+        last = averages or [torch.zeros(2)] * 2
+        averages = [d * a + (1 - d) * net for d, a in zip(decays, last)]
+        for own, wanted in zip((state.average, state.teacher), averages):
+            torch.testing.assert_close(own.out.bias, wanted)
+
+
+def test_an_average_that_is_not_finite_is_never_written(tmp_path):
+    state, path = small_state(), tmp_path / "checkpoint.pt"
+    write_checkpoint(path, {**state.state_dict(), "step": 1})
+    for value in (float("nan"), float("-inf")):
+        next(state.average.parameters()).data[0] = value
+        with pytest.raises(FloatingPointError, match="step 0: weight layers.0.weight is not finite"):
+            write_checkpoint(path, state.state_dict())
+    assert read_checkpoint(path)["step"] == 1
+
+
+class Pulled:
+    """A loss whose gradients are as long as asked for: in each weight of the network and of the helper."""
+
+    helpers = {"fake": "trained"}
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, net, x, fake, **others):
+        parts = [self.size * sum(p.sum() for p in network.parameters()) for network in (net, fake)]
+        return peers.common.terms(generator=parts[0], fake=parts[1])
+
+
+@given(st.floats(0.1, 5), st.floats(0.01, 3))
+@settings(max_examples=5)
+def test_each_network_has_its_gradient_cut_to_the_norm_by_itself(size, norm):
+    """With rate one, network and helper both move by min(norm, the length of their own gradient)."""
+    state = new_state(torch.nn.Linear(3, 1), lr=1.0, helpers=Pulled.helpers)
+    state.optimizer = torch.optim.SGD([*state.net.parameters(), *state.helpers["fake"].parameters()], lr=1.0)
+    state.optimizer.param_groups[0]["initial_lr"] = 1.0
+    before = [p.detach().clone() for p in state.net.parameters()]
+    record = next(train(state, Pulled(size), lambda i: (torch.ones(2, 3), None), 1, clip_norm=norm))
+    for network in (state.net, state.helpers["fake"]):
+        moved = torch.cat([(p - b).flatten() for p, b in zip(network.parameters(), before)]).norm().item()
+        assert moved / record["lr"] == pytest.approx(min(norm, size * 4**0.5), rel=1e-3)
+
+
+def test_rate_and_betas_arrive_at_every_group_of_the_optimiser():
+    """AdamW without weight decay (Table 6); frozen networks are not in it."""
+    helpers = {"original": "frozen", "teacher": "average", "fake": "trained", "critic": "critic"}
+    for betas, wanted in (({}, (0.9, 0.99)), ({"betas": (0.5, 0.7)}, (0.5, 0.7))):
+        state = new_state(torch.nn.Linear(2, 2), lr=0.25, helpers=helpers, **betas)
+        groups = state.optimizer.param_groups
+        assert isinstance(state.optimizer, torch.optim.AdamW) and set(state.helpers) == set(helpers) - {"teacher"}
+        assert [set(group["params"]) for group in groups] == [
+            set(network.parameters()) for network in (state.net, state.helpers["fake"], state.helpers["critic"])
+        ]
+        for group in groups:
+            assert (group["betas"], group["lr"], group["initial_lr"], group["weight_decay"]) == (wanted, 0.25, 0.25, 0)
+
+
+class Heard(TwinFlowLoss):
+    """A loss that keeps what it is and what it was given."""
+
+    seen = []
+
+    def __call__(self, net, x, **given):
+        self.seen.append((self, net, x, given))
+        one = torch.ones(len(x))
+        total = (net(x, one, one) - x).square().mean()
+        return Losses(total, *[total.detach()] * 4)
+
+
+def heard(state, loss, batch, steps, **options):
+    """What a loss was given in each call of some steps of training."""
+    Heard.seen.clear()
+    records = list(train(state, loss, batch, steps, **options))
+    return [(loss, net, x, given) for loss, net, x, given in Heard.seen], records
+
+
+def test_a_loss_is_given_all_that_the_state_has_and_the_batch():
+    """By default all of the loss from the first step, the batch whole and its conditions as they are."""
+    state, label = small_state(), torch.arange(6)
+    loss = Heard(order=3, share=0.4, metric="normalised", times=(1.0, 2.0), gain=3.0)
+    x = torch.randn(6, 2)
+    state.original, state.call = torch.nn.Identity(), lambda *given: state.net(*given)
+    for null in (9, torch.tensor([9])):
+        calls, _ = heard(state, loss, lambda i: (x, label), state.step + 3, null=null)
+        assert len(calls) == 3
+        for own, net, seen, found in calls:
+            assert own is loss and net is state.call and torch.equal(seen, x) and torch.equal(found["cond"], label)
+            assert found["teacher"] is state.teacher and found["original"] is state.original
+            assert found["generator"] is state.generator and found["together"] is None
+            assert found["null"].tolist() == [9] and set(found) == {
+                "cond", "teacher", "null", "original", "generator", "together"}  # fmt: skip
+    state.call, null = None, {"a": torch.zeros(1)}
+    calls, _ = heard(state, loss, lambda i: (x, {"a": x[:, 0]}), state.step + 4, null=null, warmup_steps=state.step + 1,
+                     base_steps=2, accumulate=2)  # fmt: skip
+    assert [net is state.net for _, net, _, _ in calls] == [True] * 8
+    assert torch.equal(torch.cat([seen for _, _, seen, _ in calls]), x.repeat(4, 1))
+    assert torch.equal(torch.cat([given["cond"]["a"] for *_, given in calls]), x[:, 0].repeat(4))
+    for own, phase in zip(
+        [call[0] for call in calls], [{"order": 0, "share": 0.0}] * 2 + [{"share": 0.0}] * 4 + [{}] * 2
+    ):
+        assert own == dataclasses.replace(loss, **phase)
+
+
+def test_a_batch_that_does_not_divide_into_equal_parts_is_refused():
+    with pytest.raises(ValueError, match="a batch of 6 does not divide into 4 equal parts"):
+        next(train(small_state(), Plain(), lambda i: (torch.zeros(6, 2), None), 1, accumulate=4))
+
+
+def test_training_is_the_loop_written_out():
+    """By hand with plain descent, two parts, clipped: each step's rate, gradients of that step alone, both averages."""
+    x = torch.randn(5, 6, 2, generator=torch.Generator().manual_seed(1))
+    states = small_state(), small_state()
+    for state in states:
+        torch.nn.init.normal_(state.net.out.weight, generator=torch.Generator().manual_seed(2))
+        state.optimizer = torch.optim.SGD(state.net.parameters(), lr=1.0)
+        state.optimizer.param_groups[0]["initial_lr"] = 0.5
+        state.step = 20_000
+    one, other = states
+    calls, records = heard(one, Heard(), lambda i: (x[i - 20_000], None), 20_003, accumulate=2, clip_norm=1.0)
+    for i, record in zip(range(20_000, 20_003), records):
+        values = []
+        other.net.zero_grad()
+        for part in x[i - 20_000].chunk(2):
+            value = (other.net(part, torch.ones(3), torch.ones(3)) - part).square().mean()
+            (value / 2).backward()
+            values.append(value.item())
+        length = torch.cat([p.grad.flatten() for p in other.net.parameters()]).norm().item()
+        with torch.no_grad():
+            for p, a, b in zip(*(net.parameters() for net in (other.net, other.average, other.teacher))):
+                p -= 0.5 * learning_rate(i, 20_003) * p.grad / max(1.0, length)
+                a += 0.001 * (p - a)
+                b += 0.01 * (p - b)
+        assert record["step"] == i + 1 and record["total"] == record["gap"] == pytest.approx(sum(values) / 2, rel=1e-5)
+        assert list(record) == ["step", "lr", *Losses._fields]
+    for a, b in zip(weights(one), weights(other)):
+        torch.testing.assert_close(a, b)
+    assert one.step == 20_003 and len(calls) == 6
+
+
+class Late:
+    """A peer's loss with a term whose name comes after "total"."""
+
+    helpers = {}
+
+    def __init__(self, **values):
+        self.values, self.progress = values, []
+
+    def __call__(self, net, x, progress, **given):
+        self.progress.append(progress)
+        here = sum(p.sum() for p in net.parameters())
+        return peers.common.terms(**{name: value + 0 * here for name, value in self.values.items()})
+
+
+def test_a_term_that_is_not_finite_is_named_before_the_total():
+    for values, name in (({"x": math.nan, "a": 0.0}, "x"), ({"a": math.inf, "x": -math.inf}, "a")):
+        with pytest.raises(FloatingPointError, match=f"step 1: the {name} loss is"):
+            next(train(small_state(), Late(**values), lambda i: (torch.zeros(2, 2), None), 1))
+
+
+@pytest.mark.parametrize("warmup", [0, 2, 5])
+def test_a_peer_begins_with_flow_matching_and_is_told_how_far_it_is(warmup):
+    """The same weights as flow matching makes, for so many steps; then the share of the rest that is done."""
+    batch = lambda i: (torch.randn(8, 2, generator=torch.Generator().manual_seed(i)), None)  # noqa: E731
+    peer, plain, late = small_state(), small_state(), Late(a=1.0)
+    flow = TwinFlowLoss(order=0, share=0.0)
+    steps = zip(train(peer, late, batch, 5, warmup_steps=warmup), train(plain, flow, batch, 5))
+    for i, (one, other) in enumerate(steps):
+        if i < warmup:
+            assert one == other and all(map(torch.equal, weights(peer), weights(plain)))
+    assert late.progress == [i / (5 - warmup) for i in range(5 - warmup)]
+    loss_of_batch(late, peer, batch(0)[0])
+    assert late.progress[-1] == 0, "where nothing is said of it"
+
+
+def test_which_labels_are_dropped_is_the_states_own_chance():
+    """Not torch's own generator; without a null, or a share, none is."""
+    found, label = [], torch.arange(64)
+    for seed in (0, 1):
+        state = small_state()
+        torch.manual_seed(seed)  # of torch, which is not asked
+        calls, _ = heard(state, Heard(), lambda i: (torch.zeros(64, 2), label), 2, null=99, label_dropout=0.5)
+        found.append([given["cond"].tolist() for *_, given in calls])
+    assert found[0] == found[1] and found[0][0] != found[0][1]
+    for options in ({"null": 99}, {"label_dropout": 0.5}):
+        calls, _ = heard(small_state(), Heard(), lambda i: (torch.zeros(64, 2), label), 1, **options)
+        assert torch.equal(calls[0][3]["cond"], label)
+
+
+class World:
+    """A stand-in for many processes, of which this is one."""
+
+    def __init__(self):
+        self.said = []
+
+    def reseed(self, generator, step):
+        self.said.append(("reseed", generator, step))
+        return f"together {step}"
+
+    def sync(self, network, last):
+        self.said.append(("sync", network, last))
+
+    def mean(self, terms):
+        return terms + 100
+
+
+def test_processes_agree_before_each_step_share_gradients_after_the_last_part_and_mean_their_terms():
+    state, world, x = small_state(), World(), torch.zeros(6, 2)
+    calls, records = heard(state, Heard(), lambda i: (x, None), 2, accumulate=3, world=world)
+    parts = [("sync", state.net, last) for last in (False, False, True)]
+    assert world.said == [("reseed", state.generator, 0), *parts, ("reseed", state.generator, 1), *parts]
+    assert [given["together"] for *_, given in calls] == ["together 0"] * 3 + ["together 1"] * 3
+    assert all(record["total"] >= 100 for record in records)
+    state.call = torch.nn.Module()
+    state.call.forward = lambda *given: state.net(*given)
+    heard(state, Heard(), lambda i: (x, None), 3, world=world)
+    assert world.said[-1] == ("sync", state.call, True)
+
+
+def test_an_average_is_a_frozen_copy_and_buffers_are_copied():
+    """In evaluation mode whatever the network is in; the network stays as it is."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    average = ema.average_of(net)
+    assert net.training and all(p.requires_grad for p in net.parameters())
+    assert not average.training and not any(p.requires_grad for p in average.parameters())
+    net(torch.randn(8, 2) + 3)
+    ema.update(average, net, 0.9)
+    assert torch.equal(average[1].running_mean, net[1].running_mean) and average[1].running_mean.abs().max() > 0
+    with torch.no_grad():
+        net[0].weight.fill_(1.0), average[0].weight.fill_(0.0)
+    ema.update(average, net, 0.0)
+    assert torch.equal(average[0].weight, net[0].weight) and net[0].weight.eq(1).all()
+    for decay in (-0.1, 1.0, 1.5):
+        with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got"):
+            ema.update(average, net, decay)

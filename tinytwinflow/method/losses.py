@@ -197,6 +197,7 @@ class TwinFlowLoss:
                 both = join(take(cond, on), take(repeat(null, len(x)), draws.rows[base][on]))
                 x_on, t_on = torch.cat([x_t[on], x_t[on]]), t[on].repeat(2)
                 v, v_null = same_shape(original(x_on, t_on, t_on, both), x_on, "original's answer and x").chunk(2)
+                u = u.clone()  # data-free it is original's answer, which original may keep
                 u[on] += self.guidance * expand(acts, v) * (v - v_null)
         return x_t, u
 
