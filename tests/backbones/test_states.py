@@ -19,7 +19,7 @@ from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.backbones.velocity_files import load_velocity
 from tinytwinflow.benchmarks import speed_backbone as bench_large
 from tinytwinflow.cli.commands import main
-from tinytwinflow.data.batches import about
+from tinytwinflow.data.batches import known_of
 from tinytwinflow.runs.folder import backbone_of, painter
 from tinytwinflow.runs.recipes import configured
 from tinytwinflow.runs.settings import loss_of
@@ -147,7 +147,7 @@ def test_pieces_train_as_copies_do(folders, tmp_path, lora_rank):
         config.write_text(config.read_text().replace('"steps": 4', '"steps": 6'))
     shutil.copytree(tmp_path / "fsdp", tmp_path / "alone")
     assert run("train", "text", "--out", tmp_path / "alone", "--resume", "--data", folders / "texts") == 0
-    known = {"step": 6, "size": 1, "data": about(Texts(folders / "texts", 4))}
+    known = {"step": 6, "size": 1, "data": known_of(Texts(folders / "texts", 4))}
     assert sharded.about(sharded.newest(tmp_path / "alone")) == known
     if lora_rank:
         for parallel in ("ddp", "fsdp"):

@@ -87,7 +87,7 @@ def test_a_field_of_other_arguments_is_one_line(net):
     x = torch.zeros(3, 2)
     calls = [lambda: check_field(net), lambda: ttf.TwinFlowLoss()(net, x), lambda: ttf.sample(net, x)]
     if isinstance(net, torch.nn.Module):
-        calls.append(lambda: ttf.fit(torch.arange(6.0).view(3, 2), net))
+        calls.append(lambda: ttf.fit(torch.arange(8.0).view(4, 2), net))
     for call in calls:
         with pytest.raises(ValueError, match=r"called as net\(x, t, r, cond\), this one cannot be: ") as error:
             call()

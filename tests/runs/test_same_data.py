@@ -16,7 +16,7 @@ from test_commands import SMALL, fails
 import tinytwinflow as ttf
 from tinytwinflow.backbones.captions import Texts
 from tinytwinflow.cli.commands import main
-from tinytwinflow.data.batches import about, mark_of, spread
+from tinytwinflow.data.batches import known_of, mark_of, spread
 from tinytwinflow.data.given import Stream, Table
 from tinytwinflow.data.images import Images
 from tinytwinflow.data.latents import LATENTS_INDEX
@@ -133,7 +133,7 @@ KINDS = (points, fewer, shuffled, labels, named, cifar, pictures, one_more_class
 @pytest.mark.parametrize("kind", KINDS)
 def test_data_are_known_again_and_others_are_refused(kind, tmp_path):
     made, change, words = kind(tmp_path)
-    known = about(made())
+    known = known_of(made())
     same_data(made(), known, "run")
     same_data(made(), {name: value for name, value in known.items() if name not in ("count", "mark")}, "old run")
     change()
@@ -143,7 +143,7 @@ def test_data_are_known_again_and_others_are_refused(kind, tmp_path):
 
 
 def test_named_sets_drawn_afresh_need_no_mark():
-    assert about(Points("moons", 8)) == {"shape": [2], "classes": 2, "mean": None, "std": None}
+    assert known_of(Points("moons", 8)) == {"shape": [2], "classes": 2, "mean": None, "std": None}
 
 
 @pytest.mark.parametrize("command", [["train", "toy", "--resume", "--out"], ["evaluate"]])

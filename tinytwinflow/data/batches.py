@@ -56,7 +56,7 @@ def null_of(data):
     return getattr(data, "null", data.classes or None)
 
 
-def about(data):
+def known_of(data):
     """What a checkpoint says of a data set: enough to sample without it, and to know it again."""
     known = {name: getattr(data, name) for name in ("count", "mark") if hasattr(data, name)}
     return {"shape": [int(n) for n in data.shape], "classes": int(data.classes), **known, **data.scaling}

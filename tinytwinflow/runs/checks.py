@@ -6,7 +6,7 @@ import sys
 import torch
 
 from ..backbones.states import build_backbone
-from ..data.batches import about, null_of
+from ..data.batches import known_of, null_of
 from ..data.latents import autoencoder
 from ..evaluation.features import Inception
 from ..method.path import same_shape
@@ -61,7 +61,7 @@ def same_data(data, known, folder):
     known: what its checkpoint says of them. Data without a mark, dealt by an iterable or a function of the step, may
     have another mean or spread by half of the spread, for others of them were looked at; they keep the run's units.
     """
-    now, streamed, differs = about(data), hasattr(data, "keep_units"), None
+    now, streamed, differs = known_of(data), hasattr(data, "keep_units"), None
     for name in ("shape", "classes", "count"):
         if known.get(name, now.get(name)) != now.get(name):
             differs = differs or f"{name} was {known[name]}, is now {now.get(name)}"

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..bars import bar, terms_in
-from ..data.batches import about, null_of, read_ahead
+from ..data.batches import known_of, null_of, read_ahead
 from ..evaluation.pictures import draw_one
 from ..files import aside, write_json
 from ..method.conditions import take
@@ -58,11 +58,11 @@ class Run:
     def keep(self):
         """Write a checkpoint."""
         if self.folder is not None:
-            keep_state(self.folder, self.state, about(self.data), self.in_pieces, self.world)
+            keep_state(self.folder, self.state, known_of(self.data), self.in_pieces, self.world)
 
     def trained(self):
         """What has been learnt so far, ready to sample."""
-        saved = {"step": self.state.step, "data": about(self.data)}
+        saved = {"step": self.state.step, "data": known_of(self.data)}
         return Trained(self.state.average, self.config, saved, self.folder, self.data)
 
 
