@@ -68,6 +68,11 @@ def test_a_loss_takes_a_dict_with_none_in_it_and_a_null_of_its_kind():
         ttf.TwinFlowLoss(guidance=0.5)(net, x, cond, null={"image": None})
 
 
+def test_words_are_no_condition():
+    with pytest.raises(ValueError, match=r"a condition is of numbers, got \['cat'\]"):
+        move({"text": ["cat"]}, "cpu")
+
+
 def test_a_batch_is_x_or_a_pair():
     x, y = np.zeros((2, 2), np.float32), [0, 1]
     for item, (a, b) in [(x, (x, None)), ((x,), (x, None)), ([x], (x, None)), ((x, y), (x, y)), ([x, None], (x, None))]:
@@ -116,5 +121,5 @@ def test_an_answer_that_is_no_tensor_is_one_line(answer):
 def test_samples_and_noise_that_are_no_batch_are_one_line(x):
     net = ttf.nets.MLP(2, 8, 1)
     for call, name in ((lambda: ttf.TwinFlowLoss()(net, x), "x"), (lambda: ttf.sample(net, x), "z")):
-        with pytest.raises(ValueError, match=rf"{name} must be .*floating-point .*\(B, \*D\), a tensor, got "):
+        with pytest.raises(ValueError, match=rf"{name} must be a floating-point batch \(B, \*D\), a tensor, got "):
             call()

@@ -54,8 +54,15 @@ def repeat(cond, n):
 
 
 def move(cond, device):
-    """A condition, of tensors, arrays or lists, as tensors on a device."""
-    return each(lambda value: torch.as_tensor(value, device=device), cond)
+    """A condition, of tensors, arrays or lists, as tensors on a device. Raises ValueError if it is of none of these."""
+
+    def moved(value):
+        try:
+            return torch.as_tensor(value, device=device)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a condition is of numbers, got {value!r:.60}") from error
+
+    return each(moved, cond)
 
 
 def replace(cond, null, rows):

@@ -19,7 +19,7 @@ import torch
 from ..ranges import as_field, plain, settings_of
 from .conditions import check_rows, join, repeat, take
 from .draws import draw_for, guided_rows, mean
-from .path import expand, interpolate, jump, same_shape, velocity
+from .path import check_batch, expand, interpolate, jump, same_shape, velocity
 from .twin import check_field, gap, generate
 
 
@@ -132,9 +132,7 @@ class TwinFlowLoss:
         missing, or an answer of net, teacher or original has another shape than x.
         """
         check_field(net)
-        if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
-            got = f"{x.dtype} of shape {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
-            raise ValueError(f"x must be a floating-point batch (B, *D), a tensor, got {got}")
+        check_batch(x, "x")
         check_rows(cond, len(x))
         if self.guidance and (cond is None or null is None):
             raise ValueError("guidance > 0 needs cond and null, the condition that stands for none")

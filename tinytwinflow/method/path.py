@@ -46,6 +46,13 @@ def same_shape(a, b, names):
     return a
 
 
+def check_batch(x, name):
+    """Raise ValueError unless x is a tensor of floating-point numbers (B, *D) with a row or more."""
+    if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim < 2 or len(x) == 0:
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
+        raise ValueError(f"{name} must be a floating-point batch (B, *D), a tensor, got {got}")
+
+
 def interpolate(x, z, t):
     """Point of the path, x_t = t z + (1 - t) x.  (B, *D), (B, *D), t in [0, 1] -> (B, *D)."""
     same_shape(x, z, "x and z")

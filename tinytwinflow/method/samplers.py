@@ -11,7 +11,7 @@ import operator
 import torch
 
 from .conditions import check_rows
-from .path import denoise, interpolate, jump, noise
+from .path import check_batch, denoise, interpolate, jump, noise
 from .twin import check_field, same_time
 
 MODES = ("any", "few", "multi")
@@ -71,9 +71,7 @@ def sample(net, z, steps=1, mode="any", order=1, cond=None, stochastic=None, ext
     Raises ValueError for any argument outside these ranges.
     """
     check_field(net)
-    if not torch.is_tensor(z) or not z.is_floating_point() or z.ndim < 2:
-        got = f"{z.dtype} of shape {tuple(z.shape)}" if torch.is_tensor(z) else type(z).__name__
-        raise ValueError(f"z must be floating-point noise (B, *D), a tensor, got {got}")
+    check_batch(z, "z")
     check_rows(cond, len(z))
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")

@@ -9,7 +9,7 @@ from .times import check_labels, check_times
 
 
 class MLP(nn.Module):
-    """Velocity field for points.  net(x, t, r, cond) : (B, dim), (B,), (B,), (B,) -> (B, dim).
+    """Velocity field for points.  net(x, t, r, cond) : (B, dim), (B,), (B,), (B,) -> (B, dim), in the type of x.
 
     t and r lie in [-1, 1]. |t| enters by sines and cosines, r through |t| - |r|, so that r = t is the
     same input, zero, at every t. The sign of t switches on a second first and last layer, both zero
