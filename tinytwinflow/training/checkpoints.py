@@ -59,9 +59,10 @@ def check_about(saved, path):
     kind, dtype = units if isinstance(units, list | tuple) and len(units) == 2 else (None, None)
     fits &= kind in ("torch", "numpy") and isinstance(getattr(torch, str(dtype), None), torch.dtype)
     if scaling != [None, None]:
-        fits &= all(torch.is_tensor(a) and list(a.shape) in ([], shape) and bool(a.isfinite().all()) for a in scaling)
+        tensors = all(torch.is_tensor(a) and a.is_floating_point() and list(a.shape) in ([], shape) for a in scaling)
+        fits &= tensors and all(bool(a.isfinite().all()) for a in scaling)
     if not fits:
-        raise ValueError(f"{path}: damaged checkpoint (step {step!r} of data {data!r:.60})")
+        raise ValueError(f"{path}: damaged checkpoint (step {step!r} of data {' '.join(repr(data).split()):.60})")
 
 
 def read_saved(folder, *keys):
