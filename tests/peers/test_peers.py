@@ -432,10 +432,7 @@ def test_fakes_are_noised_to_times_that_keep_off_both_ends(name):
     assert kstest(t.numpy(), lambda s: (s - 0.02) / 0.96).pvalue > 1e-6 and 0.02 <= t.min() and t.max() <= 0.98
 
 
-@pytest.mark.parametrize(
-    "name", ["consistency training", "consistency distillation", "scm", "meanflow", "shortcut", "progressive distillation",
-             "sana-sprint"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", sorted(set(peers.PEERS) - {"vsd", "dmd", "dmd2", "sid"}))
 def test_data_are_noised_the_more_the_later(name):
     """Data far away: t z + (1 - t) x is (1 - t) x, to within the noise, in each row that the network is first asked."""
     torch.manual_seed(0)
