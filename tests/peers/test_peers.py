@@ -394,8 +394,11 @@ def test_targets_with_a_derivative(name, seed, progress, number):
         length = error.square().mean(1, keepdim=True).sqrt()
         error = error / (length + 0.1) if number or name == "sana-sprint" else error
         assert not r.any() and ((net.calls[-1][1] == 1).sum() == 8 * number or name != "sana-sprint")
-    (found,) = torch.autograd.grad(out[1], net.calls[-1][-1])
+    (found,) = torch.autograd.grad(out[1], net.calls[-1][-1], retain_graph=True)
     close(found[:8], 2 * error.detach() / 16, atol=1e-5, rtol=1e-3)
+    close(
+        gradients(out[1], net.field), gradients((found * net.calls[-1][-1]).sum(), net.field)
+    )  # and through no target
 
 
 @given(seeds, unit, st.sampled_from([None, 0.1]))
@@ -458,6 +461,9 @@ def test_dmd_draws_a_share_of_pairs_from_all_of_them(seed, B, share):
     loss(plain, x, original=network(seed + 1), fake=network(seed + 2))
     assert len(plain.calls[-1][0]) == n and loss.kept[1].dtype == x.dtype and len(loss.kept[1]) == 8
     rows = [loss.some_pairs(x[:1].expand(200, 2), None, loss.kept[0], None)[0] for _ in range(2)]
+    teacher = Spy(network(seed))
+    made("shortcut", share=share)(network(seed), x, teacher=teacher)
+    assert len(teacher.calls[0][0]) == n, "the rows of a shortcut model that bootstrap are counted alike"
     counts = (torch.cat(rows)[:, None] == loss.kept[1]).all(2).sum(0)
     assert counts.sum() == 400 and (counts - 50).abs().max() < 6 * (50 * 7 / 8) ** 0.5
 
