@@ -221,6 +221,11 @@ def test_pairs_of_dmd_are_the_frozen_networks_own(seed):
         loss(network(seed), x, original=original, fake=original)
         _, z, target = loss.kept
         close(target, sample(original, z, 4, "multi"))
+    original = Spy(original)
+    for calls in (4 + 1, 1):  # the steps that make the pairs, once, and the velocity at the noised fakes
+        original.calls.clear()
+        loss(network(seed), x, original=original, fake=network(seed))
+        assert len(original.calls) == calls
 
 
 # Where it is a zero in the mean over data and noise
