@@ -8,6 +8,7 @@ import torch
 from conftest import mixtures, seeds, unit
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 from test_losses import gradients, network
 from torch import nn
 
@@ -117,6 +118,8 @@ def test_dmd2_moves_the_generator_in_one_of_so_many_steps(seed):
     x, generator = torch.randn(4, 2).double(), torch.Generator().manual_seed(seed)
     for _ in range(150):
         out = loss(net, x, **helpers, generator=generator)
+        assert out._fields == ("total", "generator", "adversarial", "fake", "critic")
+        assert out.generator.requires_grad or out.generator == out.adversarial == 0
         moved += out.generator.requires_grad and bool(gradients(out.generator + out.adversarial, net).any())
         assert gradients(out.fake, helpers["fake"]).any() and gradients(out.critic, helpers["critic"]).any()
         assert gradients(out.total, net).any() == out.generator.requires_grad
@@ -218,6 +221,11 @@ def test_pairs_of_dmd_are_the_frozen_networks_own(seed):
         loss(network(seed), x, original=original, fake=original)
         _, z, target = loss.kept
         close(target, sample(original, z, 4, "multi"))
+    original = Spy(original)
+    for calls in (4 + 1, 1):  # the steps that make the pairs, once, and the velocity at the noised fakes
+        original.calls.clear()
+        loss(network(seed), x, original=original, fake=network(seed))
+        assert len(original.calls) == calls
 
 
 # Where it is a zero in the mean over data and noise
@@ -391,8 +399,11 @@ def test_targets_with_a_derivative(name, seed, progress, number):
         length = error.square().mean(1, keepdim=True).sqrt()
         error = error / (length + 0.1) if number or name == "sana-sprint" else error
         assert not r.any() and ((net.calls[-1][1] == 1).sum() == 8 * number or name != "sana-sprint")
-    (found,) = torch.autograd.grad(out[1], net.calls[-1][-1])
+    (found,) = torch.autograd.grad(out[1], net.calls[-1][-1], retain_graph=True)
     close(found[:8], 2 * error.detach() / 16, atol=1e-5, rtol=1e-3)
+    close(
+        gradients(out[1], net.field), gradients((found * net.calls[-1][-1]).sum(), net.field)
+    )  # and through no target
 
 
 @given(seeds, unit, st.sampled_from([None, 0.1]))
@@ -410,6 +421,56 @@ def test_consistency_training_compares_neighbours_of_one_line(seed, progress, c)
     square = (x_t - t[:, None] * F - x_s + s[:, None] * F_s).square().sum(1)
     distance = square if c is None else (square + 2 * c**2).sqrt() - 2**0.5 * c
     close(total, n * distance.mean(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vsd", "dmd", "dmd2", "sid", "sana-sprint"])
+def test_fakes_are_noised_to_times_that_keep_off_both_ends(name):
+    """t ~ U(0.02, 0.98), by Kolmogorov and Smirnov."""
+    torch.manual_seed(0)
+    exact = Gaussian(torch.zeros(1).double(), 1.0)
+    loss, spy = made(name), Spy(exact)
+    known = {
+        "original": exact,
+        "fake": exact,
+        "critic": exact,
+        ("critic" if name == "sana-sprint" else "original"): spy,
+    }
+    loss(exact, exact.sample(4000), **{helper: known[helper] for helper in loss.helpers})
+    t = [call[1] for call in spy.calls if len(call[0]) >= 4000][-1][:4000]
+    assert kstest(t.numpy(), lambda s: (s - 0.02) / 0.96).pvalue > 1e-6 and 0.02 <= t.min() and t.max() <= 0.98
+
+
+@pytest.mark.parametrize("name", sorted(set(peers.PEERS) - {"vsd", "dmd", "dmd2", "sid"}))
+def test_data_are_noised_the_more_the_later(name):
+    """Data far away: t z + (1 - t) x is (1 - t) x, to within the noise, in each row that the network is first asked."""
+    torch.manual_seed(0)
+    net, exact = Spy(network(0)), Gaussian(torch.zeros(2).double(), 1.0)
+    loss = made(name)
+    loss(net, torch.full((50, 2), 1e4).double(), **others_of(loss, original=exact, critic=exact, teacher=exact))
+    x_t, t = net.calls[0][:2]
+    assert (x_t - 1e4 * (1 - t)[:, None]).abs().max() < 10 and len(t.unique()) > 1
+
+
+@settings(max_examples=10)
+@given(seeds, st.integers(1, 12), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_dmd_draws_a_share_of_pairs_from_all_of_them(seed, B, share):
+    """Rounded, but one at least; beginning with the first row, as its labels show; every pair is as likely."""
+    torch.manual_seed(seed)
+    net, original, n = Spy(network(seed, 3)), network(seed + 1, 3), max(1, round(share * B))
+    x, label = torch.randn(B, 2).double(), torch.arange(B) % 3
+    labelled = Spy(lambda x, t, r, cond: seen.append(cond) or net.field(x, t, r, cond))
+    seen, loss = [], made("dmd", share=share, pairs=8)
+    loss(labelled, x, original=original, fake=original, cond=label)
+    assert torch.equal(seen[-1], label[:n]) and len(labelled.calls[-1][0]) == n
+    plain = Spy(network(seed))
+    loss(plain, x, original=network(seed + 1), fake=network(seed + 2))
+    assert len(plain.calls[-1][0]) == n and loss.kept[1].dtype == x.dtype and len(loss.kept[1]) == 8
+    rows = [loss.some_pairs(x[:1].expand(200, 2), None, loss.kept[0], None)[0] for _ in range(2)]
+    teacher = Spy(network(seed))
+    made("shortcut", share=share)(network(seed), x, teacher=teacher)
+    assert len(teacher.calls[0][0]) == n, "the rows of a shortcut model that bootstrap are counted alike"
+    counts = (torch.cat(rows)[:, None] == loss.kept[1]).all(2).sum(0)
+    assert counts.sum() == 400 and (counts - 50).abs().max() < 6 * (50 * 7 / 8) ** 0.5
 
 
 @given(seeds)
@@ -431,6 +492,7 @@ def test_what_a_peer_does_where_nothing_is_said(seed):
         assert value(name) != value(name, teacher=original)
     for name in ("consistency training", "progressive distillation"):
         close(value(name), value(name, progress=0.0))
+        close(value(name, progress=1.0), value(name, progress=0.99))
     for name in ("scm", "sana-sprint"):
         close(value(name), value(name, progress=1.0))
         assert value(name) != value(name, progress=0.1)
