@@ -19,7 +19,7 @@ import torch
 from ..bars import bar, terms_in
 from ..data.batches import known_of, null_of, read_ahead
 from ..evaluation.pictures import draw_one
-from ..files import aside, write_json
+from ..files import aside, full_disk_named, write_json
 from ..method.conditions import take
 from ..training.checkpoints import NAME, has_checkpoint, keep_state, read_saved, restore_state
 from ..training.distributed import World, first, refuse_graphs
@@ -197,7 +197,8 @@ def _leave(run, record):
     """What a step leaves in the folder: a line of the log, a picture, a checkpoint, each when it is due."""
     config, step, last = run.config, record["step"], record["step"] == run.config["steps"]
     if run.writes and (step % config["log_every"] == 0 or last):
-        with open(run.folder / "log.jsonl", "a") as file:
+        log = run.folder / "log.jsonl"
+        with full_disk_named(log), open(log, "a") as file:
             file.write(json.dumps(record) + "\n")
     final = "model" in config and last  # of others, `evaluate` draws the last
     if final or step % config.get("sample_every", config["steps"] + 1) == 0:
