@@ -97,7 +97,7 @@ def test_rows_do_not_see_each_other_and_keep_their_precision(case, t, r):
     narrow = mixture.flow(x.float(), t, r)
     assert narrow.dtype == torch.float32 and mixture(x.float(), t.float(), r.float()).dtype == torch.float32
     close(narrow.double(), mixture.flow(x, t, r), atol=1e-4, rtol=1e-4)
-    assert not mixture.flow(x.requires_grad_(), t, r).requires_grad
+    assert not mixture.flow(x.requires_grad_(), t.requires_grad_(), r).requires_grad
 
 
 @settings(max_examples=15)
@@ -159,6 +159,15 @@ def test_twins_hand_each_field_its_own_rows_of_a_condition(x, label, sign):
     close(twins(x, t, t, label), expected + label[:, None])
     close(twins(x, t, t, {"label": label}), expected + label[:, None])
     close(twins(x, t.abs(), t.abs(), {"label": label}), x + label[:, None])
+
+
+def test_a_mixture_of_any_numbers_is_one_of_float64():
+    for means, covs, weights in (
+        ([[0], [1]], [[[1]], [[2]]], [1, 3]),
+        (*map(np.float32, ([[0], [1]], [[[1]], [[2]]])), None),
+    ):
+        mixture = GaussianMixture(means, covs, weights)
+        assert {mixture.means.dtype, mixture.covs.dtype, mixture.weights.dtype} == {torch.float64}
 
 
 def test_samples_have_the_moments_of_the_mixture(generator):

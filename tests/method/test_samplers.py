@@ -249,9 +249,15 @@ def test_noise_is_drawn_in_the_steps_that_add_it_and_in_no_other(steps, mode, st
 
 
 def test_one_step_is_the_jump_to_data():
-    """The usual number of steps; z - F(z, 1, 0)."""
-    z, one = torch.randn(3, 1), torch.ones(3)
-    close(sample(exact_jump(0.5), z), z - exact_jump(0.5)(z, one, 0 * one))
+    """The usual number of steps; z - F(z, 1, 0), for a field whose two jumps are not one."""
+    z, one, net = torch.randn(3, 1), torch.ones(3), lambda x, t, r, cond: x**2 + (t - r)[:, None]
+    close(sample(net, z), z - net(z, one, 0 * one, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_states_and_fresh_noise_have_the_precision_of_the_first_noise(dtype):
+    states = sample(lambda x, t, r, cond: x, torch.ones(3, 1, dtype=dtype), 3, "few", trajectory=True)
+    assert states.dtype == dtype
 
 
 @pytest.mark.parametrize("mode, share", [("any", 0.0), ("few", 1.0), ("multi", 0.0)])
