@@ -1,5 +1,7 @@
 """The tutorials run, their saved pages are whole, their exercises can be solved, and every link leads somewhere."""
 
+import inspect
+import operator
 import os
 import re
 import runpy
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ended, fresh
 
+import tinytwinflow as ttf
 from tinytwinflow.data.readers import DEBIAN
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +97,18 @@ def test_a_saved_notebook_is_whole(path):
     words = [cell.source for cell in notebook.cells]
     words += [str(output.get("text", "")) + output.get("data", {}).get("text/plain", "") for output in outputs]
     assert not any(PLACE.search(word) for word in words)
+
+
+def test_pages_print_the_sources_as_they_are():
+    """What a page prints of the library's code, `print(inspect.getsource(ttf.gap))`, stands in what was saved."""
+    seen = 0
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, 4).cells:
+            shown = "".join(output.get("text", "") for output in cell.get("outputs", []))
+            for name in re.findall(r"^print\(inspect\.getsource\(ttf\.([\w.]+)\)\)$", cell.source, re.MULTILINE):
+                assert inspect.getsource(operator.attrgetter(name)(ttf)) in shown, f"{path.name}: {name} is another now"
+                seen += 1
+    assert seen > 10
 
 
 def test_the_syllabus_names_every_notebook():
