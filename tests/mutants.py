@@ -1,6 +1,6 @@
 """Mutation testing: one slip of the pen at a time, and whether a test sees it.
 
-    nice python tests/mutants.py                            # every room, an hour or two of one core
+    nice python tests/mutants.py                            # every room, half an hour of one core
     nice python tests/mutants.py method/draws peers/scm     # some rooms
     nice python tests/mutants.py --share 0.2 --seed 1       # a fifth of each room, drawn at random
 
