@@ -108,7 +108,7 @@ def test_pages_print_the_sources_as_they_are():
             for name in re.findall(r"^print\(inspect\.getsource\(ttf\.([\w.]+)\)\)$", cell.source, re.MULTILINE):
                 assert inspect.getsource(operator.attrgetter(name)(ttf)) in shown, f"{path.name}: {name} is another now"
                 seen += 1
-    assert seen > 10
+    assert seen >= 10
 
 
 def test_the_syllabus_names_every_notebook():

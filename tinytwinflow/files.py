@@ -101,8 +101,8 @@ def read_torch(path, what="checkpoint"):
                 content = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=stored)
         except pickle.UnpicklingError as error:
             strange = re.search(r"GLOBAL (\S+)", str(error))
-            if not strange:
-                raise
+            if not strange:  # torch would tell to read it in a way that runs code
+                raise ValueError("no pickle of tensors") from error
     if damaged:
         raise ValueError(f"{path}: the file is damaged at {damaged!r}")
     if strange:
@@ -113,10 +113,15 @@ def read_torch(path, what="checkpoint"):
 def read_checkpoint(path, keys=("net", "average", "step")):
     """Read a checkpoint of this library, see `read_torch`. Raises ValueError also if it lacks a key."""
     content = read_torch(path)
+    check_keys(content, keys, path)
+    return content
+
+
+def check_keys(content, keys, path):
+    """Raise ValueError unless a checkpoint holds all of some keys."""
     if not isinstance(content, dict) or not set(keys) <= content.keys():
         lacks = f"{path}: holds no {', '.join(keys)}, so it is no checkpoint of this library"
         raise ValueError(f"{lacks}; it holds {_held(content)}")
-    return content
 
 
 def read_weights(path):

@@ -16,7 +16,7 @@ import torch
 from .data.given import as_data_set, in_units
 from .evaluation.pictures import draw_one
 from .evaluation.tables import run_table
-from .files import aside, load_weights, read_checkpoint
+from .files import load_weights, read_checkpoint
 from .ranges import plain
 from .runs.build import OWN, net_of
 from .runs.choice import choose
@@ -24,7 +24,7 @@ from .runs.evaluate import evaluate
 from .runs.folder import Trained, checked, condition_of, read_config, refuse_backbone, sampled, trained
 from .runs.run import begin, finish, resume
 from .runs.settings import method_of, mode_of
-from .training.checkpoints import NAME, check_about
+from .training.checkpoints import NAME, check_about, write_checkpoint
 from .training.distributed import device_of
 
 
@@ -117,11 +117,13 @@ class Model:
         return result
 
     def save(self, path):
-        """Write architecture, settings, weights and scaling as one file, without pickled code."""
+        """Write architecture, settings, weights and scaling as one file, without pickled code.
+
+        Raises FloatingPointError if a weight is not finite.
+        """
         about = {"config": self.config, **self.saved, "average": self.net.state_dict()}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with aside(path) as file:
-            torch.save({key: about[key] for key in ("config", "step", "data", "average")}, file)
+        write_checkpoint(path, {key: about[key] for key in ("config", "step", "data", "average")})
 
     def _repr_png_(self):
         """What a notebook shows: samples of one step, where they need no condition to be given."""

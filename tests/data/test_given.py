@@ -126,7 +126,7 @@ def rows_of(table, x):
 @example(440, 10, 0, 50)
 @given(st.integers(4, 700), st.sampled_from([None, 2, 10]), st.integers(0, 9), st.integers(1, 400))
 def test_rows_that_are_measured_against_are_not_trained_on(n, classes, seed, many):
-    """Every twentieth, from 12 of them on; of too few all are trained on, which is said. Both halves are alike."""
+    """One in twenty, from 12 of them on; of too few all are trained on, which is said. Both halves are alike."""
     x = np.stack([np.arange(n), np.random.default_rng(seed).normal(size=n)], 1)
     labels = None if classes is None else np.arange(n) % classes
     table = Table(x, 1, seed, labels=labels)
@@ -134,12 +134,31 @@ def test_rows_that_are_measured_against_are_not_trained_on(n, classes, seed, man
     (one, label), (other, _) = table.fresh(many, 0), table.fresh(many, 1)
     halves = rows_of(table, one), rows_of(table, other)
     assert len(halves[0]) == len(halves[1]) and len({*halves[0], *halves[1]}) == 2 * len(halves[0])
-    apart = set(range(19, n, 20))
-    enough = len(apart) >= 12 and (classes is None or len(apart) // 2 > classes)
-    assert table.held_out == enough and trained == set(range(n)) - (apart if enough else set())
+    enough = n // 20 >= 12 and (classes is None or n // 20 // 2 > classes)
+    apart = set(range(n)) - trained
+    assert table.held_out == enough and len(apart) == (n // 20 if enough else 0)
     assert len(halves[0]) == min(many, (len(apart) if enough else n) // 2)
     assert not enough or {*halves[0], *halves[1]} <= apart
     assert label is None or label.tolist() == [row % classes for row in halves[0]]
+
+
+def test_what_is_held_out_is_of_every_kind_and_the_same_for_every_run():
+    """Rows that come in turns are not taken by turns: each of twenty labels is trained on and measured against."""
+    x, labels = np.random.default_rng(0).normal(size=(4000, 2)), np.arange(4000) % 20
+    first, second = Table(x, 64, 0, labels=labels), Table(x, 64, 5, labels=labels)
+    assert torch.equal(first.apart, second.apart) and len(first.apart) == 200
+    for rows in (first.rows, first.apart):
+        assert set(labels[rows]) == set(range(20))
+    rare = np.zeros(4000, int)
+    rare[first.apart[0]] = 1  # the only one of its class
+    assert Table(x, 64, labels=rare).held_out is False and Table(x, 64, labels=np.roll(rare, 1)).held_out
+
+
+@pytest.mark.parametrize("dtype, column", [("float16", [900.0, 901.5]), ("bfloat16", [1.0, 1.015625])])
+def test_numbers_that_a_coarse_type_tells_apart_are_not_constant(dtype, column):
+    x = torch.tensor(column * 50).to(getattr(torch, dtype))
+    table = Table(torch.stack([x, torch.arange(100.0).to(x)], 1), 4)
+    assert len(table.table[:, 0].unique()) == 2
 
 
 def test_what_was_trained_on_and_measured_against_is_said(capsys, tmp_path):

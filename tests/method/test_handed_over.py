@@ -69,7 +69,7 @@ def test_a_loss_takes_a_dict_with_none_in_it_and_a_null_of_its_kind():
 
 
 def test_words_are_no_condition():
-    with pytest.raises(ValueError, match=r"a condition is of numbers, got \['cat'\]"):
+    with pytest.raises(ValueError, match="a condition is of numbers, got list "):
         move({"text": ["cat"]}, "cpu")
 
 

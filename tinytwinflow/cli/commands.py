@@ -79,8 +79,7 @@ def run_train(args):
     elif args.unmeasured:
         print(f"{folder}: python -m tinytwinflow evaluate measures it")
     else:
-        n = f"{run.config['eval_samples']} samples at 1, 2, 4 NFE; --set eval_samples=N: fewer, --unmeasured: none"
-        print(f"measuring {n}")
+        print("measuring; --set eval_samples=N takes fewer samples than it does now, --unmeasured none")
         measure(run, with_baseline=False)
 
 
@@ -251,7 +250,8 @@ def main(argv=None):
         print(f"tinytwinflow: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no class of its own for a CPU
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not full:  # torch has no class of its own for a CPU
             raise
         print(f"tinytwinflow: out of memory ({reason(error)})", file=sys.stderr)
         return 2

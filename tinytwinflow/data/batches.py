@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..method.draws import seeded
+from ..ranges import plain
 
 
 class DataSet(Protocol):
@@ -58,7 +59,8 @@ def null_of(data):
 
 def known_of(data):
     """What a checkpoint says of a data set: enough to sample without it, and to know it again."""
-    known = {name: getattr(data, name) for name in ("count", "mark") if hasattr(data, name)}
+    found = {name: getattr(data, name, None) for name in ("count", "mark")}
+    known = {name: plain(value) for name, value in found.items() if value is not None and not callable(value)}
     return {"shape": [int(n) for n in data.shape], "classes": int(data.classes), **known, **data.scaling}
 
 
@@ -73,7 +75,7 @@ def mark_of(*parts):
 
 def spread(n, most=1024):
     """Rows for a fingerprint: all of n, or so many of them at even distances.  -> (m,) whole numbers"""
-    return torch.arange(n)[:: -(-n // most)]
+    return torch.arange(n)[:: max(1, -(-n // most))]
 
 
 @contextmanager
@@ -107,9 +109,14 @@ def rows_of_step(n, batch_size, step, seed):
     return torch.cat([_shuffled(n, seed, epoch)[index[epochs == epoch] % n] for epoch in epochs.unique().tolist()])
 
 
-def kept_apart(n):
-    """Which of n rows are kept from training to be measured against: every twentieth.  -> (n,) bool"""
-    return torch.arange(n) % 20 == 19
+def kept_apart(n, drawn=False):
+    """Which of n rows are kept from training to be measured against: one in twenty.  -> (n,) bool
+
+    Every twentieth, as of pictures that lie sorted in folders; or drawn, the same for all runs: the rows of a table
+    may come in turns, each twentieth of one kind.
+    """
+    order = torch.randperm(n, generator=seeded(n)) if drawn else torch.arange(n)
+    return order % 20 == 19
 
 
 def half_of(rows, n, draw, seed):

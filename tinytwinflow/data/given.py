@@ -105,7 +105,8 @@ class Scaled:
         else:
             self.mean, self.std = (whole.mean(0), whole.std(0)) if x.ndim == 2 else (whole.mean(), whole.std())
         kind = x.dtype if x.dtype.is_floating_point else torch.float64
-        rounding = torch.finfo(kind).eps * (whole.abs().amax(0) if x.ndim == 2 else whole.abs().max())
+        finest = max(torch.finfo(kind).eps / 2, torch.finfo(torch.float64).eps)  # the mean is rounded, too
+        rounding = finest * (whole.abs().amax(0) if x.ndim == 2 else whole.abs().max())
         for fits, fault in (
             (self.std.isfinite(), "spreads too far: its squares are beyond float64"),
             (self.std > rounding, f"is constant, as far as {str(kind)[6:]} tells"),
@@ -127,9 +128,9 @@ class Scaled:
 class Table(Scaled):
     """Rows held in memory, (n, D) or (n, C, H, W), shuffled once an epoch, batches running on over its end.
 
-    Every twentieth is held out, to be measured against, from 240 rows on, with many classes from more; of fewer all are
-    trained on, and measured against. labels: (n,) whole numbers from 0 on, or another condition of n rows. part =
-    (rank, size): of each batch, one process's rows.
+    One in twenty is held out, to be measured against, from 240 rows on, with many classes from more. Of fewer, or where
+    a class would not be trained on, all are trained on, and measured against. labels: (n,) whole numbers from 0 on, or
+    another condition of n rows. part = (rank, size): of each batch, one process's rows.
     """
 
     def __init__(self, x, batch_size, seed=0, part=(0, 1), labels=None):
@@ -141,12 +142,14 @@ class Table(Scaled):
         self.measure(table, x)
         self.table = self.standardise(table)
         some = spread(len(table))
-        told = take(self.labels if isinstance(self.labels, dict) else {"label": self.labels}, some)
+        told = take(self.labels, some) if isinstance(self.labels, dict) else {"label": self.labels}
         self.count = len(table)
         self.mark = mark_of(table[some].double(), *(told[name] for name in sorted(told) if told[name] is not None))
         self.rows = self.apart = torch.arange(len(table))
-        apart = kept_apart(len(table))
+        apart = kept_apart(len(table), drawn=True)
         self.held_out = int(apart.sum()) // 2 >= max(FEWEST, self.classes + 1)  # so that two are of one class
+        if self.classes:  # and none is never trained on
+            self.held_out &= len(self.labels[~apart].unique()) == len(self.labels.unique())
         if self.held_out:
             self.rows, self.apart = self.rows[~apart], self.rows[apart]
 
@@ -181,6 +184,7 @@ class Stream(Scaled):
     def keep_units(self, known):
         """Standardise as a run began to, whose first batches were others; known: what its checkpoint says of them."""
         self.mean, self.std, self.units, self.seen = known["mean"].cpu(), known["std"].cpu(), known["units"], None
+        self.classes = known["classes"]
 
     def _from_the_start(self):
         return map(self.source, count()) if self.of_step else iter(self.source)

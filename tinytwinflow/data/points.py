@@ -100,7 +100,7 @@ def _numbers(cells):
         row = list(map(float, cells))
     except ValueError:
         row = [math.nan]
-    if all(map(math.isfinite, row)):
+    if all(map(math.isfinite, row)) and not any("_" in cell for cell in cells):
         return row
     bad = next(cell for cell in cells if not (_is_number(cell) and math.isfinite(float(cell))))
     if not bad.strip():
@@ -111,7 +111,7 @@ def _numbers(cells):
 def _is_number(word):
     try:
         float(word)
-        return True
+        return "_" not in word  # Python's own way to write thousands
     except ValueError:
         return False
 

@@ -8,9 +8,15 @@ def check_rows(cond, n):
     """Raise ValueError unless a condition is None, a tensor of n rows or a dict of such."""
     for name, value in cond.items() if isinstance(cond, dict) else [("cond", cond)]:
         if value is not None and (not torch.is_tensor(value) or value.ndim == 0):
-            raise ValueError(f"{name} must be None or a tensor of {n} rows, or cond a dict of these, got {value!r:.60}")
+            got = "a tensor of no axes" if torch.is_tensor(value) else type(value).__name__
+            raise ValueError(f"{name} must be None or a tensor of {n} rows, or cond a dict of these, got {got}")
         if value is not None and len(value) != n:
             raise ValueError(f"{name} has {len(value)} rows, x has {n}")
+
+
+def count_rows(cond):
+    """How many rows a condition has that is not None."""
+    return next(len(v) for v in (cond.values() if isinstance(cond, dict) else [cond]) if v is not None)
 
 
 def each(function, cond, *others):
@@ -59,8 +65,8 @@ def move(cond, device):
     def moved(value):
         try:
             return torch.as_tensor(value, device=device)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"a condition is of numbers, got {value!r:.60}") from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"a condition is of numbers, got {type(value).__name__} ({error})") from error
 
     return each(moved, cond)
 

@@ -58,11 +58,11 @@ def refuse_misfits(config, data, net=None, folder=None, measured=True):
 def same_data(data, known, folder):
     """Raise ValueError that says what differs if data are not those that a run was begun with.
 
-    known: what its checkpoint says of them. Data without a mark, dealt by an iterable or a function of the step, may
-    have another mean or spread by half of the spread, for others of them were looked at; they keep the run's units.
+    known: what its checkpoint says of them. Of an iterable or a function of the step other batches may have been looked
+    at: mean and spread may differ by half of the spread, and units and number of labels stay the run's.
     """
     now, streamed, differs = known_of(data), hasattr(data, "keep_units"), None
-    for name in ("shape", "classes", "count"):
+    for name in ("shape",) if streamed else ("shape", "classes", "count"):
         if known.get(name, now.get(name)) != now.get(name):
             differs = differs or f"{name} was {known[name]}, is now {now.get(name)}"
     if differs is None and known.get("mean") is not None:
@@ -74,7 +74,7 @@ def same_data(data, known, folder):
     if differs is None and known.get("mark", now.get("mark")) != now.get("mark"):
         differs = "as many, but some of them are others"
     if differs:
-        raise ValueError(f"{folder} was begun with other data: {differs}")
+        raise ValueError(f"{folder or 'the model'} was begun with other data: {differs}")
     if streamed:
         data.keep_units(known)
 

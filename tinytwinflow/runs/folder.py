@@ -130,8 +130,8 @@ def condition_of(own, n, cond=None):
         if own.config["conditional"] and not classes:
             raise ValueError(f"this model is conditional: cond must hold {n} rows")
         return torch.arange(n) % classes if classes else None
+    cond = move(cond if isinstance(cond, dict) else plain(cond), "cpu")
     if not isinstance(cond, dict):
-        cond = torch.as_tensor(plain(cond))
         if not cond.is_floating_point():
             cond = cond.long()
             if not (0 <= cond.min() and cond.max() < classes):

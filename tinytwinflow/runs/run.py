@@ -20,7 +20,7 @@ from ..bars import bar, terms_in
 from ..data.batches import known_of, null_of, read_ahead
 from ..evaluation.pictures import draw_one
 from ..files import aside, full_disk_named, write_json
-from ..method.conditions import take
+from ..method.conditions import count_rows, take
 from ..training.checkpoints import NAME, has_checkpoint, keep_state, read_saved, restore_state
 from ..training.distributed import World, first, refuse_graphs
 from ..training.loop import autocast, train
@@ -95,13 +95,14 @@ def resume(folder, device="cpu", world=None, data=None, net=None):
     if log.exists() and fresh:
         raise ValueError(f"{folder / NAME}: no such checkpoint, though {log} shows that there was one")
     data = data_of(config, world) if data is None else data
+    saved, path = (None, None) if fresh else read_saved(folder)
     if not fresh:
-        same_data(data, read_saved(folder)[0]["data"], folder)
+        same_data(data, saved["data"], folder)
     run = Run(config, data, state_of(config, data, device, world, fresh, net), device, folder, world)
     if fresh:
         run.keep()
     else:
-        restore_state(folder, run.state, run.in_pieces)
+        restore_state(run.state, saved, path)
     return run
 
 
@@ -212,7 +213,7 @@ def _draw(run, name):
     n, cond = 64, torch.arange(64) % run.data.classes if run.config["conditional"] and run.data.classes else None
     if run.config["conditional"] and not run.data.classes:
         cond = take((run.data.batch(0) if hasattr(run.data, "null") else run.data.fresh(4))[1], slice(0, 4))
-        n = len(next(iter(cond.values())) if isinstance(cond, dict) else cond)
+        n = count_rows(cond)
     with autocast(run.device, run.config["precision"] if run.in_pieces else "float32"):
         x = sampled(run.state.average, n, run.data.shape, 1, "any", run.config["seed"], cond, run.device)
     if run.writes:

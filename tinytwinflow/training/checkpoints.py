@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import aside, check_weights, damage_named, fill, read_checkpoint
+from ..files import aside, check_keys, check_weights, damage_named, fill, read_checkpoint
 from . import sharded
 from .distributed import first
 
@@ -20,7 +20,7 @@ def write_checkpoint(path, content):
 
     Raises FloatingPointError, writing nothing, if a weight is not finite.
     """
-    for name, value in (*content["net"].items(), *content.get("average", {}).items()):
+    for name, value in (*content.get("net", {}).items(), *content["average"].items()):
         if not value.isfinite().all():
             raise FloatingPointError(f"step {content['step']}: weight {name} is not finite; the last checkpoint stays")
     with aside(path) as file:
@@ -35,14 +35,12 @@ def keep_state(folder, state, about_data, in_pieces=False, world=None):
         first(world, lambda: write_checkpoint(Path(folder) / NAME, {**state.state_dict(), "data": about_data}))
 
 
-def restore_state(folder, state, in_pieces=False):
-    """Fill a State from the checkpoint of a run. Raises ValueError if it is damaged or holds another network."""
-    if in_pieces:
-        sharded.load_pieces(sharded.newest(folder), state)
+def restore_state(state, saved, path):
+    """Fill a State from what `read_saved` found. Raises ValueError if it is damaged or holds another network."""
+    if path.name != NAME:
+        sharded.load_pieces(path, state)
         return
-    path = Path(folder) / NAME
-    saved = read_checkpoint(path, keys=(*state.state_dict(), "data"))
-    check_about(saved, path)
+    check_keys(saved, state.state_dict(), path)
     for name, weights in state.weights().items():
         check_weights(weights, saved[name], path)
     with damage_named(path, "its optimiser or its noise does not fit the run"):
@@ -58,11 +56,19 @@ def check_about(saved, path):
     units = data.get("units", ("torch", "float32"))
     kind, dtype = units if isinstance(units, list | tuple) and len(units) == 2 else (None, None)
     fits &= kind in ("torch", "numpy") and isinstance(getattr(torch, str(dtype), None), torch.dtype)
-    if scaling != [None, None]:
-        tensors = all(torch.is_tensor(a) and a.is_floating_point() and list(a.shape) in ([], shape) for a in scaling)
-        fits &= tensors and all(bool(a.isfinite().all()) for a in scaling)
+    if scaling != [None, None] and fits:
+        tensors = all(torch.is_tensor(a) and a.is_floating_point() and spans(a.shape, shape) for a in scaling)
+        fits = tensors and all(bool(a.isfinite().all()) for a in scaling)
     if not fits:
-        raise ValueError(f"{path}: damaged checkpoint (step {step!r} of data {' '.join(repr(data).split()):.60})")
+        raise ValueError(f"{path}: damaged checkpoint (no step, or no shape, labels and scaling of data)")
+
+
+def spans(part, shape):
+    """Whether a tensor of one shape, such as a number a channel, stands for one of another by repetition."""
+    try:
+        return torch.broadcast_shapes(part, shape) == torch.Size(shape)
+    except RuntimeError:
+        return False
 
 
 def read_saved(folder, *keys):

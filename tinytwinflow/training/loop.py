@@ -81,10 +81,11 @@ def train(
         for k, part in enumerate(torch.arange(len(x), device=device).chunk(accumulate)):
             if world is not None:
                 world.sync(state.call or state.net, last=k == accumulate - 1)
+            some = x[part]
             with autocast(device, precision):
-                out = loss_of_batch(current, state, x[part], take(cond, part), null, done / max(total, 1), together)
+                out = loss_of_batch(current, state, some, take(cond, part), null, done / max(total, 1), together)
             (out.total / accumulate).backward()
-            terms = terms + torch.stack([*out, x[part].float().square().mean()]).detach() / accumulate
+            terms = terms + torch.stack([*out, some.float().square().mean()]).detach() / accumulate
         if world is not None:
             terms = world.mean(terms)
         *values, size = terms.tolist()

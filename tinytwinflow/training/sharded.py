@@ -42,7 +42,7 @@ def about(path):
         if note.get("index", _sum_of(path)) != _sum_of(path):  # earlier versions noted none
             raise ValueError("its index has changed")
         data = note["data"]
-        data |= {name: torch.tensor(data[name], dtype=torch.float64) for name in SCALING if data.get(name)}
+        data |= {name: torch.tensor(data[name], dtype=torch.float64) for name in SCALING if data.get(name) is not None}
         return {"step": int(note["step"]), "size": int(note["size"]), "data": data}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged checkpoint ({error})") from error
