@@ -22,6 +22,7 @@ from tinytwinflow.data.images import Images
 from tinytwinflow.data.latents import LATENTS_INDEX
 from tinytwinflow.data.points import Points
 from tinytwinflow.runs.checks import same_data
+from tinytwinflow.training import sharded
 
 RNG = np.random.default_rng(0)
 
@@ -207,3 +208,79 @@ def test_a_mark_tells_order_and_each_number_apart(seed):
     y[3, 1] = np.nextafter(y[3, 1], 9)
     marks = {mark_of(x), mark_of(y), mark_of(x[::-1]), mark_of(x, "a"), mark_of(x, b"b"), mark_of("a", x)}
     assert len(marks) == 6 and mark_of(x) == mark_of(torch.from_numpy(x))
+
+
+class Channels:
+    """Images of a user: scaling by channel, a condition with a part that is None, a count of another meaning."""
+
+    shape, classes, on_disk = (3, 4, 4), 0, False
+    scaling = {"mean": torch.zeros(3, 1, 1), "std": torch.full((3, 1, 1), 2.0), "units": ["torch", "float32"]}
+    null = {"mask": None, "text": torch.zeros(1, 5)}
+
+    def count(self, label):
+        """A method of theirs, which is no number of samples."""
+
+    def fresh(self, n, draw=0):
+        generator = torch.Generator().manual_seed(draw)
+        x = torch.randn(n, *self.shape, generator=generator)
+        return x, {"mask": None, "text": torch.randn(n, 5, generator=generator)}
+
+    def batch(self, step):
+        return self.fresh(8, step + 2)
+
+
+class Told(torch.nn.Module):
+    """A field that looks at the text alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 48)
+
+    def forward(self, x, t, r, cond):
+        assert cond["mask"] is None
+        return self.layer(cond["text"]).view(x.shape)
+
+
+def test_scaling_by_channel_and_conditions_with_gaps_are_kept_drawn_and_read_back(tmp_path):
+    torch.manual_seed(0)
+    quick = {"steps": 2, "warmup_steps": 0, "base_steps": 0, "eval_samples": 6}
+    model = ttf.fit(Channels(), Told(), conditional=True, sample_every=1, out=tmp_path / "run", **quick)
+    assert (tmp_path / "run" / "samples-000002.png").exists()
+    model.save(tmp_path / "model.pt")
+    cond = {"mask": None, "text": np.ones((2, 5), np.float32)}
+    for path in ("run", "model.pt"):
+        again = ttf.load(tmp_path / path, net=Told())
+        assert torch.equal(again.sample(2, cond=cond, seed=0), model.sample(2, cond=cond, seed=0))
+    for wrong, match in (("a", "a condition is of numbers, got str"), ({"text": np.ones((3, 5))}, "text has 3 rows")):
+        with pytest.raises(ValueError, match=match) as error:
+            model.sample(2, cond=wrong)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_model_that_could_not_be_read_back_is_not_written(tmp_path):
+    model = ttf.fit(RNG.normal(size=(50, 2)), steps=1, warmup_steps=0, base_steps=0, batch_size=8)
+    model.net.out.bias[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="step 1: weight out.bias is not finite"):
+        model.save(tmp_path / "model.pt")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_stream_may_come_in_another_order_with_a_rare_label_late():
+    def stream(at):
+        return Stream(lambda i: (RNG.normal(size=(8, 2)), np.full(8, 3 if i == at else i % 3)))
+
+    known = known_of(stream(5))
+    other = stream(20)
+    assert other.classes == 3
+    same_data(other, known, "run")
+    assert other.classes == 4 and other.batch(20)[1].tolist() == [3] * 8
+
+
+def test_pieces_keep_a_mean_that_is_zero(tmp_path):
+    folder = tmp_path / sharded.PREFIX
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(b"")
+    data = {"shape": [1, 4, 4], "classes": 0, "mean": 0.0, "std": 1.0, "units": ["torch", "float32"]}
+    (folder / sharded.ABOUT).write_text(json.dumps({"step": 3, "size": 1, "data": data}))
+    found = sharded.about(folder)["data"]
+    assert found["mean"].equal(torch.tensor(0.0, dtype=torch.float64)) and found["std"] == 1
