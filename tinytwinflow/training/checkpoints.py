@@ -20,7 +20,7 @@ def write_checkpoint(path, content):
 
     Raises FloatingPointError, writing nothing, if a weight is not finite.
     """
-    for name, value in (*content.get("net", {}).items(), *content["average"].items()):
+    for name, value in (*content.get("net", {}).items(), *content.get("average", {}).items()):
         if not value.isfinite().all():
             raise FloatingPointError(f"step {content['step']}: weight {name} is not finite; the last checkpoint stays")
     with aside(path) as file:
