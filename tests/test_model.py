@@ -35,6 +35,13 @@ class Net(torch.nn.Module):
         return self.f(torch.cat([x, t[:, None], r[:, None]], dim=1))
 
 
+class Doubled(Net):
+    """One that answers in another type than it is asked in."""
+
+    def forward(self, x, t, r, cond=None):
+        return super().forward(x, t, r).double()
+
+
 @settings(max_examples=25)
 @given(st.sampled_from(["float32", "float64", "int64", "uint8"]), st.booleans(), st.integers(1, 3), st.integers(0, 99))
 def test_standardised_and_mapped_back_is_the_same_in_units_and_type(dtype, array, dim, seed):
@@ -213,6 +220,46 @@ def test_fit_and_the_command_line_are_the_same_code(tmp_path):
     changes = [f"{name}={value}" for name, value in QUICK.items()]
     assert main(["train", "toy", "--data", "moons", "--set", *changes, "--out", str(tmp_path / "run")]) == 0
     assert torch.equal(ttf.load(tmp_path / "run").sample(30, seed=0), ttf.fit("moons", **QUICK).sample(30, seed=0))
+
+
+def test_wrong_arguments_of_the_front_door_are_told_in_one_line(tmp_path):
+    x = np.random.default_rng(0).normal(0, 1, (50, 2))
+    model = ttf.fit(x, **QUICK)
+    model.save(tmp_path / "model.pt")
+    frozen = Net().requires_grad_(False)
+    for call, message in [
+        (lambda: ttf.fit(x, out=""), "out is the name of a folder, got ''"),
+        (lambda: ttf.fit(x, out=3), "out is the name of a folder, got 3"),
+        (lambda: ttf.fit(x, net=frozen), "parameters that learn, this one has none"),
+        (lambda: ttf.fit(x, net=Net().half()), r"net fails on two samples \(RuntimeError: "),
+        (lambda: ttf.fit(x, net=ttf.nets.MLP(2).half()), "weights in float16 do not learn"),
+        (
+            lambda: ttf.fit(x, net=Doubled()),
+            "net's answer to x in float32 must be of such numbers, too, got torch.float64",
+        ),
+        (lambda: ttf.nets.MLP(0), "must be at least 1, got 0"),
+        (lambda: ttf.load(tmp_path / "model.pt", device="cpu:1"), "device 'cpu:1' is unknown or not on this machine"),
+        (lambda: model.sample(4, seed="a"), "seed must lie in"),
+        (lambda: model.sample(4, cond="a"), "a condition is of numbers, got str"),
+        (
+            lambda: ttf.TwinFlowLoss(guidance=1.0)(model.net, torch.ones(2, 2), torch.ones(2), null=3.5),
+            "null has shape",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert len(str(error.value).splitlines()) == 1
+    assert model.sample(np.int64(5)).shape == (5, 2)
+
+
+def test_a_label_stands_for_no_condition_as_its_tensor_does():
+    net, x, label = ttf.nets.MLP(2, 8, 1, classes=2), torch.randn(6, 2), torch.tensor([0, 1] * 3)
+    torch.nn.init.normal_(net.out.weight)
+    totals = []
+    for null in (2, np.int64(2), torch.tensor(2), torch.tensor([2]), [2]):
+        draw = torch.Generator().manual_seed(0)
+        totals.append(ttf.TwinFlowLoss(guidance=1.0)(net, x, label, null=null, generator=draw).total.item())
+    assert len(set(totals)) == 1
 
 
 def test_a_notebook_shows_samples_and_plots_of_ones_own_stay():

@@ -23,7 +23,7 @@ from .runs.choice import choose
 from .runs.evaluate import evaluate
 from .runs.folder import Trained, checked, condition_of, read_config, refuse_backbone, sampled, trained
 from .runs.run import begin, finish, resume
-from .runs.settings import method_of, mode_of
+from .runs.settings import SETTINGS, method_of, mode_of
 from .training.checkpoints import NAME, check_about, write_checkpoint
 from .training.distributed import device_of
 
@@ -39,6 +39,8 @@ def fit(data, net=None, recipe=None, steps=None, device=None, out=None, seed=0, 
     goes on with `train()`. Raises ValueError, in one line, for what does not fit.
     """
     device = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if out is not None and not (isinstance(out, str | os.PathLike) and str(out)):
+        raise ValueError(f"out is the name of a folder, got {out!r}")
     net, settings = (None, settings | {"net": net}) if isinstance(net, str) else (net, settings)
     config, own = choose(data, net, recipe, settings | {"seed": seed} | ({} if steps is None else {"steps": steps}))
     return Model(run=begin(config, out, device, data=own, net=net, measured=False)).train()
@@ -86,12 +88,14 @@ class Model:
 
     def draw(self, n, steps=1, cond=None, seed=None, mode=None):
         """`sample` before units: of spread one, or images in [-1, 1], on the CPU."""
+        n = plain(n)
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"n must be a whole number of samples >= 1, got {n!r}")
         usual = mode_of(self.config)
         if steps != 1 and usual is None and mode is None:
             raise ValueError(f"{method_of(self.config)} makes samples in one step: steps=1, or name a mode")
         seed = int.from_bytes(os.urandom(4), "little") if seed is None else plain(seed)
+        SETTINGS["seed"].check("seed", seed)
         shape = self.saved["data"]["shape"]
         return sampled(self.net, n, shape, steps, mode or usual or "any", seed, condition_of(self.own, n, cond))
 
@@ -139,7 +143,7 @@ def load(path, device="cpu", net=None):
 
     net: the network, where the model has one of the user's own. Raises ValueError if it is none of these.
     """
-    path = Path(path)
+    path, device = Path(path), device_of(device)
     if path.is_dir():
         return Model(trained(path, device, net), device=device)
     content = read_checkpoint(path, keys=("average", "data", "step"))

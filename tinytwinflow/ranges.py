@@ -70,6 +70,8 @@ class Setting:
             fits = self._fits(value)
         else:
             fits = isinstance(value, self.kind) and (not self.choices or value in self.known)
+        if not fits and self.kind is int and not isinstance(value, int):
+            raise ValueError(f"{name} must {self.range} and whole, got {value!r}")
         if not fits:
             raise ValueError(f"{name} must {self.range}, got {value!r}")
 

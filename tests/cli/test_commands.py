@@ -1,6 +1,8 @@
 """The command line as a user meets it: what it leaves behind, and one line for each wrong use."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import torch
 
 import tinytwinflow as ttf
 from tinytwinflow.cli.commands import main
-from tinytwinflow.runs.folder import read_config
+from tinytwinflow.runs.folder import read_config, trained
 from tinytwinflow.training import checkpoints
+from tinytwinflow.training.loop import train
 
 SMALL = ["width=16", "depth=2", "batch_size=16", "steps=6", "warmup_steps=2", "base_steps=1", "eval_samples=64"]
 
@@ -67,6 +70,29 @@ def test_only_a_run_is_moved_and_never_from_under_our_feet(tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path / "empty")
     assert main(["--set", *SMALL, "--out", "."]) == 0
     assert (tmp_path / "empty" / "metrics.json").exists() and not (tmp_path / "empty.1").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_clusters_end_lose_no_step(number, tmp_path, capsys, monkeypatch):
+    """Both end a run after its step with a checkpoint, and say truly that it goes on from there; to the same end."""
+    command = ["train", "toy", "--unmeasured", "--set", *SMALL]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+
+    def asked(*args, **kwargs):
+        for record in train(*args, **kwargs):
+            if record["step"] == 3:
+                os.kill(os.getpid(), number)
+            yield record
+
+    with monkeypatch.context() as patch:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
+        patch.setattr("tinytwinflow.runs.run.train", asked)
+        assert main([*command, "--out", str(tmp_path / "run")]) == 130
+        signal.signal(signal.SIGINT, before)
+    assert "stopped" in capsys.readouterr().err and trained(tmp_path / "run").saved["step"] == 3
+    assert main([*command, "--resume", "--out", str(tmp_path / "run")]) == 0
+    a, b = (trained(tmp_path / name).net.state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_steps_alone_and_measured_later(tmp_path, capsys):
@@ -253,7 +279,7 @@ def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
     fails(capsys, ["--set", "learning_rate=1", "--out", tmp_path / "b"], "unknown setting 'learning_rate'", "lr")
     fails(capsys, ["--set", "lr", "--out", tmp_path / "b"], "key=value")
     fails(capsys, ["--set", "steps=many", "--out", tmp_path / "b"], "steps must be at least 1", "'many'")
-    fails(capsys, ["--set", "steps=1.5", "--out", tmp_path / "b"], "steps must be at least 1, got 1.5")
+    fails(capsys, ["--set", "steps=1.5", "--out", tmp_path / "b"], "steps must be at least 1 and whole, got 1.5")
     fails(capsys, ["--set", "conditional=7", "--out", tmp_path / "b"], "conditional must be true or false, got 7")
     fails(capsys, ["--set", "steps=0", "--out", tmp_path / "b"], "steps must be at least 1")
     fails(capsys, ["--set", "share=2", "--out", tmp_path / "b"], "share must lie in [0, 1]")

@@ -21,7 +21,7 @@ from tinytwinflow.files import read_checkpoint
 from tinytwinflow.nets import MLP
 from tinytwinflow.runs.folder import read_log, sampled, trained
 from tinytwinflow.runs.recipes import configured
-from tinytwinflow.runs.run import begin, finish
+from tinytwinflow.runs.run import begin, finish, steps
 from tinytwinflow.training import ema
 from tinytwinflow.training.checkpoints import write_checkpoint
 from tinytwinflow.training.loop import autocast, learning_rate, loss_of_batch, train
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_term(tmp_path):
     steps = train(state, TwinFlowLoss(), batch, 5)
     next(steps)
     before = [p.clone() for p in weights(state)]
-    with pytest.raises(FloatingPointError, match="step 2: the base loss is nan"):
+    with pytest.raises(FloatingPointError, match="step 2: the data of its batch are not finite"):
         next(steps)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(state)))
     path = tmp_path / "checkpoint.pt"
@@ -153,6 +153,45 @@ def test_training_stops_just_where_a_term_is_plainly_too_large(value, spread, ac
         assert all(torch.equal(a, b) for a, b in zip(before, weights(state)))
     elif abs(value) < 0.999e5 * (1 + spread**2):
         assert next(run)["total"] == pytest.approx(value, rel=1e-6)
+
+
+def test_a_loss_that_is_nan_is_named_with_its_term():
+    state = small_state()
+    with pytest.raises(FloatingPointError, match="step 1: the total loss is nan; lower lr or the term's weight"):
+        next(train(state, Given(float("nan")), lambda step: torch.ones(2, 2), 2))
+
+
+def test_samples_astray_are_not_kept(tmp_path, monkeypatch):
+    """The last update may have ruined the weights, which no loss has seen: what was kept before stays."""
+    run = begin(config("steps=8", "checkpoint_every=2"), tmp_path / "run")
+    for record in steps(run):
+        if record["step"] == 3:
+            run.state.net.out.bias.data += 1e6
+            ema.update(run.state.average, run.state.net, 0.0)
+            with pytest.raises(FloatingPointError, match=r"step 3: samples have spread 1e\+06, data have 1; lower lr"):
+                run.keep()
+            break
+    assert trained(tmp_path / "run").saved["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"clip_norm": -1}, "clip_norm must be a number > 0, or None, got -1"),
+        ({"precision": "fp16"}, "precision must be one of float32, bf16, got 'fp16'"),
+        ({"ema": 2.0}, r"ema must lie in \[0, 1\), got 2.0"),
+        ({"teacher_ema": "x"}, r"teacher_ema must lie in \[0, 1\)"),
+        ({"label_dropout": 2}, "label_dropout must lie in"),
+        ({"steps": 2.5}, "steps must be at least 1 and whole, got 2.5"),
+        ({"warmup_steps": -5}, "warmup_steps must be at least 0, got -5"),
+        ({"base_steps": None}, "base_steps must be at least 0 and whole, got None"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"accumulate": 2.0}, "accumulate must be at least 1 and whole"),
+    ],
+)
+def test_options_of_the_loop_are_refused_out_of_their_range(option, message):
+    with pytest.raises(ValueError, match=message):
+        next(train(small_state(), TwinFlowLoss(), lambda i: torch.ones(4, 2), **{"steps": 2} | option))
 
 
 def test_a_run_that_diverges_stops_and_its_checkpoint_stays(tmp_path):

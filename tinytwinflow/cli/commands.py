@@ -250,8 +250,8 @@ def main(argv=None):
         print(f"tinytwinflow: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not full:  # torch has no class of its own for a CPU
+        words = ("allocate memory", "Storage size calculation overflowed")  # of torch, without a class, on a CPU
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(w in str(error) for w in words):
             raise
         print(f"tinytwinflow: out of memory ({reason(error)})", file=sys.stderr)
         return 2

@@ -41,7 +41,8 @@ def scatter(axis, x, title, color, limits):
         axis.hist(x[:, 0], 80, range=limits[0], density=True, color=color)
         axis.set(title=words(title), xlim=limits[0], yticks=[])
     else:
-        axis.scatter(x[:, 0], x[:, 1], s=1.2, alpha=0.35, color=color, linewidths=0, rasterized=True)
+        size, alpha = (1.2, 0.35) if len(x) >= 500 else (8, 0.8)
+        axis.scatter(x[:, 0], x[:, 1], s=size, alpha=alpha, color=color, linewidths=0, rasterized=True)
         axis.set(title=words(title), xlim=limits[0], ylim=limits[1], xticks=[], yticks=[], aspect="equal")
     axis.title.set_fontsize(10)
 

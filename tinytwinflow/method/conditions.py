@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from ..ranges import plain
+
 
 def check_rows(cond, n):
     """Raise ValueError unless a condition is None, a tensor of n rows or a dict of such."""
@@ -69,6 +71,12 @@ def move(cond, device):
             raise ValueError(f"a condition is of numbers, got {type(value).__name__} ({error})") from error
 
     return each(moved, cond)
+
+
+def as_null(null, device):
+    """What stands for no condition, a label or a condition of one row, as such a condition on a device."""
+    null = plain(null)
+    return move([null] if isinstance(null, int) else null, device)
 
 
 def replace(cond, null, rows):

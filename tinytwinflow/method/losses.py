@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ..ranges import as_field, plain, settings_of
-from .conditions import check_rows, join, repeat, take
+from .conditions import as_null, check_rows, join, repeat, take
 from .draws import draw_for, guided_rows, mean
 from .path import check_batch, expand, interpolate, jump, same_shape, velocity
 from .twin import check_field, gap, generate
@@ -127,7 +127,8 @@ class TwinFlowLoss:
         net, teacher, original: velocity fields net(x, t, r, cond). teacher is F^-, used without gradient (default: net
         itself; in practice its EMA). original gives the velocities of guidance and of data-free training (default:
         teacher). x (B, *D). cond: None, tensor or dict, leading dimension B; null: the same for "no condition",
-        leading dimension 1 or B, needed for guidance. generator: on the device of x. together: see `draws.draw_for`.
+        leading dimension 1 or B, or a label, needed for guidance. generator: on the device of x. together: see
+        `draws.draw_for`.
         Returns Losses. Raises ValueError if x is not a floating-point batch, cond or null has another length, null is
         missing, or an answer of net, teacher or original has another shape than x.
         """
@@ -138,6 +139,7 @@ class TwinFlowLoss:
             raise ValueError("guidance > 0 needs cond and null, the condition that stands for none")
         if self.data_free and original is None and teacher is None:
             raise ValueError("data_free needs original, the frozen network whose velocity is learnt from")
+        null = as_null(null, x.device)
         return self.evaluate(draw_for(self, x, generator, together), net, x, cond, teacher, null, original)
 
     def evaluate(self, draws, net, x, cond=None, teacher=None, null=None, original=None):

@@ -27,6 +27,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim, width=256, depth=4, classes=0, frequencies=8, sharp=False):
         super().__init__()
+        if min(dim, width, depth, frequencies) < 1 or classes < 0:
+            raise ValueError(f"dim, width, depth and frequencies must be at least 1, got {dim}, {width}, {depth}")
         self.dim, self.classes = dim, classes
         self.scale, self.unit = (2.0, nn.functional.relu) if sharp else (1.0, nn.functional.silu)
         self.register_buffer("k", torch.arange(1, frequencies + 1) * math.pi / 2, persistent=False)

@@ -9,6 +9,7 @@ from ..backbones.states import build_backbone
 from ..data.batches import known_of, null_of
 from ..data.latents import autoencoder
 from ..evaluation.features import Inception
+from ..files import reason
 from ..method.path import same_shape
 from ..method.twin import check_field
 from ..training.checkpoints import has_checkpoint
@@ -87,7 +88,17 @@ def _try(net, data):
     check_field(net)
     x, cond = data.fresh(2)
     t, r = torch.full((len(x),), 0.5), torch.full((len(x),), 0.25)
-    same_shape(copy.deepcopy(net).cpu().eval()(x, t, r, cond), x, "net's answer and x")
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise ValueError("a net to train has parameters that learn, this one has none")
+    try:
+        answer = copy.deepcopy(net).cpu().eval()(x, t, r, cond)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a network of a user's own raises
+        raise ValueError(f"net fails on two samples ({reason(error)})") from error
+    same_shape(answer, x, "net's answer and x")
+    if answer.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"net's answer to x in float32 must be of such numbers, too, got {answer.dtype}")
 
 
 def enough_to_measure(config, data):

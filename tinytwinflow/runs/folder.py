@@ -43,9 +43,11 @@ def checked(config, path):
     """The settings of a run as a file has them. Raises ValueError that names it unless they are whole and fit."""
     with damage_named(path, "not the settings of a run"):
         check(config)
-        missing = RECIPES[config["recipe"]].keys() - config.keys()
-    if missing:
-        raise ValueError(f"{path}: not the settings of a run ({', '.join(sorted(missing))} missing)")
+        known = RECIPES[config["recipe"]].keys() | {"recipe"}
+    if known != config.keys():
+        odd = [f"{name} missing" for name in sorted(known - config.keys())]
+        odd += [f"{name} unknown" for name in sorted(config.keys() - known)]
+        raise ValueError(f"{path}: not the settings of a run ({', '.join(odd)})")
     return config
 
 

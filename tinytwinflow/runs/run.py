@@ -23,16 +23,12 @@ from ..files import aside, full_disk_named, write_json
 from ..method.conditions import count_rows, take
 from ..training.checkpoints import NAME, has_checkpoint, keep_state, read_saved, restore_state
 from ..training.distributed import World, first, refuse_graphs
-from ..training.loop import autocast, train
+from ..training.loop import ASTRAY, OPTIONS, autocast, train
 from ..training.state import State
 from .build import data_of, state_of
 from .checks import refuse_misfits, same_data
 from .folder import Trained, read_config, read_log, sampled
 from .settings import loss_of
-
-IN_THE_LOOP = (
-    "warmup_steps", "base_steps", "ema", "teacher_ema", "label_dropout", "accumulate", "clip_norm", "precision",
-)  # fmt: skip
 
 
 @dataclass
@@ -56,8 +52,12 @@ class Run:
         return self.config["parallel"] != "ddp"
 
     def keep(self):
-        """Write a checkpoint."""
+        """Write a checkpoint. Raises FloatingPointError, and leaves the last one, if the samples are plainly astray."""
         if self.folder is not None:
+            if self.state.step and not (width := look(self).square().mean()) < ASTRAY:
+                raise FloatingPointError(
+                    f"step {self.state.step}: samples have spread {width.sqrt():.3g}, data have 1; lower lr"
+                )
             keep_state(self.folder, self.state, known_of(self.data), self.in_pieces, self.world)
 
     def trained(self):
@@ -113,7 +113,7 @@ def steps(run):
     """
     config, data = run.config, run.data
     null = null_of(data) if config["conditional"] else None
-    options = {name: config[name] for name in IN_THE_LOOP}
+    options = {name: config[name] for name in OPTIONS}
     if run.writes:
         _cut_log(run.folder, run.state.step)
         if run.state.step < config["steps"]:  # a table of an earlier step; the end of training writes it anew
@@ -124,29 +124,35 @@ def steps(run):
             x, cond = read(step)
             return x, cond if config["conditional"] else None
 
-        for record in train(run.state, loss_of(config), batch, config["steps"], null=null, world=run.world, **options):
+        for record in train(run.state, loss_of(config), batch, null=null, world=run.world, **options):
             if run.folder is not None:
                 _leave(run, record)
             yield record
 
 
 def finish(run, shown=True, stoppable=False):
-    """Train to the last step, with a bar.  -> the run; stoppable: Ctrl-C ends it after a step, with a checkpoint."""
+    """Train to the last step, with a bar.  -> the run
+
+    Ctrl-C and a cluster's SIGTERM end it after a step, with a checkpoint, where one process trains alone. Then it
+    raises KeyboardInterrupt; stoppable: it returns.
+    """
     hidden = not (shown and (run.writes or run.folder is None))
     name, total = run.folder.name if run.folder else run.config["recipe"], run.config["steps"]
-    with _ctrl_c(stoppable) as asked, bar(None, name, total, run.state.step, "steps", hidden) as told:
+    with _asked_to_stop(run.world is None) as asked, bar(None, name, total, run.state.step, "steps", hidden) as told:
         for record in steps(run):
             terms_in(told, record)
             told.update()
             if asked and record["step"] < total:
                 run.keep()
+                if not stoppable:
+                    raise KeyboardInterrupt
                 break
     return run
 
 
 @contextmanager
-def _ctrl_c(noted):
-    """Note Ctrl-C in the list that it gives, and interrupt only when it is pressed again."""
+def _asked_to_stop(noted):
+    """Note Ctrl-C and SIGTERM in the list that it gives, and interrupt only at the second."""
     asked = []
     if not noted or threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
         yield asked
@@ -157,11 +163,13 @@ def _ctrl_c(noted):
             raise KeyboardInterrupt
         asked.append(number)
 
-    before = signal.signal(signal.SIGINT, note)
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def make_folder(folder, config, replace=False):
@@ -203,18 +211,18 @@ def _leave(run, record):
             file.write(json.dumps(record) + "\n")
     final = "model" in config and last  # of others, `evaluate` draws the last
     if final or step % config.get("sample_every", config["steps"] + 1) == 0:
-        _draw(run, "samples.png" if final else f"samples-{step:06d}.png")
+        x, name = look(run), "samples.png" if final else f"samples-{step:06d}.png"
+        if run.writes:
+            draw_one(run.folder / name, x.numpy(), f"step {step}, 1 NFE")
     if step % config["checkpoint_every"] == 0 or last:
         run.keep()
 
 
-def _draw(run, name):
-    """A picture of one-step samples: of a few prompts, or of each label."""
+def look(run):
+    """One-step samples as they are now: of a few prompts, or of each label."""
     n, cond = 64, torch.arange(64) % run.data.classes if run.config["conditional"] and run.data.classes else None
     if run.config["conditional"] and not run.data.classes:
         cond = take((run.data.batch(0) if hasattr(run.data, "null") else run.data.fresh(4))[1], slice(0, 4))
         n = count_rows(cond)
     with autocast(run.device, run.config["precision"] if run.in_pieces else "float32"):
-        x = sampled(run.state.average, n, run.data.shape, 1, "any", run.config["seed"], cond, run.device)
-    if run.writes:
-        draw_one(run.folder / name, x.numpy(), f"step {run.state.step}, 1 NFE")
+        return sampled(run.state.average, n, run.data.shape, 1, "any", run.config["seed"], cond, run.device)

@@ -8,7 +8,7 @@ from .. import peers
 from ..method.losses import TwinFlowLoss
 from ..ranges import setting, settings_of
 from ..training.distributed import COMPILE, PARALLEL
-from ..training.loop import PRECISIONS
+from ..training.loop import OPTIONS
 from ..training.state import WEIGHT_DTYPES
 
 DATA = {
@@ -31,19 +31,11 @@ NETWORK = {
 }
 TRAINING = {
     "seed": setting(0, "of weights, batches and noise", "[0, 9223372036854775807]"),
-    "steps": setting(2000, "training steps", "[1, inf)", unit="steps"),
     "batch_size": setting(512, "samples a step, of all processes together", "[1, inf)", unit="samples"),
     "lr": setting(2.5e-3, "learning rate of AdamW at its highest", "(0, inf)"),
-    "warmup_steps": setting(500, "steps of flow matching alone, at first", "[0, inf)", unit="steps"),
-    "base_steps": setting(700, "steps of the base without the twin, after those", "[0, inf)", unit="steps"),
     "method": setting("twinflow", "the loss", choices=lambda: ("twinflow", *peers.PEERS)),
     "peer": setting({}, "settings of a method that is not twinflow, fields of its class in peers/"),
-    "ema": setting(0.999, "decay of the moving average that samples", "[0, 1)"),
-    "teacher_ema": setting(0.99, "decay of the moving average that teaches, F^-", "[0, 1)"),
-    "label_dropout": setting(0.1, "share of the conditions that are dropped", "[0, 1)"),
-    "accumulate": setting(1, "parts in which a batch is worked through", "[1, inf)"),
-    "clip_norm": setting(None, "longest gradient", "(0, inf)", kind=float, none=True),
-    "precision": setting("float32", "what networks compute in; bf16: autocast", choices=PRECISIONS),
+    **OPTIONS,
 }
 PLACING = {
     "parallel": setting("ddp", "many processes: copies, pieces (FSDP2), pieces in a machine", choices=PARALLEL),

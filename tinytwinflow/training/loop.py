@@ -13,10 +13,22 @@ import math
 
 import torch
 
-from ..method.conditions import as_pair, check_rows, move, replace, take
+from ..method.conditions import as_null, as_pair, check_rows, move, replace, take
 from ..method.losses import TwinFlowLoss
+from ..ranges import plain, setting
 
 PRECISIONS = ("float32", "bf16")
+OPTIONS = {  # of `train`, and settings of a run
+    "steps": setting(2000, "training steps", "[1, inf)", unit="steps"),
+    "warmup_steps": setting(500, "steps of flow matching alone, at first", "[0, inf)", unit="steps"),
+    "base_steps": setting(700, "steps of the base without the twin, after those", "[0, inf)", unit="steps"),
+    "ema": setting(0.999, "decay of the moving average that samples", "[0, 1)"),
+    "teacher_ema": setting(0.99, "decay of the moving average that teaches, F^-", "[0, 1)"),
+    "label_dropout": setting(0.1, "share of the conditions that are dropped", "[0, 1)"),
+    "accumulate": setting(1, "parts in which a batch is worked through", "[1, inf)"),
+    "clip_norm": setting(None, "longest gradient", "(0, inf)", kind=float, none=True),
+    "precision": setting("float32", "what networks compute in; bf16: autocast", choices=PRECISIONS),
+}
 ASTRAY = 1e5  # no healthy run of a recipe or peer comes near: SiD's spikes reach 5e3, all others stay below 50
 
 
@@ -47,16 +59,20 @@ def train(
     through in so many equal parts. clip_norm: longest gradient, or None. precision "bf16": the networks run under
     autocast.
     world: the processes that train together, each on its part of the batch, see `distributed`.
-    Raises FloatingPointError, before the weights are touched, if a loss term is not finite, or so large that training
-    plainly diverges: more than ASTRAY times 1 + the mean of x^2, what the square of a velocity is about.
+    Raises ValueError for an option out of its range in OPTIONS, and FloatingPointError, before the weights are touched,
+    if data or a loss term are not finite, or a term is so large that training plainly diverges: more than ASTRAY times
+    1 + the mean of x^2, what the square of a velocity is about.
     """
+    given = locals()
+    for name, option in OPTIONS.items():
+        option.check(name, plain(given[name]))
     if not callable(batch):
         raise ValueError(f"batch is a function of the step, got {type(batch).__name__}: data.given.Stream makes one")
     peer = not isinstance(loss, TwinFlowLoss)
     flow_matching = TwinFlowLoss(order=0, share=0.0) if peer else dataclasses.replace(loss, order=0, share=0.0)
     base = loss if peer else dataclasses.replace(loss, share=0.0)
     device = next(state.net.parameters()).device
-    null = move(torch.tensor([null]) if isinstance(null, int) else null, device)
+    null = as_null(null, device)
     together = None
     while state.step < steps:
         i = state.step
@@ -89,6 +105,8 @@ def train(
         if world is not None:
             terms = world.mean(terms)
         *values, size = terms.tolist()
+        if not math.isfinite(size):
+            raise FloatingPointError(f"step {i + 1}: the data of its batch are not finite")
         record = dict(zip(out._fields, values))
         for name in sorted(record, key=lambda name: name == "total"):  # a term first, then what they sum to
             if not abs(value := record[name]) <= ASTRAY * (1 + size):

@@ -89,6 +89,8 @@ def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None, place=lambd
     made = torch.nn.ModuleDict(
         {name: average_of(net) if kinds[name] == "frozen" else copy.deepcopy(net) for name in kinds}
     )
+    if any(p.dtype == torch.float16 for p in net.parameters() if p.requires_grad):
+        raise ValueError("weights in float16 do not learn, AdamW's smallest numbers vanish: use float32 or bfloat16")
     average = average_of(net)
     teacher = average if one_average else average_of(net)
     for network in dict.fromkeys((net, average, teacher, *made.values())):
