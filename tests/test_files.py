@@ -229,7 +229,10 @@ def test_files_without_weights_say_what_they_hold(tmp_path):
         ({"model": {"a": torch.zeros(1)}, "args": Path("x")}, "holds a pathlib.*Path, whose code is not run"),
         ({"model": {"a": torch.zeros(1)}}, r"holds another network \(a is \(1,\) there, None here\)"),
         ({"state_dict": MLP(2, 16, 1).state_dict()}, r"holds another network \(layers.1.bias is not there\)"),
-        ({"state_dict": prefixed}, r"holds another network \(layers.0.bias is not there; it holds model.layers.0.bias\)"),
+        (
+            {"state_dict": prefixed},
+            r"holds another network \(layers.0.bias is not there; it holds model.layers.0.bias\)",
+        ),
         ({"model": {"a": torch.zeros(1), 3: torch.zeros(1)}}, "weights neither"),
     ]:
         torch.save(content, path)
