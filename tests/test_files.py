@@ -220,13 +220,19 @@ def test_weights_of_any_training_script_are_found(tmp_path, wrap, prefix, said, 
 def test_files_without_weights_say_what_they_hold(tmp_path):
     path = tmp_path / "script.pt"
     many = {f"key{i}": i for i in range(9)}
+    prefixed = {f"model.{name}": value for name, value in MLP(2, 16, 2).state_dict().items()}  # as Lightning does
     for content, fault in [
         ({"epoch": 3, "args": argparse.Namespace()}, "holds epoch, args, and weights neither there nor under average"),
         (many, "holds key0, key1, key2, key3, key4, key5, 3 more, and weights neither"),
         ({"model": {}, "ema": None}, "holds model, ema, and weights neither"),
         ({"model": MLP(2, 16, 2)}, r"holds a \S*MLP, whose code is not run: save net.state_dict\(\) alone"),
         ({"model": {"a": torch.zeros(1)}, "args": Path("x")}, "holds a pathlib.*Path, whose code is not run"),
-        ({"model": {"a": torch.zeros(1)}}, "holds another network"),
+        ({"model": {"a": torch.zeros(1)}}, r"holds another network \(a is \(1,\) there, None here\)"),
+        ({"state_dict": MLP(2, 16, 1).state_dict()}, r"holds another network \(layers.1.bias is not there\)"),
+        (
+            {"state_dict": prefixed},
+            r"holds another network \(layers.0.bias is not there; it holds model.layers.0.bias\)",
+        ),
         ({"model": {"a": torch.zeros(1), 3: torch.zeros(1)}}, "weights neither"),
     ]:
         torch.save(content, path)

@@ -163,6 +163,9 @@ def check_weights(own, weights, path):
         here, there = (None if value is None else tuple(value.shape) for value in pair)
         if here is not None and here == there and pair[0].is_floating_point() != pair[1].is_floating_point():
             here, there = (value.dtype for value in pair)
+        if name not in weights:
+            strange = [f"; it holds {other}" for other in sorted(weights.keys() - own.keys(), key=str)[:1]]
+            raise ValueError(f"{path}: holds another network ({name} is not there{''.join(strange)})")
         if here != there:
             raise ValueError(f"{path}: holds another network ({name} is {there} there, {here} here)")
         if here is not None and not pair[1].is_meta and not pair[1].isfinite().all():

@@ -549,3 +549,31 @@ def test_wrong_inputs_are_refused_in_one_line(kind):
         with pytest.raises(ValueError, match=message) as error:
             net(x_, t_, t_, cond_)
         assert "\n" not in str(error.value)
+
+
+def with_weight(folder, name, value):
+    """A folder of the SD3 model with another tensor for one of its weights."""
+    save_velocity(net_of("SD3Transformer2DModel"), folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    safetensors.save_file(safetensors.load_file(file) | {name: value}, file, {"format": "pt"})
+    return folder
+
+
+def test_weights_that_cannot_learn_are_refused_and_half_ones_are_read(tmp_path):
+    """Whole numbers and numbers of 8 bits are quantised, whatever the settings say; they are not cast."""
+    own, name = net_of("SD3Transformer2DModel").model.proj_out.weight.detach(), "proj_out.weight"
+    for kind, dtype in {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64}.items():
+        with pytest.raises(ValueError, match=f"{name} is {kind}, and weights to learn from are F16, BF16, F32, F64$"):
+            load_velocity(with_weight(tmp_path / kind, name, own.to(dtype)))
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        folder = with_weight(tmp_path / str(dtype), name, own.to(dtype))
+        (folder / "another.fp8.safetensors").write_bytes(b"which diffusers does not read")
+        assert torch.equal(load_velocity(folder).model.proj_out.weight, own.to(dtype).float())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(bad, tmp_path):
+    value = torch.zeros(16)
+    value[3] = bad
+    with pytest.raises(ValueError, match="own: weight proj_out.bias holds NaN or infinity in float32$"):
+        load_velocity(with_weight(tmp_path / "own", "proj_out.bias", value))

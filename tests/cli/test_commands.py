@@ -154,6 +154,18 @@ def test_train_then_sample(tmp_path, capsys):
     assert "had taken its last step and was measured" in capsys.readouterr().out
 
 
+def test_a_file_of_a_model_is_sampled_beside_it_and_measured_elsewhere(run, tmp_path, capsys):
+    """The pictures of a file have its name; `evaluate`, whose table lies in a run folder, says what to do."""
+    ttf.load(run).save(tmp_path / "m.pt")
+    assert main(["sample", str(tmp_path / "m.pt"), "--n", "50"]) == 0
+    assert main(["sample", str(tmp_path / "m.pt"), "--n", "50", "--steps", "2"]) == 0
+    there = {"m.pt", "m-samples-1.png", "m-samples-2.png"}
+    assert {path.name for path in tmp_path.iterdir()} == there
+    assert capsys.readouterr().out == "".join(f"{tmp_path}/m-samples-{n}.png\n" for n in (1, 2))
+    fails(capsys, ["evaluate", tmp_path / "m.pt"], "m.pt: evaluate takes a run folder", "ttf.load(FILE).evaluate()")
+    assert {path.name for path in tmp_path.iterdir()} == there
+
+
 def test_a_table_of_an_earlier_step_is_not_taken_for_the_last(tmp_path, monkeypatch, capsys):
     """Stopped, evaluated, resumed, and killed before it was measured: resumed once more it is."""
     folder, real = tmp_path / "run", checkpoints.write_checkpoint

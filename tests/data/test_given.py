@@ -180,3 +180,49 @@ def test_what_was_trained_on_and_measured_against_is_said(capsys, tmp_path):
     assert not Stream([many]).held_out
     with pytest.raises(ValueError, match="needs at least 4 samples, got 3"):
         Table(many[:3], 4)
+
+
+@pytest.mark.parametrize(
+    "kinds, missing", [([1, 2, 3], 0), ([0, 5], 1), ([0, 1, 3], 2), ([10**9, 10**9 + 1], 0), ([0, 2**62], 1)]
+)
+def test_labels_with_gaps_are_refused_before_a_class_is_made_for_each(kinds, missing):
+    """Nothing would be trained on the missing one. What the message says to do is right."""
+    y = np.array(kinds)[np.arange(30) % len(kinds)]
+    told = rf"labels run from 0 to {max(kinds)}, but {missing} is missing: np.unique\(y, return_inverse=True\)\[1\] num"
+    for data in ((good, y), (torch.from_numpy(good), torch.from_numpy(y))):
+        with pytest.raises(ValueError, match=told):
+            ttf.fit(data, **QUICK)
+    table = Table(good, 4, labels=np.unique(y, return_inverse=True)[1])
+    assert table.classes == len(kinds) and table.labels.unique().tolist() == [*range(len(kinds))]
+    assert Stream([(good[:15], np.arange(15) % 2 * 5)]).classes == 6, "of a stream, others may come later"
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array], ids=["torch", "numpy"])
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_whole_numbers_that_float64_does_not_tell_apart_are_refused(make, dtype):
+    """2^53 and 2^53 + 1 are one number there. Less a constant they are what they were."""
+    kind, far = getattr(torch if make is torch.tensor else np, dtype), 2**53
+    told = r"whole numbers must lie between -2\^53 and 2\^53 to be told apart: subtract a constant first"
+    rows = [[far + 3 * i, i] for i in range(30)]
+    for step in (1, 2):
+        with pytest.raises(ValueError, match=told):
+            Table(make(rows[::step], dtype=kind), 4)
+    nearer = make([[far - 1 - 3 * i, i] for i in range(30)], dtype=kind)
+    assert in_units(Table(nearer, 4).table, Table(nearer, 4).scaling).tolist() == nearer.tolist()
+    stream = Stream([nearer] * 17 + [make(rows, dtype=kind)])
+    with pytest.raises(ValueError, match=told):
+        for step in range(18):
+            stream.batch(step)
+
+
+def test_sparse_tensors_are_refused_as_samples_and_as_labels():
+    x, y, told = (
+        torch.from_numpy(good),
+        torch.arange(30) % 2,
+        r"in a dense tensor, got torch.sparse_coo: x.to_dense\(\)",
+    )
+    for data in (x.to_sparse(), (x.to_sparse(), y), [x.to_sparse()] * 3):
+        with pytest.raises(ValueError, match=f"samples are real numbers {told} is one"):
+            ttf.fit(data, **QUICK)
+    with pytest.raises(ValueError, match=f"labels are whole numbers, other conditions numbers {told}"):
+        ttf.fit((x, y.to_sparse()), **QUICK)

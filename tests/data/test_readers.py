@@ -172,6 +172,17 @@ def test_hidden_folders_are_no_classes_and_empty_ones_are_named(tmp_path):
             find_pictures(tmp_path / "own")
 
 
+def test_endings_that_are_not_read_are_answered_with_those_that_are(tmp_path):
+    """As torchvision has them; a folder of .gif holds no images, one beside others is none."""
+    told = r".jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp are read$"
+    Image.new("P", (4, 4)).save(tmp_path / "a.gif")
+    with pytest.raises(ValueError, match=f"holds no images; it needs images, .*; {told}"):
+        find_pictures(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=f"a.gif: not an image; {told}"):
+        find_pictures(tmp_path)
+
+
 MODES = {  # what files of each kind hold; JPEG keeps no pixel as it is
     "png": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
     "tif": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B", "I", "F", "CMYK", "YCbCr", "LAB"),

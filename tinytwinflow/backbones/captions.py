@@ -7,15 +7,17 @@ shard only the rows of a batch are read, so a set larger than memory costs none.
 
 import hashlib
 import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..data.batches import mark_of, mine, rows_of_step
-from ..data.readers import Folder
+from ..data.readers import Folder, hidden, refuse_small
 from ..data.shards import place_of, shard_rows, write_index, write_shards
 from ..files import damage_named
 from ..method.conditions import join
@@ -33,23 +35,28 @@ def _text(path):
         raise ValueError(f"{path}: no UTF-8 text") from error
 
 
+def _seen(folder):
+    """The files of a folder by name, but hidden ones."""
+    return sorted(file for file in folder.iterdir() if not hidden(file.name))
+
+
 def read_prompts(path):
-    """Prompts from a .txt (one a line), a .jsonl (key "prompt") or a folder of NAME.txt (one each).
+    """Prompts from a .txt (one a line), a .jsonl (key "prompt") or a folder of NAME.txt (one each), hidden ones aside.
 
     -> list of dicts with the key "prompt", all other keys of the line, and from a folder "name". Blank lines at the end
     do not count. Raises ValueError that names the line if another is empty or no such thing.
     """
     path, records = Path(path), []
     if path.is_dir():
-        files = sorted(path.glob("*.txt"))
+        files = [file for file in _seen(path) if file.suffix.lower() == ".txt"]
         places, records = files, [{"prompt": _text(file).strip(), "name": file.stem} for file in files]
-    elif path.suffix in (".txt", ".jsonl") and path.is_file():
+    elif path.suffix.lower() in (".txt", ".jsonl") and path.is_file():
         text = _text(path)
         lines = text.rstrip().split("\n") if text.strip() else []  # splitlines() would cut a prompt at U+2028
         places = [f"{path}, line {i}" for i in range(1, len(lines) + 1)]
         for place, line in zip(places, lines):
             try:
-                records.append(json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()})
+                records.append(json.loads(line) if path.suffix.lower() == ".jsonl" else {"prompt": line.strip()})
             except json.JSONDecodeError as error:
                 raise ValueError(f"{place}: no JSON") from error
     elif path.exists():
@@ -68,24 +75,31 @@ def read_prompts(path):
 class Pairs(Folder):
     """A folder of images NAME.png (or .jpg, .jpeg, .webp), and beside each its caption, NAME.txt.
 
-    Read as a `Folder` is, with a caption, `prompts`, in place of a class. Raises ValueError if one is without the
-    other, or a caption is empty.
+    Hidden files do not count. Read as a `Folder` is, with a caption, `prompts`, in place of a class. Raises ValueError
+    if one is without the other, a caption is empty, or an image is smaller than size.
     """
 
     def __init__(self, folder, size):
-        files = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
+        files = _seen(Path(folder)) if Path(folder).is_dir() else []
         paths = [file for file in files if file.suffix.lower() in PICTURES]
-        stems, captions = [path.stem for path in paths], {file.stem for file in files if file.suffix == ".txt"}
-        if not stems:
+        captions = [file for file in files if file.suffix.lower() == ".txt"]
+        if not paths:
             raise ValueError(f"{folder}: holds no images ({', '.join(PICTURES)})")
-        odd = set(stems) ^ captions or {stem for stem in stems if stems.count(stem) > 1}
+        images, texts = (Counter(file.stem for file in part) for part in (paths, captions))
+        odd = [name for name in images | texts if not images[name] == texts[name] == 1]
         if odd:
             raise ValueError(f"{folder}: needs one image and one caption, NAME.txt, of each name, {min(odd)} has not")
-        self.prompts = [_text(path.with_suffix(".txt")).strip() for path in paths]
-        if not all(self.prompts):
-            raise ValueError(f"{paths[self.prompts.index('')].with_suffix('.txt')}: no prompt")
+        said = {file.stem: _text(file).strip() for file in captions}
+        for file in captions:
+            if not said[file.stem]:
+                raise ValueError(f"{file}: no prompt")
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
+        for path in paths:  # all, before hours of encoding
+            with damage_named(path, "cut short, or not an image"), Image.open(path) as image:
+                sides = image.size
+            refuse_small(path, sides, size)
+        self.prompts = [said[path.stem] for path in paths]
         self.paths, self.labels = paths, torch.arange(len(paths))
         self.folder, self.size, self.shape, self.pool = folder, size, (3, size, size), ThreadPoolExecutor()
 

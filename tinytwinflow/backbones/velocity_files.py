@@ -1,6 +1,7 @@
 """Files of backbones: folders that diffusers reads and writes, and beside the weights what `Velocity` adds to them."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from .families import diffusers_class, family_of
 from .velocity import Velocity
 
 EXTRA, WEIGHTS_FILE = "twinflow.safetensors", "diffusion_pytorch_model.safetensors"
+LEARN = ("F16", "BF16", "F32", "F64")  # kinds of number, as safetensors calls them, that weights are trained from
 
 
 def load_velocity(path, dtype=torch.float32):
@@ -17,9 +19,10 @@ def load_velocity(path, dtype=torch.float32):
 
     These come from `twinflow.safetensors`, see `save_velocity`, or from among the weights, where the authors publish
     them; they stay at zero if they are in neither. Raises ValueError if the folder holds no such model, its weights do
-    not fit it, or the scheduler beside it is not of flow matching.
+    not fit it, are not finite or of a kind that does not learn, or the scheduler beside it is not of flow matching.
     """
     folder, kind, model = _found(path)
+    _refuse_quantised(folder)
     from diffusers.utils import logging
 
     level = logging.get_verbosity()
@@ -34,6 +37,9 @@ def load_velocity(path, dtype=torch.float32):
     strange = [name for name in about["unexpected_keys"] if not name.startswith(net.family.roots())]
     if about["missing_keys"] or strange:
         raise ValueError(f"{folder}: weights of another model ({[*about['missing_keys'], *strange][0]} does not fit)")
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"{folder}: weight {name} holds NaN or infinity in {str(value.dtype)[6:]}")
     weights = _extra_weights(folder, net.family)
     if weights:
         with_twin = any(name.startswith(net.family.names()[1]) for name in weights)
@@ -83,25 +89,43 @@ def _found(path):
     return folder, kind, diffusers_class(kind, folder)
 
 
+def _refuse_quantised(folder):
+    """Raise ValueError that names the first tensor of a kind of number that does not learn: it would be cast."""
+    for path in _weight_files(folder):
+        with _opened(path) as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        for name, kind in kinds.items():
+            if kind not in LEARN:
+                raise ValueError(f"{path}: {name} is {kind}, and weights to learn from are {', '.join(LEARN)}")
+
+
 def _extra_tensors(net, with_twin=True):
     """The tensors of emb_r, and of emb_twin, by their names in a file."""
     new = zip(net.family.names(), (net.r_embedder, net.twin_embedder) if with_twin else (net.r_embedder,))
     return {f"{name}.{key}": value for name, module in new for key, value in module.state_dict().items()}
 
 
-def _extra_weights(folder, family):
-    """What a folder holds of the extra embedders, by name."""
+@contextmanager
+def _opened(path):
+    """A safetensors file to read from; what is wrong with it is said in one line."""
     from safetensors import safe_open
 
+    with damage_named(path, "no safetensors file, or a damaged one"), safe_open(path, "pt") as file:
+        yield file
+
+
+def _weight_files(folder):
+    """The safetensors files of a folder that are read: the model's, one or several, and that beside them."""
     index = folder / (WEIGHTS_FILE + ".index.json")
-    if (folder / EXTRA).is_file():
-        files = [folder / EXTRA]
-    else:
-        with damage_named(index):
-            parts = read_json(index, "diffusers model")["weight_map"].values() if index.is_file() else [WEIGHTS_FILE]
-            files = [folder / name for name in sorted(set(parts)) if (folder / name).is_file()]
+    with damage_named(index):
+        parts = read_json(index, "diffusers model")["weight_map"].values() if index.is_file() else [WEIGHTS_FILE]
+        return [folder / name for name in sorted({*parts, EXTRA}) if (folder / name).is_file()]
+
+
+def _extra_weights(folder, family):
+    """What a folder holds of the extra embedders, by name."""
     weights = {}
-    for name in files:
-        with damage_named(name, "no safetensors file, or a damaged one"), safe_open(name, "pt") as file:
+    for path in [folder / EXTRA] if (folder / EXTRA).is_file() else _weight_files(folder):
+        with _opened(path) as file:
             weights |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(family.roots())}
     return weights

@@ -101,7 +101,8 @@ def run_settings(args):
 def run_sample(args):
     if args.n is not None and args.n < 1:
         raise ValueError(f"--n must be at least 1, got {args.n}")
-    out = Path(args.out or Path(args.folder) / f"samples-{args.steps}.png")
+    place, name = Path(args.folder), f"samples-{args.steps}.png"
+    out = Path(args.out or (place.with_name(f"{place.stem}-{name}") if place.is_file() else place / name))
     if out.suffix not in (".png", ".npy"):
         raise ValueError(f"--out takes FILE.png or FILE.npy, got {out}")
     model = load(args.folder, device_of(args.device))
@@ -137,6 +138,8 @@ def run_encode(args):
 
 
 def run_evaluate(args):
+    if Path(args.folder).is_file():
+        raise ValueError(f"{args.folder}: evaluate takes a run folder; of a file, ttf.load(FILE).evaluate() does so")
     device = device_of(args.device)
     show(args.folder, *evaluate(trained(args.folder, device), device=device))
 

@@ -59,6 +59,8 @@ def _real(x, what, kinds="iuf"):
     """An array or tensor as a tensor on the CPU. Raises ValueError unless its numbers are of some kinds of numpy's."""
     if np.ma.is_masked(x):
         raise ValueError(f"{what}, some are masked")
+    if torch.is_tensor(x) and x.layout != torch.strided:
+        raise ValueError(f"{what} in a dense tensor, got {x.layout}: x.to_dense() is one")
     if torch.is_tensor(x):
         fits = not (x.is_complex() or x.is_quantized or x.dtype == torch.bool and "b" not in kinds)
     else:
@@ -87,6 +89,14 @@ def _condition(y, n):
     return y, int(y.max()) + 1
 
 
+def _double(x):
+    """Samples in float64. Raises ValueError for whole numbers that it does not tell apart."""
+    whole = x.double()
+    if x.dtype in (torch.int64, torch.uint64) and (whole.abs() >= 2**53).any():
+        raise ValueError("whole numbers must lie between -2^53 and 2^53 to be told apart: subtract a constant first")
+    return whole
+
+
 class Scaled:
     """What all have in common: a standardisation, and the type that samples go back to."""
 
@@ -95,9 +105,10 @@ class Scaled:
     def measure(self, x, like):
         """Take shape, mean, spread and type from samples.
 
-        Raises ValueError if one is not finite, or a spread is below the rounding of the numbers or beyond float64.
+        Raises ValueError if one is not finite, or beyond 2^53 as a whole number, or a spread is below the rounding of
+        the numbers or beyond float64.
         """
-        self.shape, whole = tuple(x.shape[1:]), x.double()
+        self.shape, whole = tuple(x.shape[1:]), _double(x)
         if not whole.isfinite().all():
             raise ValueError(f"row {int((~whole.isfinite().flatten(1).all(1)).nonzero()[0])} holds NaN or infinity")
         if x.dtype == torch.uint8 and x.ndim == 4:
@@ -122,15 +133,15 @@ class Scaled:
 
     def standardise(self, x):
         """From the units of the data to spread one, float32."""
-        return ((x.double() - self.mean) / self.std).float()
+        return ((_double(x) - self.mean) / self.std).float()
 
 
 class Table(Scaled):
     """Rows held in memory, (n, D) or (n, C, H, W), shuffled once an epoch, batches running on over its end.
 
     One in twenty is held out, to be measured against, from 240 rows on, with many classes from more. Of fewer, or where
-    a class would not be trained on, all are trained on, and measured against. labels: (n,) whole numbers from 0 on, or
-    another condition of n rows. part = (rank, size): of each batch, one process's rows.
+    a class would not be trained on, all are trained on, and measured against. labels: (n,) whole numbers from 0 on
+    without gaps, or another condition of n rows. part = (rank, size): of each batch, one process's rows.
     """
 
     def __init__(self, x, batch_size, seed=0, part=(0, 1), labels=None):
@@ -139,6 +150,7 @@ class Table(Scaled):
             raise ValueError(f"needs at least 4 samples, got {len(table)}")
         self.batch_size, self.seed, self.part = batch_size, seed, part
         self.labels, self.classes = _condition(labels, len(table))
+        self._refuse_gaps()
         self.measure(table, x)
         self.table = self.standardise(table)
         some = spread(len(table))
@@ -152,6 +164,16 @@ class Table(Scaled):
             self.held_out &= len(self.labels[~apart].unique()) == len(self.labels.unique())
         if self.held_out:
             self.rows, self.apart = self.rows[~apart], self.rows[apart]
+
+    def _refuse_gaps(self):
+        """Raise ValueError if a label is missing: nothing would be trained on it."""
+        there = self.labels.unique() if self.classes else ()
+        if len(there) < self.classes:
+            missing = int((there != torch.arange(len(there))).nonzero()[0])
+            raise ValueError(
+                f"labels run from 0 to {self.classes - 1}, but {missing} is missing: "
+                "np.unique(y, return_inverse=True)[1] numbers them without gaps"
+            )
 
     def batch(self, step):
         """Samples (batch_size, *D) and their condition or None of one step."""

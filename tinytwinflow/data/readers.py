@@ -27,6 +27,7 @@ GET = {
     "cifar10": "torchvision.datasets.CIFAR10({0!r}, download=True)",
 }
 IMAGE_SETS = tuple(GET)
+READ = f"{', '.join(IMG_EXTENSIONS)} are read"
 
 
 def to_unit(pixels):
@@ -145,6 +146,12 @@ def read_picture(path):
     return image.convert("RGB")
 
 
+def refuse_small(path, sides, size):
+    """Raise ValueError if a picture is smaller than size x size.  sides: width, height"""
+    if min(sides) < size:
+        raise ValueError(f"{path}: {sides[0]} x {sides[1]} pixels, smaller than size {size}")
+
+
 def _grey(path, image):
     """Grey of 16 bits or of floats as grey of 8 bits."""
     pixels, top = np.asarray(image).astype(np.float64), 1 if image.mode == "F" else 65535
@@ -163,21 +170,24 @@ def find_pictures(folder):
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
-    there = sorted(entry for entry in Path(folder).iterdir() if not _hidden(entry.name))
+    there = sorted(entry for entry in Path(folder).iterdir() if not hidden(entry.name))
     classes = [entry for entry in there if entry.is_dir()]
     loose = [str(entry) for entry in there if entry not in classes]
     parts = [_files_in(entry) for entry in classes] or [loose]
     for place, part in zip(classes or [folder], parts):
         if not any(map(_is_picture, part)):
-            raise ValueError(f"{place}: holds no images; it needs images, or a folder for each class with images in it")
+            raise ValueError(
+                f"{place}: holds no images; it needs images, or a folder for each class with images in it; {READ}"
+            )
     paths = [path for part in parts for path in part]
     odd = [*(loose if classes else []), *(path for path in paths if not _is_picture(path))]
     if odd:
-        raise ValueError(f"{odd[0]}: not an image{' in a folder of a class' if classes else ''}")
+        raise ValueError(f"{odd[0]}: not an image{' in a folder of a class' if classes else ''}; {READ}")
     return paths, [label for label, part in enumerate(parts) for _ in part], len(classes)
 
 
-def _hidden(name):
+def hidden(name):
+    """Whether a file or a folder of this name does not count."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -188,8 +198,8 @@ def _is_picture(path):
 def _files_in(folder):
     """All files in a folder and the folders inside, but hidden ones."""
     walk = sorted(os.walk(folder, followlinks=True))
-    seen = [(here, names) for here, _, names in walk if not any(map(_hidden, Path(here).relative_to(folder).parts))]
-    return [os.path.join(here, name) for here, names in seen for name in sorted(names) if not _hidden(name)]
+    seen = [(here, names) for here, _, names in walk if not any(map(hidden, Path(here).relative_to(folder).parts))]
+    return [os.path.join(here, name) for here, names in seen for name in sorted(names) if not hidden(name)]
 
 
 class Folder:
@@ -216,8 +226,7 @@ class Folder:
     def _one(self, row):
         path = self.paths[row]
         image = read_picture(path)
-        if min(image.size) < self.size:
-            raise ValueError(f"{path}: {image.width} x {image.height} pixels, smaller than size {self.size}")
+        refuse_small(path, image.size, self.size)
         return tv.pil_to_tensor(tv.center_crop(tv.resize(image, self.size, antialias=True), self.size))
 
     def read(self, rows, generator):
