@@ -252,16 +252,6 @@ def test_wrong_arguments_of_the_front_door_are_told_in_one_line(tmp_path):
     assert model.sample(np.int64(5)).shape == (5, 2)
 
 
-def test_a_label_stands_for_no_condition_as_its_tensor_does():
-    net, x, label = ttf.nets.MLP(2, 8, 1, classes=2), torch.randn(6, 2), torch.tensor([0, 1] * 3)
-    torch.nn.init.normal_(net.out.weight)
-    totals = []
-    for null in (2, np.int64(2), torch.tensor(2), torch.tensor([2]), [2]):
-        draw = torch.Generator().manual_seed(0)
-        totals.append(ttf.TwinFlowLoss(guidance=1.0)(net, x, label, null=null, generator=draw).total.item())
-    assert len(set(totals)) == 1
-
-
 def test_a_notebook_shows_samples_and_plots_of_ones_own_stay():
     import matplotlib
 
