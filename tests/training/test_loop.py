@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinytwinflow import Losses, TwinFlowLoss, peers
@@ -24,7 +24,7 @@ from tinytwinflow.runs.recipes import configured
 from tinytwinflow.runs.run import begin, finish, steps
 from tinytwinflow.training import ema
 from tinytwinflow.training.checkpoints import write_checkpoint
-from tinytwinflow.training.loop import autocast, learning_rate, loss_of_batch, train
+from tinytwinflow.training.loop import OPTIONS, autocast, learning_rate, loss_of_batch, train
 from tinytwinflow.training.state import new_state
 
 SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "base_steps=0", "eval_samples=64"]
@@ -141,6 +141,17 @@ class Given:
         return Losses(total - total.detach() + self.value, *torch.zeros(4))
 
 
+def test_options_have_the_values_of_the_recipe_for_points():
+    """Those of README's first command: a quarter of the steps flow matching, 35 in 100 the base alone."""
+    defaults = {"steps": 2000, "warmup_steps": 500, "base_steps": 700, "ema": 0.999, "teacher_ema": 0.99}
+    defaults |= {"label_dropout": 0.1, "accumulate": 1, "clip_norm": None, "precision": "float32"}
+    assert {name: option.default for name, option in OPTIONS.items()} == defaults
+    in_steps = {name for name, option in OPTIONS.items() if option.unit == "steps"}
+    assert in_steps == {"steps", "warmup_steps", "base_steps"}
+
+
+@example(1.5e5, 0.0, 1)
+@example(0.99e5, 0.0, 2)
 @given(st.floats(-1e8, 1e8), st.floats(0.0, 30.0), st.sampled_from([1, 2]))
 def test_training_stops_just_where_a_term_is_plainly_too_large(value, spread, accumulate):
     """Above 1e5 (1 + mean of x^2), whatever its sign; the largest of healthy runs, SiD's spikes, stay below 1e4."""
