@@ -102,6 +102,11 @@ def test_steps_alone_and_measured_later(tmp_path, capsys):
     assert main(["train", "toy", "--set", *SMALL, "--resume", "--out", str(folder)]) == 0
     assert "measuring; --set eval_samples=N takes fewer" in capsys.readouterr().out
     assert check_metrics(folder) >= {("twinflow", 1), ("twinflow", 4)}
+    (folder / "samples.png").rename(folder / "samples.png.tmp")  # as if it had been killed while it drew
+    assert main(["train", "toy", "--set", *SMALL, "--resume", "--out", str(folder)]) == 0
+    assert (folder / "samples.png").exists() and not (folder / "samples.png.tmp").exists()
+    assert main(["train", "toy", "--set", *SMALL, "--resume", "--out", str(folder)]) == 0
+    assert "was measured" in capsys.readouterr().out
 
 
 def test_help_and_version_say_what_there_is(capsys):

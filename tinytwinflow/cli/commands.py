@@ -21,7 +21,7 @@ from ..runs.evaluate import evaluate
 from ..runs.folder import backbone_of, condition_of, painter, read_config, read_log, trained
 from ..runs.methods import entry, known_methods
 from ..runs.recipes import configured
-from ..runs.run import begin, finish, resume
+from ..runs.run import RESULTS, begin, finish, resume
 from ..runs.settings import listed, loss_of, method_of
 from ..training.checkpoints import has_checkpoint
 from ..training.distributed import COMPILE, device_of, first, joined, refuse_graphs
@@ -68,7 +68,7 @@ def run_train(args):
             run = resume(folder, device, world)
         else:
             run = begin(config, folder, device, world, measured=not args.unmeasured)
-        measured = run.state.step >= run.config["steps"] and (folder / "metrics.json").exists()
+        measured = run.state.step >= run.config["steps"] and all((folder / name).exists() for name in RESULTS)
         finish(run)
     if world is not None and world.rank > 0:
         return

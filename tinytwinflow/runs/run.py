@@ -30,6 +30,8 @@ from .checks import refuse_misfits, same_data
 from .folder import Trained, read_config, read_log, sampled
 from .settings import loss_of
 
+RESULTS = ("metrics.json", "samples.png")  # of a measured run, in the order in which they are written
+
 
 @dataclass
 class Run:
@@ -116,8 +118,9 @@ def steps(run):
     options = {name: config[name] for name in OPTIONS}
     if run.writes:
         _cut_log(run.folder, run.state.step)
-        if run.state.step < config["steps"]:  # a table of an earlier step; the end of training writes it anew
-            (run.folder / "metrics.json").unlink(missing_ok=True)
+        if run.state.step < config["steps"]:  # results of an earlier step; the end of training writes them anew
+            for name in RESULTS:
+                (run.folder / name).unlink(missing_ok=True)
     with read_ahead(data) as read:
 
         def batch(step):
