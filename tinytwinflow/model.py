@@ -18,10 +18,10 @@ from .evaluation.pictures import draw_one
 from .evaluation.tables import run_table
 from .files import load_weights, read_checkpoint
 from .ranges import plain
-from .runs.build import OWN, net_of
+from .runs.build import OWN
 from .runs.choice import choose
 from .runs.evaluate import evaluate
-from .runs.folder import Trained, checked, condition_of, read_config, refuse_backbone, sampled, trained
+from .runs.folder import Trained, checked, condition_of, net_again, read_config, refuse_backbone, sampled, trained
 from .runs.run import begin, finish, resume
 from .runs.settings import SETTINGS, method_of, mode_of
 from .training.checkpoints import NAME, check_about, write_checkpoint
@@ -152,6 +152,6 @@ def load(path, device="cpu", net=None):
     refuse_backbone(path, config)
     saved = {"step": content["step"], "data": content["data"]}
     folder = path.parent if path.name == NAME else None
-    net = net_of(config, saved["data"]["shape"], saved["data"]["classes"]) if net is None else net
+    net = net_again(config, saved, path) if net is None else net
     load_weights(net, content["average"], path)
     return Model(Trained(net.to(device).requires_grad_(False).eval(), config, saved, folder), device=device)

@@ -284,3 +284,16 @@ def test_pieces_keep_a_mean_that_is_zero(tmp_path):
     (folder / sharded.ABOUT).write_text(json.dumps({"step": 3, "size": 1, "data": data}))
     found = sharded.about(folder)["data"]
     assert found["mean"].equal(torch.tensor(0.0, dtype=torch.float64)) and found["std"] == 1
+
+
+def test_a_note_of_the_data_that_was_cut_is_told_in_one_line(tmp_path):
+    x = RNG.normal(size=(50, 2))
+    known = known_of(Table(x, 8))
+    with pytest.raises(ValueError, match="the mean of column 1 was .*, is now "):
+        same_data(Table(x, 8), known | {"mean": known["mean"][:1], "std": known["std"][:1]}, "run")
+    ttf.fit(x, steps=1, warmup_steps=0, base_steps=0, batch_size=8).save(tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt")
+    content["data"] |= {"shape": [1, 4, 4], "mean": None, "std": None}
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt: net 'mlp' does not fit samples of shape \(1, 4, 4\)"):
+        ttf.load(tmp_path / "model.pt")

@@ -68,7 +68,8 @@ def same_data(data, known, folder):
             differs = differs or f"{name} was {known[name]}, is now {now.get(name)}"
     if differs is None and known.get("mean") is not None:
         for name in ("mean", "std"):
-            was, new, scale = (value.cpu().double().flatten() for value in (known[name], now[name], known["std"]))
+            values = torch.broadcast_tensors(known[name].cpu(), now[name].cpu(), known["std"].cpu())
+            was, new, scale = (value.double().flatten() for value in values)
             off = ((new - was).abs() > (0.5 if streamed else 1e-6) * scale).nonzero().flatten().tolist()
             if off and differs is None:
                 differs = f"the {name} of column {off[0]} was {was[off[0]]:.6g}, is now {new[off[0]]:.6g}"

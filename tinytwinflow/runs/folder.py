@@ -82,11 +82,18 @@ def trained(folder, device="cpu", net=None):
     config = read_config(folder)
     refuse_backbone(folder, config)
     saved, path = read_saved(folder, "average")
-    if net is None:
-        net = net_of(config, saved["data"]["shape"], saved["data"]["classes"])
+    net = net_again(config, saved, path) if net is None else net
     fill_from(saved, path, "average", net.state_dict())
     saved = {"step": saved["step"], "data": saved["data"]}
     return Trained(net.to(device).requires_grad_(False).eval(), config, saved, Path(folder))
+
+
+def net_again(config, saved, path):
+    """The network that a checkpoint is of, without its weights. Raises ValueError that names it if there is none."""
+    try:
+        return net_of(config, saved["data"]["shape"], saved["data"]["classes"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def refuse_backbone(folder, config):
