@@ -53,10 +53,13 @@ class Run:
     def in_pieces(self):
         return self.config["parallel"] != "ddp"
 
-    def keep(self):
-        """Write a checkpoint. Raises FloatingPointError, and leaves the last one, if the samples are plainly astray."""
+    def keep(self, x=None):
+        """Write a checkpoint. Raises FloatingPointError, and leaves the last one, if the samples are plainly astray.
+
+        x: the samples of `look`, where they have been made.
+        """
         if self.folder is not None:
-            if self.state.step and not (width := look(self).square().mean()) < ASTRAY:
+            if self.state.step and not (width := (look(self) if x is None else x).square().mean()) < ASTRAY:
                 raise FloatingPointError(
                     f"step {self.state.step}: samples have spread {width.sqrt():.3g}, data have 1; lower lr"
                 )
@@ -212,13 +215,13 @@ def _leave(run, record):
         log = run.folder / "log.jsonl"
         with full_disk_named(log), open(log, "a") as file:
             file.write(json.dumps(record) + "\n")
-    final = "model" in config and last  # of others, `evaluate` draws the last
+    x, final = None, "model" in config and last  # of others, `evaluate` draws the last
     if final or step % config.get("sample_every", config["steps"] + 1) == 0:
         x, name = look(run), "samples.png" if final else f"samples-{step:06d}.png"
         if run.writes:
             draw_one(run.folder / name, x.numpy(), f"step {step}, 1 NFE")
     if step % config["checkpoint_every"] == 0 or last:
-        run.keep()
+        run.keep(x)
 
 
 def look(run):
