@@ -25,7 +25,7 @@ from tinytwinflow.runs.recipes import configured
 from tinytwinflow.runs.settings import loss_of
 from tinytwinflow.training import sharded
 from tinytwinflow.training.loop import train
-from tinytwinflow.training.state import adamw
+from tinytwinflow.training.optimizers import optimizer_of
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -224,7 +224,7 @@ def test_the_loss_of_adapters_falls(kind):
     last = "model.all_final_layer.2-1" if kind == "ZImageTransformer2DModel" else "model.proj_out"
     lora.add(net, large.linear_layers(net), 4, also=("r_embedder", "twin_embedder", last))
     x, cond = latents(16, 4, 4) * 0.1 + 1, given_cond(net, 16)
-    loss, optimizer = TwinFlowLoss(order=1, share=0.5, one_step_share=0.5), adamw(net, 1e-2)
+    loss, optimizer = TwinFlowLoss(order=1, share=0.5, one_step_share=0.5), optimizer_of([net], 1e-2)
 
     def now():
         with torch.no_grad():

@@ -4,7 +4,8 @@ import torch
 
 from ..training.ema import warmed_up
 from ..training.in_backward import in_backward
-from ..training.state import WEIGHT_DTYPES, State, adamw, new_state
+from ..training.optimizers import optimizer_of
+from ..training.state import WEIGHT_DTYPES, State, new_state
 from . import lora
 from .velocity_files import load_structure, load_velocity
 
@@ -73,7 +74,7 @@ def backbone_state(net, config, place, helpers=None):
         device = next(net.parameters()).device
         generator, none = torch.Generator(device).manual_seed(config["seed"]), torch.nn.ModuleDict()
         if config["lora_rank"]:
-            average, optimizer = lora.average(net), adamw(net, config["lr"])
+            average, optimizer = lora.average(net), optimizer_of([net], config["lr"])
             return LowRank(net, average, average, optimizer, generator, none, original=lora.original(net))
         trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         optimizer = in_backward(trained, config["lr"], seed=config["seed"])

@@ -15,7 +15,7 @@ from ..nets import MLP, dit
 from ..training.distributed import compile_as
 from ..training.ema import average_of, update
 from ..training.loop import autocast
-from ..training.state import adamw
+from ..training.optimizers import optimizer_of
 
 
 def synchronize(device):
@@ -68,7 +68,7 @@ def training_steps(net, losses, shape, batch_size, device, precision):
     """Functions that each take one whole training step with one of the losses: forward, backward, optimiser, moving
     average as teacher. They share one network, so that the memory is that of one."""
     average = average_of(net)
-    optimizer = adamw(net, lr=1e-6)
+    optimizer = optimizer_of([net], lr=1e-6)
     x = torch.randn(batch_size, *shape, device=device)
     cond = torch.randint(net.classes, (batch_size,), device=device)
     null = torch.tensor([net.classes], device=device)

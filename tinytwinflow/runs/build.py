@@ -127,7 +127,8 @@ def state_of(config, data, device="cpu", world=None, fresh=True, net=None):
     if "model" in config:
         state = backbone_state(net, config, place)
     else:
-        state = new_state(net, config["lr"], seed=config["seed"], helpers=getattr(loss, "helpers", None), place=place)
+        more = {"helpers": getattr(loss, "helpers", None), "place": place, "muon_lr": config["muon_lr"]}
+        state = new_state(net, config["lr"], seed=config["seed"], **more)
     if in_pieces and (fresh or config.get("lora_rank")):  # a checkpoint of adapters does not hold the backbone
         deal_out(state.net, first_net(config, data).state_dict() if world.rank == 0 else {})
         state.restart()

@@ -5,9 +5,21 @@ from ..ranges import plain
 from .settings import BACKBONE, LOSS, PLACING, SETTINGS, TRAINING, check
 
 OF_LOSS = tuple(name for name in LOSS if name != "data_free")
-COMMON = ("data", "conditional", "init_from", *TRAINING, *PLACING, *OF_LOSS, "log_every", "checkpoint_every")
-OF_POINTS = (*COMMON, "net", "width", "depth", "sharp", "eval_samples")
-OF_IMAGES = (*COMMON, "net", "size", "data_dir", "flip", "subset", "features", "sample_every", "eval_samples")
+OF_TRAINING = tuple(name for name in TRAINING if name != "muon_lr")
+COMMON = ("data", "conditional", "init_from", *OF_TRAINING, *PLACING, *OF_LOSS, "log_every", "checkpoint_every")
+OF_POINTS = (*COMMON, "muon_lr", "net", "width", "depth", "sharp", "eval_samples")
+OF_IMAGES = (
+    *COMMON,
+    "muon_lr",
+    "net",
+    "size",
+    "data_dir",
+    "flip",
+    "subset",
+    "features",
+    "sample_every",
+    "eval_samples",
+)
 FOR_IMAGES = {"conditional": True, "clip_norm": 1.0, "log_every": 10, "eval_samples": 10000}
 
 

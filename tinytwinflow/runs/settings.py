@@ -33,6 +33,7 @@ TRAINING = {
     "seed": setting(0, "of weights, batches and noise", "[0, 9223372036854775807]"),
     "batch_size": setting(512, "samples a step, of all processes together", "[1, inf)", unit="samples"),
     "lr": setting(2.5e-3, "learning rate of AdamW at its highest", "(0, inf)"),
+    "muon_lr": setting(None, "that of Muon on inner matrices; None: AdamW for all", "(0, inf)", kind=float, none=True),
     "method": setting("twinflow", "the loss", choices=lambda: ("twinflow", *peers.PEERS)),
     "peer": setting({}, "settings of a method that is not twinflow, fields of its class in peers/"),
     **OPTIONS,

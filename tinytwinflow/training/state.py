@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .ema import average_of, update, warmed_up
+from .optimizers import optimizer_of
 
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -69,18 +70,10 @@ class State:
         self.step = saved["step"]
 
 
-def adamw(net, lr, betas=(0.9, 0.99), helpers=()):
-    """AdamW without weight decay (Table 6), for all weights that learn in a few kernels."""
-    how = {"fused": True} if next(net.parameters()).device.type == "cuda" else {"foreach": True}
-    groups = [{"params": [p for p in net.parameters() if p.requires_grad]}]
-    groups += [{"params": list(helper.parameters())} for helper in helpers]
-    for group in groups:
-        group["initial_lr"] = lr
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0, **how)
-
-
-def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None, place=lambda net: net, one_average=False):
-    """Start of training: AdamW, the averages equal to the network.
+def new_state(
+    net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None, place=lambda net: net, one_average=False, muon_lr=None
+):
+    """Start of training: the optimiser, see `optimizer_of`, and the averages equal to the network.
 
     helpers: of a peer's loss, name -> kind; see `peers`. one_average: to sample from and to teach. place: what is
     done to each network before the optimiser is made, see `distributed.prepare`.
@@ -95,6 +88,7 @@ def new_state(net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None, place=lambd
     teacher = average if one_average else average_of(net)
     for network in dict.fromkeys((net, average, teacher, *made.values())):
         place(network)
-    optimizer = adamw(net, lr, betas, [made[name] for name, kind in kinds.items() if kind != "frozen"])
+    learning = [net, *(made[name] for name, kind in kinds.items() if kind != "frozen")]
+    optimizer = optimizer_of(learning, lr, muon_lr, betas)
     generator = torch.Generator(next(net.parameters()).device).manual_seed(seed)
     return State(net, average, teacher, optimizer, generator, made)
