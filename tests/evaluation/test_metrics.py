@@ -94,7 +94,7 @@ def test_the_limit_of_one_gaussian_is_that_of_chi_squared(dim, limit):
 
 @pytest.mark.parametrize("spread", [0.6, 3.0])
 def test_the_limit_of_components_that_overlap_is_what_many_draws_of_them_say(spread):
-    """Broad ones with a narrow one between them, far into each other or nearly one: a million draws, counted by hand."""
+    """Broad ones with a narrow one between them, far into each other: a million draws, counted by hand."""
     means, spreads = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.3]]).double(), torch.tensor([1, 1, 0.3]) * spread
     mixture = GaussianMixture(means, [float(s) ** 2 * np.eye(2) for s in spreads], [0.5, 0.3, 0.2])
     x = mixture.sample(1_000_000, torch.Generator().manual_seed(9))
@@ -279,6 +279,7 @@ def test_all_metrics_of_points_are_those_of_above():
     y[5000:] -= 1e4
     expected = {
         "sliced_wasserstein": metrics.sliced_wasserstein(x, y, projections=256, seed=0),
+        "off_data": metrics.off_data(x, y),
         "energy_distance": metrics.energy_distance(x[:5000], y[:5000]),
         "diversity": metrics.diversity(x[:1000], torch.zeros(1000)),
     }
@@ -286,20 +287,25 @@ def test_all_metrics_of_points_are_those_of_above():
     assert found.keys() == expected.keys() and found["diversity"] == pytest.approx(torch.pdist(x[:5000]).mean().item())
     assert found["sliced_wasserstein"] == expected["sliced_wasserstein"] > 100
     assert found["energy_distance"] == expected["energy_distance"] < 0.1
+    assert found["off_data"] == expected["off_data"] < 0.01
+    assert metrics.measure_points(x, y, y + 1e3)["off_data"] == 5000 / 5002
     assert found["diversity"] == pytest.approx(expected["diversity"], rel=0.05)
     mixture = GaussianMixture([[0.0, 0.0], [50.0, 0.0]], [np.eye(2)] * 2)
     assert metrics.measure_points(x[:100], y[:100], mixture)["coverage"] == 0.5
+    assert metrics.measure_points(x[:100], y[:100], mixture)["off_data"] == metrics.off_data(x[:100], mixture)
 
 
 def test_all_metrics_of_images_are_those_of_above():
     """Frechet distance of all, neighbours on the first 5,000; what needs labels or a classifier where there is one."""
     x, y = (gaussian(torch.zeros(2).double(), torch.eye(2).double(), 5001, seed) for seed in range(2))
     x[5000], y[5000] = 1e3, -1e3
-    expected = {"frechet": metrics.frechet(x, y), **metrics.precision_recall_coverage(x[:5000], y[:5000])}
+    expected = {"frechet": metrics.frechet(x, y), "off_data": metrics.off_data(x[:5000], y[:5000])}
+    expected |= {**metrics.precision_recall_coverage(x[:5000], y[:5000])}
     assert metrics.measure_images(x, None, y) == expected and expected["coverage"] < 1
     some, label, real = x[:50], (x[:50, 1] > x[:50, 0]).long(), y[:60]
     diversity = {"diversity": metrics.diversity(some, label)}
-    own = {"frechet": metrics.frechet(some, real), **metrics.precision_recall_coverage(some, real), **diversity}
+    own = {"frechet": metrics.frechet(some, real), "off_data": metrics.off_data(some, real)}
+    own |= {**metrics.precision_recall_coverage(some, real), **diversity}
     assert metrics.measure_images(some, label, real) == own
 
     class Net:
@@ -307,7 +313,13 @@ def test_all_metrics_of_images_are_those_of_above():
 
     share = sum(max(a, b, 1.0) == (b if k else a) for (a, b), k in zip(some.tolist(), label.tolist())) / 50
     assert metrics.measure_images(some, label, real, Net) == {**own, "accuracy": share} and 0 < share < 1
-    assert metrics.measure_images(some, None, real, Net).keys() == {"frechet", "precision", "recall", "coverage"}
+    assert metrics.measure_images(some, None, real, Net).keys() == {
+        "frechet",
+        "off_data",
+        "precision",
+        "recall",
+        "coverage",
+    }
 
 
 def test_more_rows_than_one_piece_of_a_computation():

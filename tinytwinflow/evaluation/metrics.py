@@ -146,6 +146,11 @@ def off_data(x, data):
 
     data: a GaussianMixture, or many real samples (m, D), see `limit_of`. Fresh real samples have about 0.001. Unlike a
     distance of distributions it sees a bridge between two modes, and not how the mass is shared out among them.
+
+    Its relation to precision, which asks whether a sample lies in the ball of a real one that reaches to the k-th
+    nearest other: the limit is the radius that all but one in a thousand of these balls have at most for k = 1, and
+    here all balls have that one radius. So precision counts what is rarer than the data around it, off_data what is far
+    from all data; by k = 1 what is off data lies in no ball but the largest one in a thousand.
     """
     return strays(x, data).double().mean().item()
 
@@ -210,29 +215,33 @@ def diversity(x, label):
     return torch.stack(means).mean().item()
 
 
-def measure_points(samples, real, mixture=None):
+def measure_points(samples, real, near=None):
     """All metrics of a set of points.  (n, D), (n, D) -> dict.
 
-    The energy distance is taken on the first 5,000 of each; diversity is the mean distance of two of the first 5,000
-    samples, to be set against that of real data; coverage is given where the mixture is known.
+    near: the data as `off_data` takes them, a GaussianMixture or many real samples, by default `real`. The energy
+    distance is taken on the first 5,000 of each; diversity is the mean distance of two of the first 5,000 samples, to
+    be set against that of real data; coverage is given where the mixture is known.
     """
     values = {
         "sliced_wasserstein": sliced_wasserstein(samples, real),
+        "off_data": off_data(samples, real if near is None else near),
         "energy_distance": energy_distance(samples[:5000], real[:5000]),
         "diversity": torch.pdist(samples[:5000]).mean().item(),
     }
-    if mixture is not None:
-        values["coverage"] = coverage(samples, mixture)
+    if isinstance(near, GaussianMixture):
+        values["coverage"] = coverage(samples, near)
     return values
 
 
 def measure_images(x, label, real, net=None):
     """All metrics of a set of images from their features.  (n, D), (n,) or None, (m, D) -> dict.
 
-    Neighbours on the first 5,000 of each; with labels, diversity within a class, and, given the classifier
-    `net`, accuracy: the share that it gives the label they were made for.
+    Neighbours, those of off_data too, on the first 5,000 of each; with labels, diversity within a class, and, given
+    the classifier `net`, accuracy: the share that it gives the label they were made for.
     """
-    values = {"frechet": frechet(x, real), **precision_recall_coverage(x[:5000], real[:5000])}
+    some, of_real = x[:5000], real[:5000]
+    values = {"frechet": frechet(x, real), "off_data": off_data(some, of_real)}
+    values |= precision_recall_coverage(some, of_real)
     if label is not None:
         values["diversity"] = diversity(x, label)
     if label is not None and net is not None:
