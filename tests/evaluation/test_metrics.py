@@ -165,6 +165,34 @@ def test_off_data_grows_as_samples_leave_the_data(x, factor):
         assert metrics.off_data(factor * x, rows) == 1
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 3), st.floats(0.5, 6), seeds)
+def test_what_is_off_data_lies_in_no_ball_of_the_real_but_the_largest_in_a_thousand(dim, far, seed):
+    """Precision of k = 1 has a ball for each real sample, off_data one radius, that all of these but one in a thousand
+    have at most: of 2,001 the two largest may be larger."""
+    generator = torch.Generator().manual_seed(seed)
+    real = torch.randn(2001, dim, generator=generator).double()
+    x = far * torch.randn(200, dim, generator=generator).double()
+    reach = torch.cdist(real, real).fill_diagonal_(math.inf).amin(1)
+    usual = reach <= reach.sort()[0][-3]
+    inside = (torch.cdist(x, real[usual]) <= reach[usual]).any(1)
+    assert not (inside & metrics.strays(x, real)).any()
+    precise = metrics.precision_recall_coverage(x, real, k=1)["precision"]
+    assert metrics.off_data(x, real) <= 1 - precise + (torch.cdist(x, real[~usual]) <= reach[~usual]).double().sum()
+
+
+def test_precision_sees_density_around_a_sample_and_off_data_does_not():
+    """A dense and a sparse cloud: what lies just outside the dense one is imprecise, but no farther from the data than
+    samples of the sparse one are from each other. What is in neither is both."""
+    generator = torch.Generator().manual_seed(0)
+    dense, sparse = 0.01 * torch.randn(900, 2, generator=generator), torch.rand(100, 2, generator=generator) + 1
+    real, beside = torch.cat([dense, sparse]), torch.tensor([[0.0, 0.08], [0.08, 0.0]])
+    neither = torch.tensor([[2.6, 2.6], [-1.0, -1.0]])
+    for x, off in ((beside, 0.0), (neither, 1.0)):
+        assert metrics.precision_recall_coverage(x.expand(4, 2, 2).flatten(0, 1), real)["precision"] == 0
+        assert metrics.off_data(x, real) == off
+
+
 @settings(deadline=None)
 @given(arrays((6, 3)), arrays((9, 3)), st.integers(1, 9), st.booleans())
 def test_nearest_is_its_definition(x, y, k, high):
