@@ -250,6 +250,14 @@ def test_compare_trains_each_method_once_and_resumes(tmp_path, capsys):
     assert capsys.readouterr().out == first
     assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("checkpoint.pt"))] and len(times) == 16
     fails(capsys, [*command[:-2], "lr=0.5", *command[-2:]], "other settings")
+    old = tmp_path / "moons" / "seed-1" / "dmd2" / "metrics.json"  # as before there was off_data
+    measured = json.loads(old.read_text())
+    old.write_text(json.dumps({**measured, "floor": {}, "rows": []}))
+    assert main(command) == 0
+    assert capsys.readouterr().out == first
+    again = json.loads(old.read_text())
+    assert (again["rows"], again["floor"]) == (measured["rows"], measured["floor"])
+    assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("checkpoint.pt"))]
 
 
 def test_compare_reports_a_method_that_diverges(tmp_path, capsys):
