@@ -257,6 +257,7 @@ def test_compare_trains_each_method_once_and_resumes(tmp_path, capsys):
     assert capsys.readouterr().out == first
     again = json.loads(old.read_text())
     assert (again["rows"], again["floor"]) == (measured["rows"], measured["floor"])
+    assert again["seconds"] > measured["seconds"]
     assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("checkpoint.pt"))]
 
 

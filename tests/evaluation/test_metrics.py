@@ -203,6 +203,15 @@ def test_nearest_is_its_definition(x, y, k, high):
     assert metrics.nearest(x, y, k).tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_limit_itself_is_not_off():
+    """Rows at whole numbers, each at 1 from the nearest other: so is the limit. Of two distances 1 and 3 it is the
+    0.999 quantile, counted from the largest down."""
+    line = lambda *places: torch.tensor(places).double()[:, None]  # noqa: E731
+    assert metrics.strays(line(-1.0, 10.0, 10.001, 4.5, -1.001), line(*map(float, range(10)))).tolist() == [
+        False, False, True, False, True]  # fmt: skip
+    assert metrics.limit_of(line(0.0, 1.0, 4.0)) == pytest.approx(3 - 2 * 2 * 0.001)
+
+
 @pytest.mark.parametrize("dim", [2, 9])
 def test_what_is_not_finite_is_off(dim):
     mixture = GaussianMixture([[0.0] * dim], [np.eye(dim)])

@@ -95,7 +95,8 @@ def begin_worker(parent):
 
 def train_and_measure(folder, config, method):
     """Train and measure one method on one data set with one seed; the result is left in its folder."""
-    began, run = time.perf_counter(), resume(folder)
+    began, run, path = time.perf_counter(), resume(folder), Path(folder) / "metrics.json"
+    before = json.loads(path.read_text())["seconds"] if path.exists() else 0
     yard = yardstick(config, run.data, folder)
     try:
         finish(run, shown=False)
@@ -104,9 +105,9 @@ def train_and_measure(folder, config, method):
     except FloatingPointError as error:
         rows, diverged = [], str(error)
     about = {"data": config["data"], "seed": config["seed"], "method": method, "diverged": diverged}
-    spent = {"seconds": round(time.perf_counter() - began, 1), "device": "cpu"}
+    spent = {"seconds": round(before + time.perf_counter() - began, 1), "device": "cpu"}
     rows = [{**row, **about} for row in rows]
-    write_json(Path(folder) / "metrics.json", {**about, **spent, "floor": yard.floor, "rows": rows})
+    write_json(path, {**about, **spent, "floor": yard.floor, "rows": rows})
 
 
 def costs_of_methods(methods, changes, path):

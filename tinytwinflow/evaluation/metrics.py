@@ -93,7 +93,7 @@ def nearest(x, y, k=1):
     _check(x, y)
     x, y = x.double(), y.double()
     if x.shape[1] > 8:
-        return torch.cat([torch.cdist(some, y).kthvalue(k, dim=1)[0] for some in x.split(1024)])
+        return torch.cat([torch.cdist(some, y).topk(k, largest=False)[0][:, -1] for some in x.split(1024)])
     distance, finite = torch.full((len(x),), math.inf, dtype=x.dtype), x.isfinite().all(1)
     distance[finite] = torch.from_numpy(cKDTree(y.numpy()).query(x[finite].numpy(), [k])[0][:, 0])
     return distance
