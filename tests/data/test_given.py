@@ -142,6 +142,20 @@ def test_rows_that_are_measured_against_are_not_trained_on(n, classes, seed, man
     assert label is None or label.tolist() == [row % classes for row in halves[0]]
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([8, 60, 239, 240, 700]), st.integers(1, 1000), st.integers(0, 99))
+def test_neighbours_are_rows_trained_on_or_of_few_rows_those_of_draw_0(n, many, seed):
+    """Each once, from anywhere in the table, and never those of draw 1, which real data's own figure is taken of."""
+    table = Table(torch.arange(n).double()[:, None], 4, seed)
+    near, rows = (set(x.flatten().tolist()) for x in (table.neighbours(many), table.table))
+    zero, one, trained = (set(x.flatten().tolist()) for x in (
+        table.fresh(n, 0)[0], table.fresh(n, 1)[0], table.table[table.rows]))  # fmt: skip
+    assert near <= (trained if table.held_out else zero) and not near & one
+    assert len(near) == len(table.neighbours(many)) == min(many, len(trained) if n >= 240 else n // 2)
+    if 20 <= many < 0.8 * n and n >= 240:
+        assert max(near) > sorted(rows)[int(0.8 * n)] and min(near) < sorted(rows)[int(0.2 * n)]
+
+
 def test_what_is_held_out_is_of_every_kind_and_the_same_for_every_run():
     """Rows that come in turns are not taken by turns: each of twenty labels is trained on and measured against."""
     x, labels = np.random.default_rng(0).normal(size=(4000, 2)), np.arange(4000) % 20

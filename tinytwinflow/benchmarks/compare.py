@@ -32,7 +32,8 @@ def compare(names, methods, seeds, changes, out, jobs=None):
 
     methods: see `entry`. seeds: the numbers. jobs: processes, each of one thread (default: one a core). Stopped and
     called again with the same arguments it goes on where it was. A method that diverges is reported as such. Raises
-    ValueError for an unknown data set, method or setting, or if `out` was made with other settings.
+    ValueError for an unknown data set, method or setting, or if `out` was made with other settings. A run measured
+    before there was off_data is measured again.
     """
     began, todo = time.perf_counter(), []
     sets = {name: Points(name, 1) for name in names}
@@ -47,7 +48,7 @@ def compare(names, methods, seeds, changes, out, jobs=None):
             make_folder(folder, config)
         elif read_config(folder) != json.loads(json.dumps(config)):
             raise ValueError(f"{folder} was made with other settings: choose another --out")
-    left = [(folder, config, method) for folder, config, method in todo if not (folder / "metrics.json").exists()]
+    left = [job for job in todo if not whole(job[0] / "metrics.json")]
     jobs = min(jobs or os.cpu_count(), max(1, len(left)))
     if left:
         with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (os.getpid(),)) as pool:
@@ -74,6 +75,11 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     print(f"\n{out}/table.md  {out}/compare.png  {out}/metrics.json")
 
 
+def whole(path):
+    """Whether a run has been measured by all that the table shows."""
+    return path.exists() and "off_data" in json.loads(path.read_text())["floor"]
+
+
 def begin_worker(parent):
     """Begin a worker: one thread, and an end with Ctrl-C or with its parent, so that no run has two writers."""
     torch.set_num_threads(1)
@@ -89,7 +95,8 @@ def begin_worker(parent):
 
 def train_and_measure(folder, config, method):
     """Train and measure one method on one data set with one seed; the result is left in its folder."""
-    began, run = time.perf_counter(), resume(folder)
+    began, run, path = time.perf_counter(), resume(folder), Path(folder) / "metrics.json"
+    before = json.loads(path.read_text())["seconds"] if path.exists() else 0
     yard = yardstick(config, run.data, folder)
     try:
         finish(run, shown=False)
@@ -98,9 +105,9 @@ def train_and_measure(folder, config, method):
     except FloatingPointError as error:
         rows, diverged = [], str(error)
     about = {"data": config["data"], "seed": config["seed"], "method": method, "diverged": diverged}
-    spent = {"seconds": round(time.perf_counter() - began, 1), "device": "cpu"}
+    spent = {"seconds": round(before + time.perf_counter() - began, 1), "device": "cpu"}
     rows = [{**row, **about} for row in rows]
-    write_json(Path(folder) / "metrics.json", {**about, **spent, "floor": yard.floor, "rows": rows})
+    write_json(path, {**about, **spent, "floor": yard.floor, "rows": rows})
 
 
 def costs_of_methods(methods, changes, path):
