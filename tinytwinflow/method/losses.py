@@ -88,6 +88,13 @@ class TwinFlowLoss:
     )
     even_inner: bool = as_field(True, "teacher's times evenly spaced, not t_i ~ U(r, t_{i-1})")
     metric: str = as_field("squared", "distance of an answer to its target, over elements", choices=tuple(DISTANCES))
+    jump_c: float | None = as_field(
+        0.12,
+        "any-step rows have the normalised metric with this c; None: that of the others",
+        "(0, inf)",
+        kind=float,
+        none=True,
+    )
     adversarial_weight: float = as_field(0.3, "weight of the self-adversarial term", "[0, inf)")
     rectify_weight: float = as_field(0.3, "weight of the rectification", "[0, inf)")
     rectify_clip: float | None = as_field(None, "clips dv elementwise", "(0, inf]", kind=float, none=True)
@@ -105,7 +112,7 @@ class TwinFlowLoss:
     def paper(cls, **changes):
         """What the paper prints, with changes: one base row in twenty at r = t, those with t - r < dt; no gain."""
         printed = {"order": 2, "flow_share": 0.05, "one_step_share": 0.0, "even_inner": False, "gain": float("inf")}
-        printed |= {"clip": 1.0, "adversarial_weight": 1.0, "rectify_weight": 1.0}
+        printed |= {"jump_c": None, "clip": 1.0, "adversarial_weight": 1.0, "rectify_weight": 1.0}
         return cls(**printed | changes)
 
     def __post_init__(self):
@@ -171,6 +178,8 @@ class TwinFlowLoss:
             target = torch.cat([F_sg[any_step] - correction, u[flow], u_fake, F_sg[rectify] + dv])
 
         d = DISTANCES[self.metric](F, target)
+        if self.jump_c is not None:
+            d = torch.cat([normalised_error(F[any_step], target[any_step], self.jump_c), d[any_step.stop :]])
         expected = [len(x) * share for share in self.shares()]
         base_loss = mean(d[base], expected[0] + expected[1])
         adversarial_loss = self.adversarial_weight * mean(d[adversarial], expected[2])

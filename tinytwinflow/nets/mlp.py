@@ -16,9 +16,10 @@ class MLP(nn.Module):
     in a new network: the twin is born equal to the real field and learns only how fakes differ, so
     the gap of the two velocities starts at zero and their common errors cancel in it.
 
-    `sharp` doubles x and takes rectified units for smooth ones. One jump has to tear the noise apart where the
-    borders between modes run, and a network that is steep there learns it in fewer steps; the price is a velocity
-    that is smooth only piecewise, so methods that differentiate the network in time do better without.
+    `sharp` doubles x, takes rectified units for smooth ones, and makes the inner layers residual, each fed with units
+    that the times scale and shift, as in a DiT. One jump has to tear the noise apart where the borders between modes
+    run, and a network that is steep there learns it in fewer steps; the price is a velocity that is smooth only
+    piecewise, so methods that differentiate the network in time do better without.
 
     With `classes`, cond holds labels in [0, classes]; the last one, `classes` itself, is the null
     label "no class". Raises ValueError for a shape or label that does not fit, and for a time
@@ -34,10 +35,11 @@ class MLP(nn.Module):
         self.register_buffer("k", torch.arange(1, frequencies + 1) * math.pi / 2, persistent=False)
         sizes = [dim + 4 * frequencies] + [width] * depth
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:]))
+        self.modulation = nn.Linear(4 * frequencies + 1, 2 * width * (depth - 1)) if sharp else None
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.out = nn.Linear(width, dim)
         self.twin_in, self.twin_out = nn.Linear(sizes[0], width), nn.Linear(width, dim)
-        for layer in (self.out, self.twin_in, self.twin_out):
+        for layer in (self.out, self.twin_in, self.twin_out, *([self.modulation] if sharp else [])):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -53,11 +55,17 @@ class MLP(nn.Module):
         labels = check_labels(cond, len(x), self.classes)
         dtype = self.out.weight.dtype
         twin = torch.signbit(t)[:, None].to(dtype)
-        inputs = torch.cat([self.scale * x, self.embed(t.abs()), self.embed(t.abs() - r.abs())], dim=1).to(dtype)
+        times = torch.cat([self.embed(t.abs()), self.embed(t.abs() - r.abs())], dim=1).to(dtype)
+        inputs = torch.cat([self.scale * x.to(dtype), times], dim=1)
         h = self.layers[0](inputs) + twin * self.twin_in(inputs)
         if self.classes:
             h = h + self.label(labels)
-        for layer in self.layers[1:]:
-            h = layer(self.unit(h))
+        if self.modulation is None:
+            for layer in self.layers[1:]:
+                h = layer(self.unit(h))
+        else:
+            parts = self.modulation(torch.cat([times, twin], dim=1)).chunk(2 * len(self.layers) - 2, dim=1)
+            for layer, shift, scale in zip(self.layers[1:], parts[::2], parts[1::2]):
+                h = h + layer(self.unit(h) * (1 + scale) + shift)
         h = self.unit(h)
         return (self.out(h) + twin * self.twin_out(h)).to(x.dtype)
