@@ -11,6 +11,7 @@ import torch
 from conftest import arrays, batches, inside, mixtures, seeds
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
 from scipy.stats import kstest
 
 from tinytwinflow import GaussianMixture, TwinFlowLoss, Twins, generate
@@ -79,7 +80,8 @@ def by_the_book(loss, draws, net, x, cond=None, teacher=None, null=None, origina
     if draws.counts[0]:
         x_rows, u = velocity(any_step)
         times = t[any_step], r[any_step], draws.inner
-        kwargs = {"dt": loss.dt, "clip": loss.clip, "gain": loss.gain, "cond": pick(any_step), "u": u, "d": d}
+        d_jump = d if loss.jump_c is None else partial(reference.normalised, c=loss.jump_c)
+        kwargs = {"dt": loss.dt, "clip": loss.clip, "gain": loss.gain, "cond": pick(any_step), "u": u, "d": d_jump}
         values = reference.base(net, teacher, x_rows, z[any_step], *times, **kwargs)
         terms.append(values.sum() / (expected[0] + expected[1]))
     if draws.counts[1]:
@@ -104,6 +106,7 @@ settings_of_a_loss = st.fixed_dictionaries(
         "one_step_share": st.sampled_from([0.0, 0.5]),
         "flow_share": st.sampled_from([0.0, 0.5, 1.0]),
         "metric": st.sampled_from(list(DISTANCES)),
+        "jump_c": st.sampled_from([None, 0.1]),
         "adversarial_weight": st.sampled_from([0.5, 1.0]),
         "rectify_weight": st.sampled_from([0.5, 1.0]),
         "rectify_clip": st.sampled_from([None, 0.1]),
@@ -167,6 +170,28 @@ def test_no_network_is_called_for_no_rows_and_a_call_for_others_changes_nothing(
     )  # fmt: skip
     close(alone, others)
     close(gradients(alone, net), gradients(others, net))
+
+
+@settings(max_examples=20)
+@given(seeds, st.floats(0.6, 0.9), st.floats(0.02, 0.2))
+def test_a_jump_whose_targets_disagree_goes_to_most_of_them_and_not_between(seed, share, c):
+    """Targets 1 for a share of the noise and -1 for the rest: a squared error is at rest at their mean; the normalised
+    metric where (1 - F) / |(1 - F, c)| = (1 - share) / share, near 1."""
+    border, x = torch.distributions.Normal(0, 1).icdf(torch.tensor(1 - share)), torch.zeros(4000, 1).double()
+
+    def teacher(x_t, t, r, cond=None):
+        return torch.where(x_t > border, 1.0, -1.0).double()
+
+    def slope(at, jump_c):
+        F, generator = torch.tensor(at, dtype=torch.float64, requires_grad=True), torch.Generator().manual_seed(seed)
+        kind = {"order": 1, "share": 0.0, "flow_share": 0.0, "one_step_share": 1.0, "dt": 1e-4, "gain": 1.0}
+        loss = TwinFlowLoss(**kind, jump_c=jump_c)
+        loss(lambda x_t, t, r, cond: F.expand_as(x_t), x, teacher=teacher, generator=generator).total.backward()
+        return F.grad.item()
+
+    k = (1 - share) / share
+    assert brentq(slope, -1, 1, args=(None,)) == pytest.approx(2 * share - 1, abs=0.05)
+    assert brentq(slope, -1, 1, args=(c,)) == pytest.approx(1 - c * k / math.sqrt(1 - k**2), abs=0.1)
 
 
 @given(st.integers(1, 40), seeds, shares, st.sampled_from([0.0, 0.3, 1.0]), orders)
@@ -581,9 +606,9 @@ def test_the_settings_are_those_of_the_table_here_and_in_the_paper():
     same = {"share": 1 / 3, "dt": 0.01, "times": (1.0, 1.0), "metric": "squared", "rectify_clip": None, "guidance": 0.0}
     same |= {"guidance_range": (0.0, 1.0), "data_free": False}
     here = {"order": 8, "flow_share": 0.5, "one_step_share": 0.3, "even_inner": True, "gain": 4.0, "clip": 10.0}
-    here |= {"adversarial_weight": 0.3, "rectify_weight": 0.3}
+    here |= {"jump_c": 0.12, "adversarial_weight": 0.3, "rectify_weight": 0.3}
     paper = {"order": 2, "flow_share": 0.05, "one_step_share": 0.0, "even_inner": False, "gain": math.inf, "clip": 1.0}
-    paper |= {"adversarial_weight": 1.0, "rectify_weight": 1.0}
+    paper |= {"jump_c": None, "adversarial_weight": 1.0, "rectify_weight": 1.0}
     assert dataclasses.asdict(TwinFlowLoss()) == same | here
     assert dataclasses.asdict(TwinFlowLoss.paper()) == same | paper
     assert dataclasses.asdict(TwinFlowLoss.paper(order=3, clip=2.0)) == same | paper | {"order": 3, "clip": 2.0}

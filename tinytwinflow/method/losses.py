@@ -67,9 +67,14 @@ class TwinFlowLoss:
     twin weights     0.3       1, 1                             1, and 0.5 for the rectification
     rectify_clip     none      none                             1
     metric           squared   "a metric"                       normalised
+    jump_c           0.12      the metric of all                1e-3, the metric of all
 
     With a gain, long jumps need no clip and escape its bias: a clip draws the mean of what is clipped, u's noise,
     towards its median.
+
+    A squared error draws an answer to the mean of targets that disagree, and where the border between two modes moves
+    the mean lies on neither. The normalised metric draws it to their median, which is on one of them. So it is for
+    jumps, whose targets hold little noise; the velocity is a mean, and its rows are squared.
 
     Each part is a sum over its rows divided by the rows expected in it, share * B. Where that is not whole the numbers
     of rows are drawn at random around it, so the expected gradient is the same for every batch size, 1 included.

@@ -35,7 +35,7 @@ class MLP(nn.Module):
         self.register_buffer("k", torch.arange(1, frequencies + 1) * math.pi / 2, persistent=False)
         sizes = [dim + 4 * frequencies] + [width] * depth
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:]))
-        self.modulation = nn.Linear(4 * frequencies + 1, 2 * width * (depth - 1)) if sharp else None
+        self.modulation = nn.Linear(4 * frequencies, 2 * width * (depth - 1)) if sharp else None
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.out = nn.Linear(width, dim)
         self.twin_in, self.twin_out = nn.Linear(sizes[0], width), nn.Linear(width, dim)
@@ -64,7 +64,7 @@ class MLP(nn.Module):
             for layer in self.layers[1:]:
                 h = layer(self.unit(h))
         else:
-            parts = self.modulation(torch.cat([times, twin], dim=1)).chunk(2 * len(self.layers) - 2, dim=1)
+            parts = self.modulation(times).chunk(2 * len(self.layers) - 2, dim=1)
             for layer, shift, scale in zip(self.layers[1:], parts[::2], parts[1::2]):
                 h = h + layer(self.unit(h) * (1 + scale) + shift)
         h = self.unit(h)

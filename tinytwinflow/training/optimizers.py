@@ -39,7 +39,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.parts = (muon, adamw([others], lr, betas))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
-    def step(self):
+    def step(self, closure=None):
         for part, group in zip(self.parts, self.param_groups):
             part.param_groups, part.state = [group], self.state
             part.step()
