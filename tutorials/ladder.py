@@ -40,8 +40,8 @@ PAIRS = 65536  # of noise and where a flow carries it
 FAKES = 4096  # drawn anew at each step for the exact fake velocity
 RATE = 5e-4  # of rectification; its weight does not matter, AdamW divides it out
 UPDATES = 5  # of a fake network for each of the generator
-EARLIEST = 1e-3  # smallest t'
-POOL = 65536  # fakes by which the exact fake velocity is known at the end
+EARLIEST = 1e-3  # smallest t', and 1 less the largest
+POOL = 32768  # fakes by which the exact fake velocity is known at the end
 SAMPLES = 50000  # that are measured
 TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 EDGES = (0, 1, 2, 3, FAR, 4.5, math.inf)  # of the bins of a fake's distance from the nearest mode
@@ -54,7 +54,7 @@ def deviations(x):
 
 
 def of_points(points):
-    """The exact velocity field of a set of points (M, D), each as likely: field(x_t, t, r) at times r = t > 0.
+    """The exact velocity field of a set of points (M, D), each as likely: field(x_t, t, r) at r = t in (0, 1).
 
     v = E[z - x | x_t] = (x_t - E[x | x_t]) / t, where point i has the weight exp(-|x_t - (1 - t) x_i|^2 / (2 t^2)).
     Of M fakes of a generator it is the fakes' velocity up to Monte Carlo, and it is unbiased only in the limit: where t
@@ -155,7 +155,7 @@ def regressed(climb, carry):
 
 
 def exact_flow(z):
-    """Where the exact velocity carries z by 128 calls of Heun's method: off by 0.005 of a mode's standard deviation in the mean."""
+    """Where the exact velocity carries z by 128 calls of Heun's method: off by 0.005 SPREAD in the mean."""
     return sample(DATA, z.double(), 128, "multi", order=2).to(z)
 
 
@@ -178,7 +178,7 @@ def rectified(climb, start, real=DATA, learnt=False, power=2):
     like = torch.empty(size, 2, device=climb.device)
 
     def times():
-        return EARLIEST + (1 - EARLIEST) * uniform(like, draw) ** power
+        return EARLIEST + (1 - 2 * EARLIEST) * uniform(like, draw) ** power
 
     def fakes(n):
         with torch.no_grad():
@@ -271,7 +271,7 @@ def gaps(climb, name):
         return {}
     draw = torch.Generator(climb.device).manual_seed(climb.seed)
     some = pool[:FAKES]  # those that the Monte Carlo velocity of (d) is made of
-    t = EARLIEST + (1 - EARLIEST) * uniform(some, draw)
+    t = EARLIEST + (1 - 2 * EARLIEST) * uniform(some, draw)
     found = {"all": compared(some, t, *fields, of_points(pool), draw), "share": [], "map": []}
     inside = some if name.startswith("d") else pool
     far = deviations(inside)
@@ -285,7 +285,7 @@ def gaps(climb, name):
 
 
 @torch.no_grad()
-def samples(climb, name, n=SAMPLES):
+def samples(climb, name, n):
     """Samples of a rung: one step, of flow matching a hundred."""
     net, z = climb.networks(name)["net"], climb.noise(n, draw=2)
     how = {"steps": 100, "mode": "multi"} if name == "flow" else {"steps": 1}
@@ -312,7 +312,7 @@ def climb_all(climb):
             continue
         climb.networks(name)
         seconds = torch.load(climb.folder / f"{name}.pt", weights_only=True)["seconds"]
-        figures = measured(samples(climb, name), climb)
+        figures = measured(samples(climb, name, SAMPLES), climb)
         write_json(path, {"steps": climb.steps, "seconds": seconds, **figures, "gap": gaps(climb, name)})
         print(f"seed {climb.seed}  {RUNGS[name][0]:<38}{figures['off_data']:>8.2%}{seconds:>8.0f} s", flush=True)
     real = DATA.sample(SAMPLES, seeded(climb.seed, 10), dtype=torch.float32)
@@ -416,10 +416,12 @@ def main():
     reader.add_argument("--device", default="cpu")
     reader.add_argument("--report", action="store_true", help="only table and pictures, of what is in --out")
     words = reader.parse_args()
-    if not words.report:
-        for seed in words.seeds:
+    try:
+        for seed in [] if words.report else words.seeds:
             climb_all(Climb(seed, words.steps, words.out / f"seed{seed}", words.device))
-    report(words.out)
+        report(words.out)
+    except ValueError as error:
+        reader.error(str(error))
 
 
 if __name__ == "__main__":
