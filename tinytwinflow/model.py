@@ -116,7 +116,7 @@ class Model:
             raise ValueError("the baseline is trained in the run's folder, with a net by name: fit(..., out=DIR)")
         if self.own.data is None and not self.config["data"]:
             raise ValueError("this model has been read back without its data, so there is nothing to measure against")
-        result, _ = evaluate(self.own, nfes, with_baseline=baseline, device=self.device)
+        result, *_ = evaluate(self.own, nfes, with_baseline=baseline, device=self.device)
         print(run_table(result))
         return result
 

@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def check_metrics(folder, metrics=("sliced_wasserstein", "energy_distance", "coverage", "diversity")):
+def check_metrics(folder, metrics=("sliced_wasserstein", "off_data", "energy_distance", "coverage", "diversity")):
     result = json.loads((folder / "metrics.json").read_text())
     assert {"data", "seed", "seconds", "device", "floor", "rows"} <= result.keys()
     assert set(metrics) == result["floor"].keys()
@@ -145,7 +145,7 @@ def test_evaluate_prints_the_table_of_metrics_json(run, capsys):
 def test_train_then_sample(tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(["train", "toy", "--data", "moons", "--set", *SMALL, "--out", str(folder), "--seed", "3"]) == 0
-    assert check_metrics(folder, ("sliced_wasserstein", "energy_distance", "diversity")) == {
+    assert check_metrics(folder, ("sliced_wasserstein", "off_data", "energy_distance", "diversity")) == {
         ("twinflow", n) for n in (1, 2, 4)
     }
     for arguments in (["--steps", "3", "--mode", "few"], ["--steps", "2", "--mode", "multi"], []):

@@ -70,7 +70,153 @@ def test_coverage_counts_the_components_that_get_their_due(missing, seed):
     assert metrics.coverage(x + 1.0, mixture) == 0
 
 
+def moved(x, turn, scale, shift):
+    """Points turned by an angle, scaled and shifted."""
+    R = torch.tensor([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]], dtype=torch.float64)
+    return scale * x @ R.T + shift, R
+
+
+def two_modes(distance=2.0, spread=0.1):
+    return GaussianMixture([[-distance / 2, 0.0], [distance / 2, 0.0]], [spread**2 * np.eye(2)] * 2)
+
+
+@pytest.mark.parametrize("dim, limit", [(1, 3.2905), (2, math.sqrt(-2 * math.log(1e-3))), (3, 4.0331)])
+def test_the_limit_of_one_gaussian_is_that_of_chi_squared(dim, limit):
+    """In the plane |x| > r has probability exp(-r^2 / 2); in one and three dimensions as tables have it. Whatever the
+    covariance: it is counted in standard deviations of the direction that a sample lies in."""
+    A = torch.randn(dim, dim, generator=torch.Generator().manual_seed(dim), dtype=torch.float64) + 2 * torch.eye(dim)
+    mixture = GaussianMixture([[5.0] * dim], [(A @ A.T).numpy()])
+    assert metrics.limit_of(mixture) == pytest.approx(limit, abs=1e-3)
+    along = A[:, 0]  # A e_1 is one standard deviation from the mean, as is A e for every unit vector e
+    x = mixture.means + torch.tensor([[limit - 2e-3], [limit + 2e-3]]) * along
+    assert metrics.strays(x, mixture).tolist() == [False, True] and metrics.off_data(x, mixture) == 0.5
+
+
+@pytest.mark.parametrize("spread", [0.6, 3.0])
+def test_the_limit_of_components_that_overlap_is_what_many_draws_of_them_say(spread):
+    """Broad ones with a narrow one between them, far into each other: a million draws, counted by hand."""
+    means, spreads = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.3]]).double(), torch.tensor([1, 1, 0.3]) * spread
+    mixture = GaussianMixture(means, [float(s) ** 2 * np.eye(2) for s in spreads], [0.5, 0.3, 0.2])
+    x = mixture.sample(1_000_000, torch.Generator().manual_seed(9))
+    least = torch.stack([(x - mean).norm(dim=1) / s for mean, s in zip(means, spreads)]).amin(0)
+    assert metrics.limit_of(mixture) == pytest.approx(
+        np.quantile(least, 0.999), rel=0.01
+    )  # of which the count is known to 0.003
+    assert metrics.limit_of(mixture) < 3.7
+
+
+def test_the_limit_of_many_components_in_one_place():
+    """The nearest of many is near wherever a point lies: the limit is then below what the fast way looks at."""
+    mixture = GaussianMixture(torch.linspace(-4, 4, 81)[:, None], [[[1.0]]] * 81)
+    x = mixture.sample(400_000, torch.Generator().manual_seed(9))
+    least = (x - mixture.means.T).abs().amin(1)
+    assert metrics.limit_of(mixture) == pytest.approx(np.quantile(least, 0.999), rel=0.04)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.floats(0, 6.3), st.floats(0.1, 10), arrays(2), seeds)
+def test_off_data_does_not_see_where_data_lie_how_they_are_turned_or_in_which_units(turn, scale, shift, seed):
+    """Of a mixture, components stretched, and of rows; samples spread three times as far as the data."""
+    generator = torch.Generator().manual_seed(seed)
+    cov = torch.tensor([[0.5, 0.2], [0.2, 0.1]]).double()
+    mixture = GaussianMixture([[0.0, 0.0], [9.0, 3.0]], [cov.numpy()] * 2)
+    x, real = 3 * mixture.sample(400, generator), mixture.sample(500, generator)
+    x_moved, R = moved(x, turn, scale, shift)
+    means = moved(mixture.means, turn, scale, shift)[0]
+    again = GaussianMixture(means, [(scale**2 * R @ cov @ R.T).numpy()] * 2)
+    assert abs(metrics.off_data(x_moved, again) - metrics.off_data(x, mixture)) < 2 / 400  # one may lie on the edge
+    assert abs(metrics.off_data(x_moved, moved(real, turn, scale, shift)[0]) - metrics.off_data(x, real)) < 2 / 400
+    assert 0.2 < metrics.off_data(x, mixture) < 1 and 0.2 < metrics.off_data(x, real) < 1
+
+
+def test_fresh_real_samples_have_one_in_a_thousand():
+    """Of mixtures, and of rows that other rows are measured by: not by construction, these are other draws."""
+    means = 3.0 * torch.cartesian_prod(*[torch.arange(3.0)] * 2)
+    mixture = GaussianMixture(means, [0.09 * np.eye(2)] * 9)
+    fresh = mixture.sample(100_000, torch.Generator().manual_seed(0))
+    assert metrics.off_data(fresh, mixture) == pytest.approx(1e-3, abs=4e-4)
+    of_rows = metrics.off_data(fresh, mixture.sample(40_000, torch.Generator().manual_seed(1)))
+    assert of_rows == pytest.approx(1e-3, abs=7e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 60), st.floats(0.55, 1.45), seeds)
+def test_a_bridge_between_modes_counts_and_how_the_mass_is_shared_does_not(bridge, place, seed):
+    """Of 100 samples in two modes so many are drawn onto the way between them; the rest all go to one mode. By the
+    mixture and by 5,000 rows of it alike."""
+    mixture, generator = two_modes(), torch.Generator().manual_seed(seed)
+    x = mixture.means[:1] + 0.03 * torch.randn(100, 2, generator=generator).double()
+    x[:bridge] = torch.tensor([place - 1.0, 0.0]).double()
+    rows = mixture.sample(5000, torch.Generator().manual_seed(1))
+    for data in (mixture, rows, rows.float()):
+        assert metrics.off_data(x, data) == pytest.approx(bridge / 100)
+        assert metrics.strays(x, data).tolist() == [i < bridge for i in range(100)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(arrays((7, 2)), st.floats(1, 3))
+def test_off_data_grows_as_samples_leave_the_data(x, factor):
+    """Rays from the mean of one Gaussian, and from a cloud of rows around it: what is off stays off farther out."""
+    mixture = GaussianMixture([[0.0, 0.0]], [np.eye(2)])
+    rows = mixture.sample(300, torch.Generator().manual_seed(0))
+    assert not (metrics.strays(x, mixture) & ~metrics.strays(factor * x, mixture)).any()
+    x = 4 * x / x.norm(dim=1, keepdim=True).clamp(min=1e-3)
+    if metrics.off_data(x, rows) == 1:
+        assert metrics.off_data(factor * x, rows) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 3), st.floats(0.5, 6), seeds)
+def test_what_is_off_data_lies_in_no_ball_of_the_real_but_the_largest_in_a_thousand(dim, far, seed):
+    """Precision of k = 1 has a ball for each real sample, off_data one radius, that all of these but one in a thousand
+    have at most: of 2,001 the two largest may be larger."""
+    generator = torch.Generator().manual_seed(seed)
+    real = torch.randn(2001, dim, generator=generator).double()
+    x = far * torch.randn(200, dim, generator=generator).double()
+    reach = torch.cdist(real, real).fill_diagonal_(math.inf).amin(1)
+    usual = reach <= reach.sort()[0][-3]
+    inside = (torch.cdist(x, real[usual]) <= reach[usual]).any(1)
+    assert not (inside & metrics.strays(x, real)).any()
+    precise = metrics.precision_recall_coverage(x, real, k=1)["precision"]
+    assert metrics.off_data(x, real) <= 1 - precise + (torch.cdist(x, real[~usual]) <= reach[~usual]).double().sum()
+
+
+def test_precision_sees_density_around_a_sample_and_off_data_does_not():
+    """A dense and a sparse cloud: what lies just outside the dense one is imprecise, but no farther from the data than
+    samples of the sparse one are from each other. What is in neither is both."""
+    generator = torch.Generator().manual_seed(0)
+    dense, sparse = 0.01 * torch.randn(900, 2, generator=generator), torch.rand(100, 2, generator=generator) + 1
+    real, beside = torch.cat([dense, sparse]), torch.tensor([[0.0, 0.08], [0.08, 0.0]])
+    neither = torch.tensor([[2.6, 2.6], [-1.0, -1.0]])
+    for x, off in ((beside, 0.0), (neither, 1.0)):
+        assert metrics.precision_recall_coverage(x.expand(4, 2, 2).flatten(0, 1), real)["precision"] == 0
+        assert metrics.off_data(x, real) == off
+
+
+@settings(deadline=None)
+@given(arrays((6, 3)), arrays((9, 3)), st.integers(1, 9), st.booleans())
+def test_nearest_is_its_definition(x, y, k, high):
+    """By sorted lists, in 3 dimensions and, by other means, in 9; what is not finite is infinitely far."""
+    if high:
+        x, y = (torch.cat([part] * 3, dim=1) for part in (x, y))
+    expected = [sorted((a - b).norm().item() for b in y)[k - 1] for a in x]
+    assert metrics.nearest(x, y, k).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("dim", [2, 9])
+def test_what_is_not_finite_is_off(dim):
+    mixture = GaussianMixture([[0.0] * dim], [np.eye(dim)])
+    x = torch.zeros(4, dim)
+    x[0, 0], x[1, 1], x[2] = math.nan, math.inf, -math.inf
+    for data in (mixture, mixture.sample(50, torch.Generator().manual_seed(0))):
+        if isinstance(data, GaussianMixture) or dim == 2:
+            assert metrics.strays(x, data)[:3].all()
+        assert metrics.off_data(x[3:].expand(2, dim), mixture) == 0
+
+
 def test_wrong_use_says_what_is_allowed():
+    with pytest.raises(ValueError, match=r"samples have shape \(3, 1\), this mixture takes \(n, 2\)"):
+        metrics.off_data(torch.zeros(3, 1), two_modes())
     with pytest.raises(ValueError, match="samples must be"):
         metrics.energy_distance(torch.zeros(3, 2), torch.zeros(3, 1))
     x = torch.zeros(3, 2)
@@ -161,6 +307,7 @@ def test_all_metrics_of_points_are_those_of_above():
     y[5000:] -= 1e4
     expected = {
         "sliced_wasserstein": metrics.sliced_wasserstein(x, y, projections=256, seed=0),
+        "off_data": metrics.off_data(x, y),
         "energy_distance": metrics.energy_distance(x[:5000], y[:5000]),
         "diversity": metrics.diversity(x[:1000], torch.zeros(1000)),
     }
@@ -168,20 +315,25 @@ def test_all_metrics_of_points_are_those_of_above():
     assert found.keys() == expected.keys() and found["diversity"] == pytest.approx(torch.pdist(x[:5000]).mean().item())
     assert found["sliced_wasserstein"] == expected["sliced_wasserstein"] > 100
     assert found["energy_distance"] == expected["energy_distance"] < 0.1
+    assert found["off_data"] == expected["off_data"] < 0.01
+    assert metrics.measure_points(x, y, y + 1e3)["off_data"] == 5000 / 5002
     assert found["diversity"] == pytest.approx(expected["diversity"], rel=0.05)
     mixture = GaussianMixture([[0.0, 0.0], [50.0, 0.0]], [np.eye(2)] * 2)
     assert metrics.measure_points(x[:100], y[:100], mixture)["coverage"] == 0.5
+    assert metrics.measure_points(x[:100], y[:100], mixture)["off_data"] == metrics.off_data(x[:100], mixture)
 
 
 def test_all_metrics_of_images_are_those_of_above():
     """Frechet distance of all, neighbours on the first 5,000; what needs labels or a classifier where there is one."""
     x, y = (gaussian(torch.zeros(2).double(), torch.eye(2).double(), 5001, seed) for seed in range(2))
     x[5000], y[5000] = 1e3, -1e3
-    expected = {"frechet": metrics.frechet(x, y), **metrics.precision_recall_coverage(x[:5000], y[:5000])}
+    expected = {"frechet": metrics.frechet(x, y), "off_data": metrics.off_data(x[:5000], y[:5000])}
+    expected |= {**metrics.precision_recall_coverage(x[:5000], y[:5000])}
     assert metrics.measure_images(x, None, y) == expected and expected["coverage"] < 1
     some, label, real = x[:50], (x[:50, 1] > x[:50, 0]).long(), y[:60]
     diversity = {"diversity": metrics.diversity(some, label)}
-    own = {"frechet": metrics.frechet(some, real), **metrics.precision_recall_coverage(some, real), **diversity}
+    own = {"frechet": metrics.frechet(some, real), "off_data": metrics.off_data(some, real)}
+    own |= {**metrics.precision_recall_coverage(some, real), **diversity}
     assert metrics.measure_images(some, label, real) == own
 
     class Net:
@@ -189,7 +341,13 @@ def test_all_metrics_of_images_are_those_of_above():
 
     share = sum(max(a, b, 1.0) == (b if k else a) for (a, b), k in zip(some.tolist(), label.tolist())) / 50
     assert metrics.measure_images(some, label, real, Net) == {**own, "accuracy": share} and 0 < share < 1
-    assert metrics.measure_images(some, None, real, Net).keys() == {"frechet", "precision", "recall", "coverage"}
+    assert metrics.measure_images(some, None, real, Net).keys() == {
+        "frechet",
+        "off_data",
+        "precision",
+        "recall",
+        "coverage",
+    }
 
 
 def test_more_rows_than_one_piece_of_a_computation():

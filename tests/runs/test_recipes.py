@@ -25,7 +25,7 @@ ENGINE = [
     "log_every=1",
     "sample_every=2",
 ]
-IMAGE_METRICS = {"frechet", "precision", "recall", "coverage", "diversity", "accuracy"}
+IMAGE_METRICS = {"frechet", "off_data", "precision", "recall", "coverage", "diversity", "accuracy"}
 
 
 @pytest.fixture(autouse=True)
@@ -251,4 +251,4 @@ def test_latents_are_decoded_for_inception_and_for_pictures(home, vae, tmp_path,
     assert main(command) == 0
     result = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert set(result["floor"]) == IMAGE_METRICS - {"accuracy"} and result["samples"] == 6
-    assert all(x.shape[1:] == (3, 16, 16) for _, x, _ in drawn)
+    assert all(x.shape[1:] == (3, 16, 16) for _, x, *_ in drawn)

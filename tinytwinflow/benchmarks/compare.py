@@ -32,7 +32,8 @@ def compare(names, methods, seeds, changes, out, jobs=None):
 
     methods: see `entry`. seeds: the numbers. jobs: processes, each of one thread (default: one a core). Stopped and
     called again with the same arguments it goes on where it was. A method that diverges is reported as such. Raises
-    ValueError for an unknown data set, method or setting, or if `out` was made with other settings.
+    ValueError for an unknown data set, method or setting, or if `out` was made with other settings. A run measured
+    before there was off_data is measured again.
     """
     began, todo = time.perf_counter(), []
     sets = {name: Points(name, 1) for name in names}
@@ -47,7 +48,7 @@ def compare(names, methods, seeds, changes, out, jobs=None):
             make_folder(folder, config)
         elif read_config(folder) != json.loads(json.dumps(config)):
             raise ValueError(f"{folder} was made with other settings: choose another --out")
-    left = [(folder, config, method) for folder, config, method in todo if not (folder / "metrics.json").exists()]
+    left = [job for job in todo if not whole(job[0] / "metrics.json")]
     jobs = min(jobs or os.cpu_count(), max(1, len(left)))
     if left:
         with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (os.getpid(),)) as pool:
@@ -72,6 +73,11 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     (Path(out) / "table.md").write_text(text + "\n")
     pictures.draw_comparison(Path(out) / "compare.png", rows, floors, names, methods)
     print(f"\n{out}/table.md  {out}/compare.png  {out}/metrics.json")
+
+
+def whole(path):
+    """Whether a run has been measured by all that the table shows."""
+    return path.exists() and "off_data" in json.loads(path.read_text())["floor"]
 
 
 def begin_worker(parent):

@@ -28,16 +28,16 @@ from ..training.distributed import COMPILE, device_of, first, joined, refuse_gra
 from .arguments import config_of, parser
 
 
-def show(folder, result, kept):
-    """Draw a measured run: real data, one call, flow matching at 100 and at 1, the gap."""
+def show(folder, result, kept, off):
+    """Draw a measured run: real data, one call, flow matching at 100 and at 1, what is off data marked; the gap."""
     config = read_config(folder)
     method = method_of(config)
-    panels = [("data", kept["data"], pictures.REAL), (f"{method}, 1 NFE", kept[method, 1], pictures.ONE)]
-    for nfe in (100, 1):
-        if ("flow matching", nfe) in kept and method != "flow matching":
-            panels.append((f"flow matching, {nfe} NFE", kept["flow matching", nfe], pictures.FLOW))
+    drawn = [("data", pictures.REAL), ((method, 1), pictures.ONE)]
+    if method != "flow matching":
+        drawn += [(name, pictures.FLOW) for nfe in (100, 1) if (name := ("flow matching", nfe)) in kept]
     title = f"{Path(config['data']).name}, {config['steps']} steps, seed {config['seed']}"
-    panels = [(name, x.numpy(), color) for name, x, color in panels]
+    titles = {name: name if name == "data" else f"{name[0]}, {name[1]} NFE" for name, _ in drawn}
+    panels = [(titles[name], kept[name].numpy(), color, off.get(name)) for name, color in drawn]
     pictures.draw(Path(folder) / "samples.png", panels, read_log(folder), config, title)
     print(run_table(result))
     print(f"\n{folder}/samples.png  {folder}/metrics.json")

@@ -27,7 +27,8 @@ class DataSet(Protocol):
 
     It may also have batch_size, for the record, null, a condition of one row that stands for none, held_out, False
     where `fresh` gives samples that are trained on, too, which is said beside what is measured, and count and mark, how
-    many samples there are and a fingerprint of them, by which a run knows its data again.
+    many samples there are and a fingerprint of them, by which a run knows its data again. And neighbours, n -> up to n
+    samples, none of draw 1: the nearest of a sample is looked for among them, instead of among those of draw 0.
 
     A set of your own, given to `fit` or to `runs.run.begin`:
 

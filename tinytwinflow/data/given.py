@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..method.conditions import as_pair, join, take
+from ..method.draws import seeded
 from .batches import half_of, kept_apart, mark_of, mine, rows_of_step, spread
 
 LOOKED_AT = 16  # batches of a stream from which its spread is measured
@@ -184,6 +185,12 @@ class Table(Scaled):
         """Up to n samples to measure against, half of what there is at most; draws 0 and 1 have none in common."""
         rows = half_of(self.apart, n, draw, self.seed)
         return self.table[rows], take(self.labels, rows)
+
+    def neighbours(self, n):
+        """Up to n rows to look for the nearest among, none of draw 1: those trained on, of few rows those of draw 0."""
+        if not self.held_out:
+            return self.fresh(n, 0)[0]
+        return self.table[self.rows[torch.randperm(len(self.rows), generator=seeded(self.seed, 2))][:n]]
 
 
 class Stream(Scaled):

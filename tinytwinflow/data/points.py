@@ -153,6 +153,12 @@ class Points(Table):
             return super().fresh(n, draw)
         return draw_points(self.name, n, seeded(self.seed, 1, draw))
 
+    def neighbours(self, n):
+        """n real points to look for the nearest among, others than those of `fresh`; of a file up to n."""
+        if self.table is not None:
+            return super().neighbours(n)
+        return draw_points(self.name, n, seeded(self.seed, 1, 2))[0]
+
     @property
     def scaling(self):
         """What a checkpoint keeps so that samples can be mapped back without the data."""

@@ -5,8 +5,18 @@ when the distributions agree; between two finite sets of real data it is not zer
 little without that floor next to it.
 """
 
+import functools
+import math
+
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial import cKDTree
+from scipy.special import gammaincinv
+
+from ..method.exact import GaussianMixture
+
+RARE = 1e-3  # of real samples, the share that is off the data: the edge of the data leaves out so many
 
 
 def _check(x, y):
@@ -65,12 +75,84 @@ def coverage(x, mixture, radius=3.0):
     A sample belongs to the nearest component (in that component's standard deviations) if it lies
     within `radius` of them; a component is covered if it gets at least half the samples due to it.
     """
-    L = torch.linalg.cholesky(mixture.covs)
-    error = x.double()[None] - mixture.means[:, None]
-    deviations = torch.linalg.solve_triangular(L, error.mT, upper=False).norm(dim=1)
-    distance, nearest = deviations.min(0)
-    hits = torch.bincount(nearest[distance <= radius], minlength=len(mixture.means))
+    distance, component = deviations(x, mixture).min(0)
+    hits = torch.bincount(component[distance <= radius], minlength=len(mixture.means))
     return (hits >= 0.5 * mixture.weights * len(x)).double().mean().item()
+
+
+def deviations(x, mixture):
+    """Distance of each sample from each component of a mixture, in its standard deviations.  (n, D) -> (K, n)"""
+    if x.ndim != 2 or x.shape[1] != mixture.means.shape[1]:
+        raise ValueError(f"samples have shape {tuple(x.shape)}, this mixture takes (n, {mixture.means.shape[1]})")
+    error = x.double()[None] - mixture.means[:, None]
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(mixture.covs), error.mT, upper=False).norm(dim=1)
+
+
+def nearest(x, y, k=1):
+    """Distance of each row of x to its k-th nearest row of y, infinite where x is.  (n, D), (m, D) -> (n,), float64"""
+    _check(x, y)
+    x, y = x.double(), y.double()
+    if x.shape[1] > 8:
+        return torch.cat([torch.cdist(some, y).kthvalue(k, dim=1)[0] for some in x.split(1024)])
+    distance, finite = torch.full((len(x),), math.inf, dtype=x.dtype), x.isfinite().all(1)
+    distance[finite] = torch.from_numpy(cKDTree(y.numpy()).query(x[finite].numpy(), [k])[0][:, 0])
+    return distance
+
+
+@functools.lru_cache(maxsize=32)
+def _limit_of_mixture(mixture, n=100_000):
+    """By n points of a mixture that are evenly spread over the farthest fiftieth from their own component.
+
+    So it is exact, up to 1e-3, where components do not overlap; by all points where they lie on top of each other.
+    """
+    generator, L, D = torch.Generator().manual_seed(0), torch.linalg.cholesky(mixture.covs), mixture.means.shape[1]
+    for share in (0.02, 1.0):
+        quantiles = 1 - share * (np.arange(n) + 0.5) / n
+        own, distance = torch.from_numpy(np.sqrt(2 * gammaincinv(D / 2, quantiles))), []
+        for radius in own.split(10_000):
+            k = torch.multinomial(mixture.weights, len(radius), replacement=True, generator=generator)
+            step = torch.randn(len(radius), D, 1, generator=generator, dtype=torch.float64)
+            step = L[k] @ (step * (radius[:, None, None] / step.norm(dim=1, keepdim=True)))
+            distance.append(deviations(mixture.means[k] + step[..., 0], mixture).amin(0))
+        limit = torch.cat(distance).quantile(1 - RARE / share)
+        if limit >= own[-1]:
+            break  # no point that is nearer to its own component lies beyond it
+    return limit.item()
+
+
+def limit_of(data):
+    """How far from the data all but one in a thousand of fresh real samples are at most.
+
+    data: a GaussianMixture, distances being deviations from its nearest component; or real samples (m, D), distances
+    being those to the nearest, of each of them to the nearest other one. Of fewer than a thousand it is about the
+    largest of these, so that it tells little of few samples.
+    """
+    if isinstance(data, GaussianMixture):
+        return _limit_of_mixture(data)
+    return nearest(data, data, 2).quantile(1 - RARE).item()
+
+
+def strays(x, data):
+    """Which samples are off the data, farther from it than its limit, or not finite.  (n, D) -> (n,) bool
+
+    data: as for `limit_of`.
+    """
+    distance = deviations(x, data).amin(0) if isinstance(data, GaussianMixture) else nearest(x, data)
+    return ~(distance <= limit_of(data))
+
+
+def off_data(x, data):
+    """Share of samples farther from the data than all but one in a thousand fresh real samples are.  (n, D) -> [0, 1]
+
+    data: a GaussianMixture, or many real samples (m, D), see `limit_of`. Fresh real samples have about 0.001. Unlike a
+    distance of distributions it sees a bridge between two modes, and not how the mass is shared out among them.
+
+    Its relation to precision, which asks whether a sample lies in the ball of a real one that reaches to the k-th
+    nearest other: the limit is the radius that all but one in a thousand of these balls have at most for k = 1, and
+    here all balls have that one radius. So precision counts what is rarer than the data around it, off_data what is far
+    from all data; by k = 1 what is off data lies in no ball but the largest one in a thousand.
+    """
+    return strays(x, data).double().mean().item()
 
 
 def frechet(x, y):
@@ -133,29 +215,33 @@ def diversity(x, label):
     return torch.stack(means).mean().item()
 
 
-def measure_points(samples, real, mixture=None):
+def measure_points(samples, real, near=None):
     """All metrics of a set of points.  (n, D), (n, D) -> dict.
 
-    The energy distance is taken on the first 5,000 of each; diversity is the mean distance of two of the first 5,000
-    samples, to be set against that of real data; coverage is given where the mixture is known.
+    near: the data as `off_data` takes them, a GaussianMixture or many real samples, by default `real`. The energy
+    distance is taken on the first 5,000 of each; diversity is the mean distance of two of the first 5,000 samples, to
+    be set against that of real data; coverage is given where the mixture is known.
     """
     values = {
         "sliced_wasserstein": sliced_wasserstein(samples, real),
+        "off_data": off_data(samples, real if near is None else near),
         "energy_distance": energy_distance(samples[:5000], real[:5000]),
         "diversity": torch.pdist(samples[:5000]).mean().item(),
     }
-    if mixture is not None:
-        values["coverage"] = coverage(samples, mixture)
+    if isinstance(near, GaussianMixture):
+        values["coverage"] = coverage(samples, near)
     return values
 
 
 def measure_images(x, label, real, net=None):
     """All metrics of a set of images from their features.  (n, D), (n,) or None, (m, D) -> dict.
 
-    Neighbours on the first 5,000 of each; with labels, diversity within a class, and, given the classifier
-    `net`, accuracy: the share that it gives the label they were made for.
+    Neighbours, those of off_data too, on the first 5,000 of each; with labels, diversity within a class, and, given
+    the classifier `net`, accuracy: the share that it gives the label they were made for.
     """
-    values = {"frechet": frechet(x, real), **precision_recall_coverage(x[:5000], real[:5000])}
+    some, of_real = x[:5000], real[:5000]
+    values = {"frechet": frechet(x, real), "off_data": off_data(some, of_real)}
+    values |= precision_recall_coverage(some, of_real)
     if label is not None:
         values["diversity"] = diversity(x, label)
     if label is not None and net is not None:

@@ -1,5 +1,6 @@
 """Pictures of a run. matplotlib is imported only when one is drawn."""
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,14 +11,14 @@ from ..files import aside
 INK, REAL, ONE, FLOW = "#222222", "#555555", "#d1495b", "#2e6f95"
 
 
-def _canvas(panels, width=3.1, height=3.6):
+def _canvas(panels, width=3.1, height=3.6, rows=1):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * panels, height), dpi=130, layout="constrained")
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    figure = Figure(figsize=(width * panels, height * rows), dpi=130, layout="constrained")
+    return figure, figure.subplots(rows, panels, squeeze=False)
 
 
 def words(text):
@@ -99,13 +100,18 @@ def training_curve(axis, log, config):
 def draw(path, panels, log, config, title):
     """Draw samples side by side, then a curve of the training.
 
-    panels: list of (title, points (n, D) or images (n, C, H, W), color); the first points set the limits of all.
+    panels: list of (title, points (n, D) or images (n, C, H, W), color, off); the first points set the limits of all.
+    off: which of the points are off the data (n,) bool, to be marked, their share in the title; None marks nothing.
     """
-    figure, axes = _canvas(len(panels) + 1)
+    figure, (axes,) = _canvas(len(panels) + 1)
     first = panels[0][1]
     limits = None if first.ndim == 4 else _limits(first)
-    for axis, (name, x, color) in zip(axes, panels):
+    for axis, (name, x, color, off) in zip(axes, panels):
         panel(axis, x[:8000], name, color, limits)
+        if off is not None:
+            axis.set_title(f"{axis.get_title()}\n{off.mean():.2%} off data", fontsize=10)
+            if x.shape[1] > 1:
+                axis.scatter(*x[:8000][off[:8000], :2].T, s=3, color=INK, linewidths=0)
     training_curve(axes[-1], log, config)
     figure.suptitle(words(title), fontsize=11)
     _save(figure, path)
@@ -113,34 +119,52 @@ def draw(path, panels, log, config, title):
 
 def draw_one(path, x, title):
     """Draw one set of points (n, D) or images (n, C, H, W)."""
-    figure, axes = _canvas(1)
-    panel(axes[0], x, title, ONE)
+    figure, ((axis,),) = _canvas(1)
+    panel(axis, x, title, ONE)
     _save(figure, path)
 
 
 def draw_comparison(path, rows, floors, names, methods):
-    """Sliced W2, a row a method: dots at 1 NFE, digits at 2, 4, 8; flow matching at 100 and real data as lines."""
-    figure, axes = _canvas(len(names), width=4.4, height=1.4 + 0.26 * len(methods))
-    for axis, name in zip(axes, names):
-        for place, method in enumerate(reversed(methods)):
-            color = {"twinflow": ONE, "flow matching": FLOW}.get(method, REAL)
-            for r in rows:
-                if (r["data"], r["method"]) != (name, method) or "sliced_wasserstein" not in r:
-                    continue
-                value, spread = r["sliced_wasserstein"], r["sliced_wasserstein_spread"]
-                if r["nfe"] == 1:
-                    axis.errorbar(value, place, xerr=spread, color=color, marker="o", ms=6)
-                elif r["nfe"] <= 8:
-                    axis.plot(value, place, color=color, marker=f"${r['nfe']}$", ms=5, alpha=0.7)
+    """Sliced W2 and off data, a column a data set, a row a method, the best at 1 NFE on top.
+
+    Dots at 1 NFE, with their spread, under them digits at 2, 4, 8; flow matching at 100 and real data are lines to
+    reach.
+    """
+    from matplotlib.ticker import LogLocator
+
+    lanes = {1: 0.3, 2: 0.1, 4: -0.1, 8: -0.3}  # or digits would hide each other
+    yardsticks = (("sliced_wasserstein", "sliced W2"), ("off_data", "off data"))
+    figure, axes = _canvas(len(names), width=4.8, height=1.2 + 0.36 * len(methods), rows=2)
+    for (metric, label), row in zip(yardsticks, axes):
+        for axis, name in zip(row, names):
+            own = {(r["method"], r["nfe"]): r for r in rows if r["data"] == name and metric in r}
+            first = {method: own[method, 1][metric] if (method, 1) in own else math.inf for method in methods}
+            order = sorted(methods, key=first.get, reverse=True)
+            for (method, nfe), r in own.items():
+                place, color = order.index(method), {"twinflow": ONE, "flow matching": FLOW}.get(method, REAL)
+                if nfe == 1:
+                    axis.errorbar(
+                        r[metric], place + lanes[1], xerr=r[f"{metric}_spread"], color=color, marker="o", ms=5
+                    )
+                elif nfe in lanes:
+                    axis.plot(r[metric], place + lanes[nfe], color=color, marker=f"${nfe}$", ms=5.5, mew=0.2)
                 else:
-                    axis.axvline(value, color=FLOW, ls="--", lw=1, label=words(f"{method}, {r['nfe']} NFE"))
-        axis.axvline(floors[name]["sliced_wasserstein"], color="#999999", ls=":", lw=1, label="real data")
-        axis.set(
-            title=words(Path(name).name), xscale="log", xlabel="sliced W2 at 1 NFE (dot) and at 2, 4, 8 NFE (digits)"
-        )
-        shown = [words(method) if axis is axes[0] else "" for method in reversed(methods)]
-        axis.set_yticks(range(len(methods)), shown)
-        axis.tick_params(labelsize=8)
-        axis.xaxis.label.set_fontsize(8)
-    axes[0].legend(fontsize=7)
+                    axis.axvline(r[metric], color=FLOW, ls="--", lw=1, label=words(f"{method}, {nfe} NFE"))
+            axis.axvline(floors[name][metric], color="#999999", ls=":", lw=1, label="real data")
+            if metric == "off_data":  # of which there may be none
+                axis.set_xscale("symlog", linthresh=1e-3)
+                axis.xaxis.set_major_formatter("{x:.1%}")
+                axis.set_xlim(left=0)
+            else:
+                axis.set_xscale("log")
+                axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.xaxis.set_minor_formatter("")
+            axis.set(title=words(Path(name).name), xlabel=f"{label} at 1 NFE (dot) and at 2, 4, 8 NFE (digits)")
+            axis.set_ylim(-0.5, len(methods) - 0.5)
+            axis.set_yticks(range(len(methods)), map(words, order))
+            axis.hlines(np.arange(1, len(methods)) - 0.5, 0, 1, "#eeeeee", transform=axis.get_yaxis_transform())
+            axis.tick_params(labelsize=8)
+            axis.xaxis.label.set_fontsize(8)
+    axes[0, 0].legend(fontsize=7)
     _save(figure, path)

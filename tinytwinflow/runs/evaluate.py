@@ -11,7 +11,7 @@ from ..bars import bar
 from ..data import toys
 from ..data.latents import autoencoder, decode
 from ..evaluation.features import Inception, classifier_of, features_of
-from ..evaluation.metrics import measure_images, measure_points
+from ..evaluation.metrics import measure_images, measure_points, strays
 from ..files import write_json
 from .build import data_of
 from .checks import enough_to_measure, same_data
@@ -32,6 +32,7 @@ class Yardstick(NamedTuple):
     floor: dict  # the metrics of other real samples
     show: Callable  # samples -> what a picture shows of them
     held_out: bool  # whether the real samples were kept from training
+    near: object  # of points, what they are to be near: a mixture or many real samples (m, D), see `off_data`
 
 
 def yardstick(config, data=None, folder=None, device="cpu", shown=False):
@@ -51,12 +52,15 @@ def yardstick(config, data=None, folder=None, device="cpu", shown=False):
     def pixels(x):
         return x if vae is None else decode(x, vae, **source.scaling)
 
-    by_classifier = config.get("features", "classifier") == "classifier"
+    by_classifier, near = config.get("features", "classifier") == "classifier", None
     if real.ndim == 2 or by_classifier and not source.classes:  # images without labels are measured as points
-        mixture = toys.mixture(config["data"])
+        near, D = toys.mixture(config["data"]), real[0].numel()
+        if near is None:
+            most = 200_000 // D if D <= 8 else 5000
+            near = (source.neighbours(most) if hasattr(source, "neighbours") else real[:most]).flatten(1)
 
         def measure(x, label):
-            return measure_points(x.flatten(1), real.flatten(1), mixture)
+            return measure_points(x.flatten(1), real.flatten(1), near)
     else:
         if by_classifier:
             common = {"seed": 0, "batch_size": 128, "subset": 0, "flip": False}
@@ -75,7 +79,7 @@ def yardstick(config, data=None, folder=None, device="cpu", shown=False):
             return measure_images(see(x), label, of_real, judge)
 
     floor, held_out = measure(again, label_again), getattr(source, "held_out", True)
-    return Yardstick(real, label, measure, floor, lambda x: pixels(x[:64]) if vae else x, held_out)
+    return Yardstick(real, label, measure, floor, lambda x: pixels(x[:64]) if vae else x, held_out, near)
 
 
 def rows_of(own, nfes, yard, shown=False):
@@ -113,7 +117,8 @@ def baseline(own, device="cpu"):
 def evaluate(own, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=True, device="cpu"):
     """Measure a trained network and its flow-matching baseline; write metrics.json if it has a folder.
 
-    own: see `folder.Trained`. -> metrics as in metrics.json, and a dict (method, nfe) -> samples, "data" for real ones.
+    own: see `folder.Trained`. -> metrics as in metrics.json; a dict (method, nfe) -> samples, "data" for real ones; of
+    points, a dict (method, nfe) -> an array (n,), which of them are off the data.
     """
     began = time.perf_counter()
     data = own.data
@@ -125,6 +130,7 @@ def evaluate(own, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=True
     if with_baseline and method_of(own.config) != "flow matching":
         more, flow_kept = rows_of(baseline(own, device), flow_nfes, yard, shown=True)
         rows, kept = rows + more, kept | flow_kept
+    off = {name: strays(x, yard.near).numpy() for name, x in kept.items() if x.ndim == 2}
     kept["data"] = yard.real
     kept = {name: yard.show(x) for name, x in kept.items()}
     result = {
@@ -139,4 +145,4 @@ def evaluate(own, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=True
     }
     if own.folder is not None:
         write_json(own.folder / "metrics.json", result)
-    return result, kept
+    return result, kept, off
