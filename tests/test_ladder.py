@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinytwinflow import GaussianMixture
+from tinytwinflow.method.draws import draw_for
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
 
@@ -78,6 +79,18 @@ def test_rectification_rests_where_the_fakes_are_the_data_and_leads_there(ladder
     left, rest, right = (slope(shift) for shift in (-0.5, 0.0, 0.5))
     assert right > 0.1 and left < -0.1
     assert math.isclose(right, -left, rel_tol=0.1) and abs(rest) < 0.03 * right
+
+
+def test_the_informed_gap_leads_to_the_mode(ladder):
+    """Fakes to the left of the mode at (sqrt 2, 0) have to move to the right, along -dv, and those to its right back."""
+    loss, x = ladder.Informed(share=1.0), torch.zeros(256, 2)
+    loss.power = 2
+    draws = draw_for(loss, x, torch.Generator().manual_seed(0))
+    *_, rows = draws.slices()
+    for shift, sign in ((1.2, 1), (1.6, -1)):
+        net = Linear(0.1, (shift, 0.0)).float().requires_grad_(False)
+        dv = loss._gap_at_fakes(draws, rows, net(draws.z[rows], None, None), net, None)
+        assert dv.shape == (128, 2) and -sign * dv[:, 0].mean() > 3 * dv[:, 1].mean().abs()
 
 
 def test_compared_with_itself_a_velocity_is_right_and_turned_it_is_wrong(ladder):

@@ -14,10 +14,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, pstdev
+from typing import ClassVar
 
 import torch
 
-from tinytwinflow import Twins, gap, generate, sample
+from tinytwinflow import TwinFlowLoss, Twins, gap, generate, sample
 from tinytwinflow.bars import bar
 from tinytwinflow.data.toys import mixture
 from tinytwinflow.evaluation.metrics import deviations, off_data, sliced_wasserstein, strays
@@ -30,8 +31,9 @@ from tinytwinflow.peers.common import fake_score, renoise, terms
 from tinytwinflow.runs.build import data_of, first_net
 from tinytwinflow.runs.recipes import configured
 from tinytwinflow.runs.run import begin, finish
+from tinytwinflow.runs.settings import loss_of
 from tinytwinflow.training import new_state, train
-from tinytwinflow.training.loop import learning_rate
+from tinytwinflow.training.loop import OPTIONS, learning_rate
 
 DATA = mixture("8gaussians")
 FAR = math.sqrt(-2 * math.log(0.001))  # 3.717: beyond it lies one real sample in a thousand
@@ -219,6 +221,31 @@ def again(climb):
     return {"net": finish(run).state.average}
 
 
+class Informed(TwinFlowLoss):
+    """The TwinFlow loss but for one thing: dv is exact, at t' = U^power."""
+
+    power: ClassVar = 1
+
+    def _gap_at_fakes(self, draws, rows, F, net, cond):
+        noise = even_noise(FAKES, seeded(*draws.rows[:4].tolist())).to(F)
+        fakes = torch.cat([draws.z[rows] - F, generate(net, noise)])
+        t = EARLIEST + (1 - 2 * EARLIEST) * draws.t[rows] ** self.power
+        return gap(Twins(DATA, of_points(fakes)), interpolate(fakes[: len(F)], draws.z_new[rows], t), t)
+
+
+def informed(climb, power):
+    """TwinFlow as the recipe has it, with the exact dv in the place of the learnt one."""
+    config = climb.settings()
+    run = begin(config, device=climb.device)
+    loss = Informed(**vars(loss_of(config)))
+    loss.power = power
+    options = {name: config[name] for name in OPTIONS}
+    over = train(run.state, loss, lambda i: run.data.batch(i)[0], **options)
+    for _ in bar(over, "TwinFlow, exact dv", climb.steps, unit="steps"):
+        pass
+    return {"net": run.state.average}
+
+
 RUNGS = {  # name: what it is, how it is climbed
     "flow": ("flow matching, 100 NFE", lambda c: recipe(c, order=0, share=0.0, warmup_steps=0, base_steps=0)),
     "a": ("(a) exact flow map, regressed", lambda c: regressed(c, exact_flow)),
@@ -233,6 +260,8 @@ RUNGS = {  # name: what it is, how it is climbed
     "e": ("(e) exact v, learnt v_fake", lambda c: rectified(c, "base", learnt=True)),
     "f": ("(f) both learnt, two networks", lambda c: rectified(c, "base", c.networks("flow")["net"], learnt=True)),
     "g": ("(g) TwinFlow, one network", recipe),
+    "g1": ("(g) but dv exact, t' uniform", lambda c: informed(c, power=1)),
+    "g2": ("(g) but dv exact, t' = U^2", lambda c: informed(c, power=2)),
 }
 
 
