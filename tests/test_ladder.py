@@ -81,8 +81,9 @@ def test_rectification_rests_where_the_fakes_are_the_data_and_leads_there(ladder
     assert math.isclose(right, -left, rel_tol=0.1) and abs(rest) < 0.03 * right
 
 
-def test_the_informed_gap_leads_to_the_mode(ladder):
-    """Fakes to the left of the mode at (sqrt 2, 0) have to move to the right, along -dv, and those to its right back."""
+def test_the_informed_gap_leads_to_the_mode(ladder, monkeypatch):
+    """Fakes to the left of the data have to move to the right, along -dv, and those to its right back."""
+    monkeypatch.setattr(ladder, "DATA", gaussian(0.1, (1.4, 0.0)))
     loss, x = ladder.Informed(share=1.0), torch.zeros(256, 2)
     loss.power = 2
     draws = draw_for(loss, x, torch.Generator().manual_seed(0))
