@@ -233,9 +233,9 @@ class Informed(TwinFlowLoss):
         return gap(Twins(DATA, of_points(fakes)), interpolate(fakes[: len(F)], draws.z_new[rows], t), t)
 
 
-def informed(climb, power):
-    """TwinFlow as the recipe has it, with the exact dv in the place of the learnt one."""
-    config = climb.settings()
+def informed(climb, power, **changes):
+    """TwinFlow as the recipe has it, but for changes, with the exact dv in the place of the learnt one."""
+    config = climb.settings(**changes)
     run = begin(config, device=climb.device)
     loss = Informed(**vars(loss_of(config)))
     loss.power = power
@@ -262,6 +262,7 @@ RUNGS = {  # name: what it is, how it is climbed
     "g": ("(g) TwinFlow, one network", recipe),
     "g1": ("(g) but dv exact, t' uniform", lambda c: informed(c, power=1)),
     "g2": ("(g) but dv exact, t' = U^2", lambda c: informed(c, power=2)),
+    "g3": ("(g) the same, ten times the weight", lambda c: informed(c, power=2, rectify_weight=3.0)),
 }
 
 
@@ -300,7 +301,8 @@ def gaps(climb, name):
     for a bin of fewer than 20 fakes}
     """
     net = climb.networks(name)["net"]
-    pool = torch.cat([generate(net, z) for z in climb.noise(POOL, draw=1).split(2048)])
+    noise = even_noise(POOL, seeded(climb.seed, 7, 1)).to(climb.device)
+    pool = torch.cat([generate(net, z) for z in noise.split(2048)])
     fields = velocities(climb, name, pool)
     if fields is None:
         return {}
