@@ -173,16 +173,18 @@ def own_flow(climb, steps):
     return lambda z: sample(net, z, steps, "multi")
 
 
-def rectified(climb, start, real=DATA, learnt=False, power=2):
+def rectified(climb, start, real=DATA, learnt=False, power=2, part=1.0, share=1.0):
     """The one-step generator of a network, trained by rectification alone, t' = U^power.
 
     real: a velocity field. learnt: the fake velocity is that of a network of its own, which begins as `start` did and
-    takes `UPDATES` steps for each of the generator's; else it is exact, of fresh fakes at each step.
+    takes `UPDATES` steps for each of the generator's; else it is exact, of fresh fakes at each step. part of
+    the ladder's steps and share of the batch are what is spent.
     """
     first = climb.networks(start)["net"]
     one = new_state(climb.network(first.state_dict()), RATE, seed=climb.seed)
     two = new_state(climb.network(first.state_dict()), RATE, seed=climb.seed + 1)
-    size, draw = climb.settings()["batch_size"], one.generator
+    steps, draw = round(part * climb.steps), one.generator
+    size = round(share * climb.settings()["batch_size"])
     like = torch.empty(size, 2, device=climb.device)
 
     def times():
@@ -192,24 +194,24 @@ def rectified(climb, start, real=DATA, learnt=False, power=2):
         with torch.no_grad():
             return generate(one.net, z)
 
-    def step(state, loss, steps):
+    def step(state, loss, last):
         for group in state.optimizer.param_groups:
-            group["lr"] = RATE * learning_rate(state.step, steps)
+            group["lr"] = RATE * learning_rate(state.step, last)
         state.optimizer.zero_grad()
         loss.backward()
         state.optimizer.step()
         state.follow(0.999, 0.99)
         state.step += 1
 
-    for _ in bar(range(climb.steps), "rectification", unit="steps"):
+    for _ in bar(range(steps), "rectification", unit="steps"):
         for _ in range(UPDATES if learnt else 0):
             t = times()
             x_t, u = renoise(fakes(normal(like, draw)), t, draw)
-            step(two, fake_score(two.net, x_t, t, u), UPDATES * climb.steps)
+            step(two, fake_score(two.net, x_t, t, u), UPDATES * steps)
         z = even_noise(FAKES, draw)
         fake = two.net if learnt else of_points(fakes(z))
         loss = rectification(one.net, z[:size], normal(like, draw), times(), real, fake)
-        step(one, loss, climb.steps)
+        step(one, loss, steps)
     return {"net": one.average, **({"fake": two.average} if learnt else {})}
 
 
@@ -256,6 +258,7 @@ RUNGS = {  # name: what it is, how it is climbed
     "again": ("(c) and as many steps again", again),
     "d": ("(d) exact v, exact v_fake, t' = U^2", lambda c: rectified(c, "base")),
     "d1": ("(d) the same, t' uniform", lambda c: rectified(c, "base", power=1)),
+    "d0": ("(d) with the rows and steps of (g)", lambda c: rectified(c, "base", part=0.4, share=1 / 6)),
     "da": ("(d) the same from (a), t' = U^2", lambda c: rectified(c, "a")),
     "e": ("(e) exact v, learnt v_fake", lambda c: rectified(c, "base", learnt=True)),
     "f": ("(f) both learnt, two networks", lambda c: rectified(c, "base", c.networks("flow")["net"], learnt=True)),
@@ -269,7 +272,7 @@ RUNGS = {  # name: what it is, how it is climbed
 def velocities(climb, name, pool):
     """The real and the fake velocity that a rung's generator was trained with, as fields; None if with neither."""
     made = climb.networks(name)
-    if name in ("d", "d1", "da"):
+    if name in ("d", "d1", "d0", "da"):
         return DATA, of_points(pool[:FAKES])
     if name in ("e", "f"):
         return (DATA if name == "e" else climb.networks("flow")["net"]), made["fake"]
