@@ -3,7 +3,6 @@
 import copy
 import itertools
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,6 +83,12 @@ def test_training_with_muon_goes_on_bit_for_bit(stop, seed):
     assert all(torch.equal(a, b) for a, b in zip(whole.net.parameters(), second.net.parameters()))
 
 
-def test_a_network_without_inner_matrices_is_refused():
-    with pytest.raises(ValueError, match="muon_lr is for matrices in a ModuleList, of which this network has none"):
-        new_state(MLP(2, 16, 1), muon_lr=1e-2)
+def test_a_network_without_inner_matrices_learns_by_adamw_alone():
+    ends = []
+    for muon_lr in (None, 2e-2):
+        torch.manual_seed(0)
+        state = new_state(MLP(2, 16, 1), 1e-2, muon_lr=muon_lr)
+        list(train(state, TwinFlowLoss(), batch, 3))
+        ends.append((type(state.optimizer), *state.net.parameters()))
+    assert ends[0][0] is ends[1][0] is torch.optim.AdamW
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][1:], ends[1][1:]))

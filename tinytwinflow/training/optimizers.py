@@ -48,18 +48,16 @@ class MuonAdamW(torch.optim.Optimizer):
 def optimizer_of(networks, lr, muon_lr=None, betas=(0.9, 0.99)):
     """The optimiser of what learns in some networks: AdamW, or with a muon_lr Muon for their inner matrices.
 
-    Each group notes its highest rate as "initial_lr". Raises ValueError if no network has a matrix for Muon.
+    Where no network has such matrices it is AdamW. Each group notes its highest rate as "initial_lr".
     """
     learns = [[(name, p) for name, p in net.named_parameters() if p.requires_grad] for net in networks]
-    if muon_lr is None:
-        optimizer = adamw([[p for _, p in some] for some in learns], lr, betas)
-    else:
-        inner = [inner_matrices(net) for net in networks]
-        matrices = [p for names, some in zip(inner, learns) for name, p in some if name in names]
+    inner = [set() if muon_lr is None else inner_matrices(net) for net in networks]
+    matrices = [p for names, some in zip(inner, learns) for name, p in some if name in names]
+    if matrices:
         others = [p for names, some in zip(inner, learns) for name, p in some if name not in names]
-        if not matrices:
-            raise ValueError("muon_lr is for matrices in a ModuleList, of which this network has none: muon_lr=None")
         optimizer = MuonAdamW(matrices, others, lr, muon_lr, betas)
+    else:
+        optimizer = adamw([[p for _, p in some] for some in learns], lr, betas)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
