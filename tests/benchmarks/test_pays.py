@@ -22,7 +22,7 @@ from tinytwinflow.training.loop import fill_helpers
 
 FLOW = {"order": 0, "share": 0.0, "warmup_steps": 0, "base_steps": 0, "eval_samples": 64}
 FEW_PAIRS = 'dmd peer={"pairs":40,"steps":3}'
-LINES = [FEW_PAIRS if name == "dmd" else name for name in pays.COMPARED]
+LINES = [FEW_PAIRS if name.startswith("dmd with") else name for name in pays.COMPARED]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,7 @@ def test_lines_are_those_that_they_are_called(flow):
     assert {key: ours[key] for key in printed} == {key: recipe[key] for key in printed} and recipe["order"] == 8
     assert base == ours | {"share": 0.0}
     assert pays.fine_tuned("dmd", flow, 5)["peer"] == {"regression": 1.0}
+    assert pays.fine_tuned("dmd with few pairs", flow, 5)["peer"] == {"regression": 1.0, "pairs": 4096}
     assert pays.fine_tuned("flow matching", flow, 5)["order"] == 0
 
 
@@ -187,7 +188,7 @@ def test_wrong_uses_are_refused_in_one_line(flow, tmp_path, capsys):
         (["--from", flow, "--methods", "dmd rate=1"], "unknown setting 'rate'"),
         (["--from", flow, "--steps", "50", "0"], "--steps must be at least 1, got 0"),
         (["--from", flow, "--data", "moons"], "--from takes the data of its run: leave --data out"),
-        (["--from", flow, "--set", "steps=3"], "steps: with --from"),
+        (["--from", flow, "--set", "steps=3"], "steps is no setting with --from"),
         (["--from", flow, "--adapters", "8"], "--adapters are for a dit, this run has net 'mlp'"),
         (["--steps", "50"], "--steps and --adapters are for --from RUN"),
     ]:

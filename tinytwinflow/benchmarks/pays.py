@@ -21,8 +21,13 @@ from .compare import train_and_measure, work_off
 
 LENGTHS = (50, 100, 200, 400, 800)
 AS_PRINTED = "order=2 one_step_share=0 jump_c=None"  # the paper's base but for its gain and clip, which diverge here
-SHORT = {"twinflow on the paper's base": f"twinflow {AS_PRINTED}", "the paper's base": f"rcgm {AS_PRINTED}"}
-COMPARED = ("twinflow", "rcgm", *SHORT, "meanflow", "shortcut", "consistency distillation", "dmd", "dmd2")
+SHORT = {
+    "twinflow on the paper's base": f"twinflow {AS_PRINTED}",
+    "the paper's base": f"rcgm {AS_PRINTED}",
+    "dmd with few pairs": 'dmd peer={"regression":1.0,"pairs":4096}',  # all 16,384 cost more than a fine-tuning
+}
+OURS = ("twinflow", "rcgm", "twinflow on the paper's base", "the paper's base")
+COMPARED = (*OURS, "meanflow", "shortcut", "consistency distillation", "dmd with few pairs", "dmd2")
 OWN_LOSS = {"twinflow": {}, "rcgm": RCGM, "flow matching": FLOW_MATCHING}
 SCHEDULE = {"steps": None, "warmup_steps": 0, "base_steps": 0}
 SHOWN = {"sliced_wasserstein": ("sliced W2", ".3f"), "off_data": ("off data", ".2%"), "frechet": ("Frechet", ".3f")}
@@ -46,10 +51,8 @@ def fine_tuned(text, run, steps, changes=()):
     kept |= {"method": name if name not in OWN_LOSS else "twinflow", "peer": {}, "init_from": str(Path(run).resolve())}
     kept |= {"checkpoint_every": steps, **OWN_LOSS.get(name, {}), **SCHEDULE, "steps": steps}
     given = {change.partition("=")[0] for change in texts}
-    if taken := given & {"data", "init_from", "seed", *SCHEDULE}:
-        raise ValueError(
-            f"{', '.join(sorted(taken))}: with --from these are the run's, or --steps and --seeds say them"
-        )
+    for key in sorted(given & {"data", "init_from", "seed", *SCHEDULE}):
+        raise ValueError(f"{key} is no setting with --from, where RUN, --steps and --seeds say it")
     kept = {key: value for key, value in kept.items() if key not in {"recipe", *given}}
     return configured(before["recipe"], texts, **kept)
 
@@ -98,7 +101,8 @@ def compare_from(run, lengths, methods, seeds, changes, out, jobs=None, adapters
         for method in methods:
             for steps in lengths:
                 config = fine_tuned(method, run, steps, changes) | {"seed": seed}
-                folder = out / method.replace(" ", "-").replace("/", "-") / f"steps-{steps}" / f"seed-{seed}"
+                name = method.replace(" ", "-").replace("/", "-") + f"-adapters-{adapters}" * bool(adapters)
+                folder = out / name / f"steps-{steps}" / f"seed-{seed}"
                 todo.append((folder, config, method, out, adapters))
     data = data_of(before)
     out.mkdir(parents=True, exist_ok=True)
