@@ -109,6 +109,7 @@ def test_the_command_makes_table_and_picture_and_goes_on(flow, tmp_path, capsys,
     # processes of their own, which take seconds to start, are those of every comparison
     monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
     command = ["compare", "--from", str(flow), "--methods", "twinflow lr=1e-12", "meanflow", "dmd2 lr=1e-12"]
+    command += ["shortcut lr=1e30"]
     command += ["--seeds", "2", "--jobs", "1", "--out", str(tmp_path / "out"), "--steps"]
     assert main([*command, "3", "2"]) == 0
     first, result = capsys.readouterr().out, json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -116,17 +117,18 @@ def test_the_command_makes_table_and_picture_and_goes_on(flow, tmp_path, capsys,
     row = next(row for row in result["rows"] if (row["method"], row["steps"]) == ("meanflow", 3))
     figures = [run["rows"][0]["sliced_wasserstein"] for run in runs]
     assert row["sliced_wasserstein"] == pytest.approx(sum(figures) / 2) and figures[0] != figures[1]
-    assert row["cost"] == 5 and [row["steps"] for row in result["rows"]] == [2] * 3 + [3] * 3
-    still = {row["off_data"] for row in result["rows"] if row["method"] != "meanflow"}
+    assert row["cost"] == 5 and [row["steps"] for row in result["rows"]] == [2] * 4 + [3] * 4
+    still = {row["off_data"] for row in result["rows"] if "lr=1e-12" in row["method"]}
     assert len(still) == 1, "both stay what the run was"
     cells = f"{row['sliced_wasserstein']:.3f} ± {row['sliced_wasserstein_spread']:.3f} (5)"
     assert "| method | 2 steps | 3 steps |" in first and cells in first and "| flow matching, 100 NFE |" in first
+    assert "| shortcut lr=1e30 | diverged (seed 0: step 2" in first
     assert first.startswith((tmp_path / "out" / "table.md").read_text()[:-1])
     assert (tmp_path / "out" / "pays.png").read_bytes().startswith(b"\x89PNG")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("checkpoint.pt")}
     assert main([*command, "2", "3"]) == 0 and capsys.readouterr().out == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("checkpoint.pt")} == times
-    assert len(times) == 12
+    assert len(times) == 16
     assert main([*command, "2", "--set", "width=8"]) == 2 and "other settings" in capsys.readouterr().err
 
 
@@ -174,7 +176,7 @@ def test_adapters_of_a_dit_are_trained_alone(tmp_path):
     after = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["net"]
     moved = {name for name in after if not torch.equal(after[name], first[name])}
     assert any(name.startswith("blocks.0.attn.qkv.lora_B") for name in moved)
-    assert any(name.startswith("times.twin.") for name in moved)
+    assert all(any(name.startswith(f"times.{part}.") for name in moved) for part in ("r", "twin"))
     assert all("lora_" in name or name.startswith(("times.r.", "times.twin.")) for name in moved), moved
 
 
