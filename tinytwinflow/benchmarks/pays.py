@@ -101,9 +101,8 @@ def compare_from(run, lengths, methods, seeds, changes, out, jobs=None, adapters
         for method in methods:
             for steps in lengths:
                 config = fine_tuned(method, run, steps, changes) | {"seed": seed}
-                name = method.replace(" ", "-").replace("/", "-").replace("'", "") + f"-adapters-{adapters}" * bool(
-                    adapters
-                )
+                name = "-".join(method.replace("'", "").replace("/", " ").split())
+                name += f"-adapters-{adapters}" if adapters else ""
                 folder = out / name / f"steps-{steps}" / f"seed-{seed}"
                 todo.append((folder, config, method, out, adapters))
     data = data_of(before)
