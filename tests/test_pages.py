@@ -154,6 +154,8 @@ def test_commands_are_found():
         "compare --methods twinflux",
         'compare --methods "twinflow ordre=2"',
         "compare --data moon",
+        'compare --from RUN --methods "the papers base"',
+        "compare --form RUN",
         "memory --net dit-b-3",
         "sample RUN --stpes 2",
         "sample RUN --mode ani",

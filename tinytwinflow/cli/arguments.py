@@ -135,10 +135,15 @@ def parser():
     peers.add_argument("--data", nargs="+", metavar="D", help=f"default {' '.join(compare.COMPARED_SETS)}")
     peers.add_argument("--from", dest="source", metavar="RUN", help="fine-tune this flow-matching run by every method")
     peers.add_argument(
-        "--steps", type=int, nargs="+", metavar="N", help=f"with --from: for so many steps (default {pays.LENGTHS})"
+        "--steps",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"with --from: for so many steps (default {' '.join(map(str, pays.LENGTHS))})",
     )
     peers.add_argument("--adapters", type=int, metavar="R", help="with --from, of a dit: train adapters of this rank")
     known = f"from {', '.join(known_methods())}; with settings of its own: 'dmd2 lr=1e-3'; @FILE reads them, one a line"
+    known += f"; with --from also {', '.join(pays.SHORT)}"
     peers.add_argument("--methods", nargs="+", metavar="M", help=known)
     peers.add_argument("--seeds", type=int, default=3, metavar="K", help="how many (default 3)")
     peers.add_argument("--first-seed", type=seed, default=0, metavar="S", help="the first of them (default 0)")
