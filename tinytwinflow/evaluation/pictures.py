@@ -204,5 +204,5 @@ def draw_costs(path, rows, lines, methods, metrics):
         axis.set_xlabel("cost of the training, in flow-matching steps")
         axis.tick_params(labelsize=8)
         axis.grid(color="#eeeeee")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, handlelength=4)
     _save(figure, path)
