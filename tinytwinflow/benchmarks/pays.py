@@ -20,7 +20,7 @@ from .calls import calls_of
 from .compare import train_and_measure, work_off
 
 LENGTHS = (50, 100, 200, 400, 800)
-AS_PRINTED = "order=2 one_step_share=0 jump_c=None"  # the paper's base but for its gain and clip, which diverge here
+AS_PRINTED = "order=2 one_step_share=0 jump_c=None"  # the paper's base but for gain, clip and twin weights
 SHORT = {
     "twinflow on the paper's base": f"twinflow {AS_PRINTED}",
     "the paper's base": f"rcgm {AS_PRINTED}",
