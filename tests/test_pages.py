@@ -13,12 +13,13 @@ from conftest import write_folder
 
 import tinytwinflow as ttf
 from tinytwinflow.backbones.families import published_names
+from tinytwinflow.benchmarks.pays import SHORT
 from tinytwinflow.benchmarks.plan import TRAININGS
 from tinytwinflow.cli.arguments import config_of, parser
 from tinytwinflow.data.toys import TOYS
 from tinytwinflow.method.samplers import MODES
 from tinytwinflow.nets.dit import dimensions
-from tinytwinflow.runs.methods import entry
+from tinytwinflow.runs.methods import entry, named
 from tinytwinflow.runs.recipes import configured
 from tinytwinflow.training.distributed import COMPILE
 
@@ -114,9 +115,10 @@ def checked(words):
     elif args.command == "settings":
         configured(args.recipe or "toy")
     elif args.command == "compare":
-        for method in args.methods:
-            entry(method, args.changes)
-        assert set(args.data) <= set(TOYS)
+        for method in args.methods or ():
+            name, own = named(method)
+            entry(" ".join([SHORT.get(name, name), *own]), args.changes)
+        assert set(args.data or ()) <= set(TOYS)
     elif args.command in ("memory", "bench"):
         if args.net != "mlp" and args.net not in published_names():
             dimensions(args.net.removeprefix("dit-"))
@@ -152,6 +154,8 @@ def test_commands_are_found():
         "compare --methods twinflux",
         'compare --methods "twinflow ordre=2"',
         "compare --data moon",
+        'compare --from RUN --methods "the papers base"',
+        "compare --form RUN",
         "memory --net dit-b-3",
         "sample RUN --stpes 2",
         "sample RUN --mode ani",

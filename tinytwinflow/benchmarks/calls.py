@@ -13,6 +13,7 @@ from itertools import groupby
 from unittest.mock import patch
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as f
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -60,27 +61,32 @@ class Call:
     gradient: bool
 
 
-def calls_of(loss, rows, seed=0):
-    """The calls of one step of a loss on so many rows, in order."""
+def calls_of(loss, rows, seed=0, labels=True, steps=1):
+    """The calls of so many steps of a loss on so many rows, in order; one in forward mode, which carries a tangent
+    beside its answer, stands there twice. labels: whether the loss is given conditions.
+    """
     made, weight = [], torch.nn.Parameter(torch.ones(()))
 
     def network(name):
         def field(x, t, r, cond=None):
             y = x * weight * math.exp(-0.1 * len(name))
-            made.append(Call(name, len(x), y.requires_grad))
+            made.extend([Call(name, len(x), y.requires_grad)] * (1 + (forward_ad.unpack_dual(y).tangent is not None)))
             return y
 
         return field
 
     names = getattr(loss, "helpers", {})
-    x, cond, null = torch.ones(rows, 2), torch.zeros(rows, 1), torch.zeros(1, 1)
+    x, cond, null = torch.ones(rows, 2), torch.zeros(rows, 1) if labels else None, torch.zeros(1, 1)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(loss, TwinFlowLoss):
         more = {"teacher": network("teacher"), "original": network("teacher"), "null": null}
     else:
-        more = {"progress": 0.5, **{name: network(name) for name in names}}
+        more = {name: network(name) for name in names}
         more["teacher" if "teacher" in names else "null"] = more.get("teacher", null)
-    loss(network("net"), x, cond=cond, generator=generator, **more)
+    net = network("net")
+    for step in range(steps):
+        own = {} if isinstance(loss, TwinFlowLoss) else {"progress": (step + 0.5) / steps}
+        loss(net, x, cond=cond, generator=generator, **more, **own)
     return made
 
 

@@ -41,27 +41,9 @@ def compare(names, methods, seeds, changes, out, jobs=None):
         for name in names:
             for method in methods:
                 folder = Path(out) / Path(name).stem / f"seed-{seed}" / method.replace(" ", "-").replace("/", "-")
-                todo.append((folder, {**entry(method, changes), "seed": seed, "data": name}, method))
-    for folder, config, _ in todo:
-        if not (folder / "config.json").exists():
-            refuse_misfits(config, sets[config["data"]], folder=folder)
-            make_folder(folder, config)
-        elif read_config(folder) != json.loads(json.dumps(config)):
-            raise ValueError(f"{folder} was made with other settings: choose another --out")
-    left = [job for job in todo if not whole(job[0] / "metrics.json")]
-    jobs = min(jobs or os.cpu_count(), max(1, len(left)))
-    if left:
-        with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (os.getpid(),)) as pool:
-            running = [pool.submit(train_and_measure, *job) for job in left]
-            try:
-                for done in bar(as_completed(running), "compare", len(todo), len(todo) - len(left), "runs"):
-                    done.result()
-            except BrokenProcessPool:
-                raise OSError("a process of the comparison was killed; the same command goes on where it was") from None
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # or it would first work off what waits
-                raise
-    results = [json.loads((folder / "metrics.json").read_text()) for folder, _, _ in todo]
+                nfes = (*NFES, LINE[1]) if method.startswith(LINE[0]) else NFES
+                todo.append((folder, {**entry(method, changes), "seed": seed, "data": name}, method, nfes))
+    results = work_off(todo, sets, train_and_measure, jobs)
     costs = costs_of_methods(methods, changes, Path(out) / "cost.json")
     rows, floors = summary(results, names, methods), {name: floor_of(results, name) for name in names}
     text = comparison_table(rows, floors, names, methods, costs)
@@ -73,6 +55,34 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     (Path(out) / "table.md").write_text(text + "\n")
     pictures.draw_comparison(Path(out) / "compare.png", rows, floors, names, methods)
     print(f"\n{out}/table.md  {out}/compare.png  {out}/metrics.json")
+
+
+def work_off(todo, sets, work, jobs=None):
+    """Train and measure what is left to do, in processes of one thread, and read all results.  -> list of dicts
+
+    todo: the arguments of `work`, a tuple a run, its folder and its settings first; work leaves the result in the
+    folder's metrics.json. sets: data by name.
+    """
+    for folder, config, *_ in todo:
+        if not (folder / "config.json").exists():
+            refuse_misfits(config, sets[config["data"]], folder=folder)
+            make_folder(folder, config)
+        elif read_config(folder) != json.loads(json.dumps(config)):
+            raise ValueError(f"{folder} was made with other settings: choose another --out")
+    left = [job for job in todo if not whole(job[0] / "metrics.json")]
+    jobs = min(jobs or os.cpu_count(), max(1, len(left)))
+    if left:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (os.getpid(),)) as pool:
+            running = [pool.submit(work, *job) for job in left]
+            try:
+                for done in bar(as_completed(running), "compare", len(todo), len(todo) - len(left), "runs"):
+                    done.result()
+            except BrokenProcessPool:
+                raise OSError("a process of the comparison was killed; the same command goes on where it was") from None
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # or it would first work off what waits
+                raise
+    return [json.loads((folder / "metrics.json").read_text()) for folder, *_ in todo]
 
 
 def whole(path):
@@ -93,18 +103,22 @@ def begin_worker(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def train_and_measure(folder, config, method):
-    """Train and measure one method on one data set with one seed; the result is left in its folder."""
-    began, run, path = time.perf_counter(), resume(folder), Path(folder) / "metrics.json"
+def train_and_measure(folder, config, method, nfes, judged_in=None, net=None, more=None):
+    """Train and measure one method on one data set with one seed; the result is left in its folder.
+
+    judged_in: the folder of the classifier that judges images, by default the run's own. net: where it is not the one
+    that the settings name. more: what else the result says of the run.
+    """
+    began, run, path = time.perf_counter(), resume(folder, net=net), Path(folder) / "metrics.json"
     before = json.loads(path.read_text())["seconds"] if path.exists() else 0
-    yard = yardstick(config, run.data, folder)
+    yard = yardstick(config, run.data, judged_in or folder)
     try:
         finish(run, shown=False)
-        rows, _ = rows_of(trained(folder), (*NFES, LINE[1]) if method.startswith(LINE[0]) else NFES, yard)
+        rows, _ = rows_of(trained(folder, net=net), nfes, yard)
         diverged = None
     except FloatingPointError as error:
         rows, diverged = [], str(error)
-    about = {"data": config["data"], "seed": config["seed"], "method": method, "diverged": diverged}
+    about = {"data": config["data"], "seed": config["seed"], "method": method, "diverged": diverged, **(more or {})}
     spent = {"seconds": round(before + time.perf_counter() - began, 1), "device": "cpu"}
     rows = [{**row, **about} for row in rows]
     write_json(path, {**about, **spent, "floor": yard.floor, "rows": rows})

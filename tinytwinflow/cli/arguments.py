@@ -8,7 +8,7 @@ import torch
 
 from ..backbones.families import published_names
 from ..backbones.painting import LAYOUTS
-from ..benchmarks import compare, plan, speed_backbone
+from ..benchmarks import compare, pays, plan, speed_backbone
 from ..data.points import is_table
 from ..data.readers import IMAGE_SETS
 from ..data.toys import TOYS
@@ -132,14 +132,24 @@ def parser():
     measure.add_argument("--device", default="cpu")
 
     peers = add("compare", "TwinFlow and its peers on equal terms: one table")
-    peers.add_argument("--data", nargs="+", default=list(compare.COMPARED_SETS), metavar="D")
+    peers.add_argument("--data", nargs="+", metavar="D", help=f"default {' '.join(compare.COMPARED_SETS)}")
+    peers.add_argument("--from", dest="source", metavar="RUN", help="fine-tune this flow-matching run by every method")
+    peers.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"with --from: for so many steps (default {' '.join(map(str, pays.LENGTHS))})",
+    )
+    peers.add_argument("--adapters", type=int, metavar="R", help="with --from, of a dit: train adapters of this rank")
     known = f"from {', '.join(known_methods())}; with settings of its own: 'dmd2 lr=1e-3'; @FILE reads them, one a line"
-    peers.add_argument("--methods", nargs="+", default=list(known_methods()), metavar="M", help=known)
+    known += f"; with --from also {', '.join(pays.SHORT)}"
+    peers.add_argument("--methods", nargs="+", metavar="M", help=known)
     peers.add_argument("--seeds", type=int, default=3, metavar="K", help="how many (default 3)")
     peers.add_argument("--first-seed", type=seed, default=0, metavar="S", help="the first of them (default 0)")
     peers.add_argument("--jobs", type=int, metavar="J", help="processes of one thread (default: one a core)")
     add_settings(peers)
-    peers.add_argument("--out", default="runs/compare", metavar="DIR")
+    peers.add_argument("--out", metavar="DIR", help="default runs/compare, with --from runs/pays")
 
     count = add("memory", "bytes of a training step of every method, counted")
     count.add_argument(

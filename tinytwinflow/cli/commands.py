@@ -9,7 +9,7 @@ import torch
 
 from ..backbones import captions, lora_files, painting, prompts, velocity_files
 from ..backbones.families import published_names
-from ..benchmarks import compare, memory, plan, speed, speed_backbone
+from ..benchmarks import compare, memory, pays, plan, speed, speed_backbone
 from ..data.given import in_units
 from ..data.latents import autoencoder, decode, encode
 from ..data.readers import Folder
@@ -145,12 +145,23 @@ def run_evaluate(args):
 
 
 def run_compare(args):
-    for name, value in (("--seeds", args.seeds), ("--jobs", args.jobs)):
+    numbers = [("--seeds", args.seeds), ("--jobs", args.jobs), ("--adapters", args.adapters)]
+    for name, value in (*numbers, *(("--steps", steps) for steps in args.steps or ())):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if args.source is None and (args.steps or args.adapters):
+        raise ValueError("--steps and --adapters are for --from RUN; --set steps=N is the length of other comparisons")
+    if args.source is not None and args.data:
+        raise ValueError("--from takes the data of its run: leave --data out")
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    methods = list(dict.fromkeys(" ".join(method.split()) for method in args.methods))
-    compare.compare(args.data, methods, seeds, args.changes, Path(args.out), args.jobs)
+    methods = args.methods or (known_methods() if args.source is None else pays.COMPARED)
+    methods = list(dict.fromkeys(" ".join(method.split()) for method in methods))
+    out = Path(args.out or ("runs/compare" if args.source is None else "runs/pays"))
+    if args.source is None:
+        compare.compare(args.data or compare.COMPARED_SETS, methods, seeds, args.changes, out, args.jobs)
+    else:
+        steps = sorted(set(args.steps or pays.LENGTHS))
+        pays.compare_from(args.source, steps, methods, seeds, args.changes, out, args.jobs, args.adapters or 0)
 
 
 def is_backbone(name, others):

@@ -9,6 +9,7 @@ import numpy as np
 from ..files import aside
 
 INK, REAL, ONE, FLOW = "#222222", "#555555", "#d1495b", "#2e6f95"
+OTHERS = ("#e69f00", "#009e73", "#56b4e9", "#9b5fc0", "#8c6d31", "#cc79a7")
 
 
 def _canvas(panels, width=3.1, height=3.6, rows=1):
@@ -167,4 +168,41 @@ def draw_comparison(path, rows, floors, names, methods):
             axis.tick_params(labelsize=8)
             axis.xaxis.label.set_fontsize(8)
     axes[0, 0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw_costs(path, rows, lines, methods, metrics):
+    """A panel a metric: figures at 1 NFE against what the training cost, a line a method, both axes logarithmic.
+
+    rows: dicts of method, cost, and each metric with its spread. lines: name -> metrics, drawn across. metrics: see
+    `tables.paying_table`. TwinFlow is red and its base black, of several lines of a colour the later ones are dashed.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    others, colors, used = iter(OTHERS * len(methods)), {}, []
+    for name in methods:
+        own = ONE if name.startswith("twinflow") else INK if name.startswith(("rcgm", "the paper's base")) else None
+        colors[name] = FLOW if name.startswith("flow matching") else own or next(others)
+    figure, (axes,) = _canvas(len(metrics), width=5.0, height=4.6)
+    for axis, (metric, (called, form)) in zip(axes, metrics.items()):
+        used.clear()
+        for name in methods:
+            own = [r for r in rows if r["method"] == name and metric in r]
+            style = ("-", "--", ":")[used.count(colors[name]) % 3]
+            used.append(colors[name])
+            x, y, spread = ([r[key] for r in own] for key in ("cost", metric, f"{metric}_spread"))
+            axis.errorbar(x, y, yerr=spread, color=colors[name], ls=style, marker="o", ms=4, lw=1.6, label=words(name))
+        for name, line in lines.items():
+            if not name.endswith(", 1 NFE"):
+                color, style = (FLOW, "--") if name.startswith("flow") else (REAL, ":")
+                axis.axhline(line[metric], color=color, ls=style, lw=1.2, label=words(name))
+        axis.set(xscale="log", yscale="log", title=words(f"{called} at 1 NFE"))
+        for one, shown in ((axis.xaxis, "{x:g}"), (axis.yaxis, "{x:" + (".1%" if "%" in form else "g") + "}")):
+            one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            one.set_major_formatter(shown)
+            one.set_minor_formatter(NullFormatter())
+        axis.set_xlabel("cost of the training, in flow-matching steps")
+        axis.tick_params(labelsize=8)
+        axis.grid(color="#eeeeee")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, handlelength=4)
     _save(figure, path)
