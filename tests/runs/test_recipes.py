@@ -217,7 +217,15 @@ def test_resuming_refuses_what_it_would_ignore(home, tmp_path, capsys):
 
 def test_flow_matching_starts_where_twinflow_started(home, tmp_path):
     """The baseline of a run has its first weights too; and both runs are judged by the same classifier."""
-    small = ["steps=1", "warmup_steps=0", "base_steps=0", "batch_size=6", "eval_samples=12", "lr=1e-20"]
+    small = [
+        "steps=1",
+        "warmup_steps=0",
+        "base_steps=0",
+        "batch_size=6",
+        "eval_samples=12",
+        "lr=1e-20",
+        "muon_lr=1e-20",
+    ]
     first, second = tmp_path / "first", tmp_path / "second"
     train = ["train", "fashion", "--data-dir", str(home)]
     assert main([*train, "--set", *ENGINE, *RUNS["fashion"], "--out", str(first)]) == 0

@@ -53,9 +53,10 @@ def test_each_default_and_each_recipe_keeps_to_the_ranges():
 
 
 def test_the_loss_has_the_settings_of_the_recipes_and_the_paper_its_own():
-    """TwinFlowLoss() is what the toy recipe trains with; paper() is what is printed, and takes changes."""
+    """TwinFlowLoss() is what recipes have but for what they say; paper() is what is printed, and takes changes."""
     assert {f.name for f in fields(TwinFlowLoss)} == set(LOSS)
-    assert loss_of(configured("toy")) == TwinFlowLoss()
+    assert loss_of(configured("cifar")) == TwinFlowLoss()
+    assert loss_of(configured("toy")) == TwinFlowLoss(flow_share=0.3, one_step_share=0.4, jump_c=0.12)
     printed = TwinFlowLoss.paper()
     assert (printed.order, printed.share, printed.dt, printed.clip, printed.gain) == (2, 1 / 3, 0.01, 1.0, math.inf)
     assert (printed.adversarial_weight, printed.rectify_weight, printed.one_step_share) == (1.0, 1.0, 0.0)

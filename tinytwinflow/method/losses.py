@@ -55,8 +55,8 @@ class Losses(NamedTuple):
 class TwinFlowLoss:
     """The TwinFlow loss.  loss(net, x, cond, teacher) -> Losses.
 
-    The defaults are what we recommend, and what the recipes train with; `TwinFlowLoss.paper()` is what is printed. What
-    each setting means is written beside it, and `python -m tinytwinflow settings` lists them all.
+    The defaults are what we recommend, and what the recipes train with but for what they say; `TwinFlowLoss.paper()` is
+    what is printed. What each setting means is written beside it, and `python -m tinytwinflow settings` lists them all.
 
     setting          here      paper                            released code
     order            8         2                                2
