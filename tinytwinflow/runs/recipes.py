@@ -35,10 +35,7 @@ def images_of(**values):
 
 
 RECIPES = {
-    "toy": recipe_of(
-        OF_POINTS, steps=2500, warmup_steps=600, base_steps=900, muon_lr=1e-2, flow_share=0.3, one_step_share=0.4,
-        jump_c=0.12,
-    ),
+    "toy": recipe_of(OF_POINTS, muon_lr=1e-2, flow_share=0.3, one_step_share=0.4, jump_c=0.12),
     "fashion": images_of(
         data="fashion", size=28, net="dit", width=256, depth=8, heads=4, patch=2,
         steps=3000, batch_size=384, lr=4e-3, muon_lr=1e-2, warmup_steps=900, base_steps=900, one_step_share=0.7,
