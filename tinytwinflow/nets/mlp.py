@@ -35,13 +35,15 @@ class MLP(nn.Module):
         self.register_buffer("k", torch.arange(1, frequencies + 1) * math.pi / 2, persistent=False)
         sizes = [dim + 4 * frequencies] + [width] * depth
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:]))
-        self.modulation = nn.Linear(4 * frequencies, 2 * width * (depth - 1)) if sharp else None
+        self.modulation = nn.Linear(4 * frequencies, 2 * width * (depth - 1)) if sharp and depth > 1 else None
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.out = nn.Linear(width, dim)
         self.twin_in, self.twin_out = nn.Linear(sizes[0], width), nn.Linear(width, dim)
-        for layer in (self.out, self.twin_in, self.twin_out, *([self.modulation] if sharp else [])):
+        for layer in (self.out, self.twin_in, self.twin_out, *([self.modulation] if self.modulation else [])):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        if self.modulation:  # units as they are: each layer's shift 0, then its scale 1
+            nn.init.ones_(self.modulation.bias.view(-1, 2, width)[:, 1])
 
     def embed(self, t):
         """Sines and cosines of a time.  (B,) -> (B, 2 * frequencies)."""
@@ -66,6 +68,6 @@ class MLP(nn.Module):
         else:
             parts = self.modulation(times).chunk(2 * len(self.layers) - 2, dim=1)
             for layer, shift, scale in zip(self.layers[1:], parts[::2], parts[1::2]):
-                h = h + layer(self.unit(h) * (1 + scale) + shift)
+                h = h + layer(torch.addcmul(shift, self.unit(h), scale))
         h = self.unit(h)
         return (self.out(h) + twin * self.twin_out(h)).to(x.dtype)
