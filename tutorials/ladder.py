@@ -151,7 +151,7 @@ def regressed(climb, carry):
     z = climb.noise(PAIRS, draw=0)
     x = torch.cat([carry(some) for some in z.split(2048)])
     size, draw = climb.settings()["batch_size"], seeded(climb.seed, 8)
-    state = new_state(climb.network(), climb.settings()["lr"], seed=climb.seed)
+    state = new_state(climb.network(), climb.settings()["lr"], seed=climb.seed, muon_lr=climb.settings()["muon_lr"])
 
     def batch(step):
         rows = torch.randint(PAIRS, (size,), generator=draw).to(z.device)
