@@ -146,18 +146,18 @@ def recipe(climb, **changes):
     return {"net": run.state.average}
 
 
-def regressed(climb, carry):
-    """The jump regressed onto pairs (z, carry(z)) and nothing else."""
+def regressed(climb, carry, part=1.0, share=1.0):
+    """The jump regressed onto pairs (z, carry(z)) alone, for part of the steps and with a share of the batch."""
     z = climb.noise(PAIRS, draw=0)
     x = torch.cat([carry(some) for some in z.split(2048)])
-    size, draw = climb.settings()["batch_size"], seeded(climb.seed, 8)
-    state = new_state(climb.network(), climb.settings()["lr"], seed=climb.seed)
+    config, draw, steps = climb.settings(), seeded(climb.seed, 8), round(part * climb.steps)
+    state = new_state(climb.network(), config["lr"], seed=climb.seed)
 
     def batch(step):
-        rows = torch.randint(PAIRS, (size,), generator=draw).to(z.device)
+        rows = torch.randint(PAIRS, (round(share * config["batch_size"]),), generator=draw).to(z.device)
         return z[rows], x[rows]
 
-    for _ in bar(train(state, Regression(), batch, climb.steps), "regression", climb.steps, unit="steps"):
+    for _ in bar(train(state, Regression(), batch, steps), "regression", steps, unit="steps"):
         pass
     return {"net": state.average}
 
@@ -254,6 +254,7 @@ RUNGS = {  # name: what it is, how it is climbed
     "b100": ("(b) own flow by 100 steps, regressed", lambda c: regressed(c, own_flow(c, 100))),
     "b32": ("(b) own flow by 32 steps", lambda c: regressed(c, own_flow(c, 32))),
     "b8": ("(b) own flow by 8 steps", lambda c: regressed(c, own_flow(c, 8))),
+    "b0": ("(b) by 100, with the rows of (c)", lambda c: regressed(c, own_flow(c, 100), part=0.75, share=0.15)),
     "base": ("(c) any-step base", lambda c: recipe(c, share=0.0)),
     "again": ("(c) and as many steps again", again),
     "d": ("(d) exact v, exact v_fake, t' = U^2", lambda c: rectified(c, "base")),
@@ -337,20 +338,26 @@ def measured(x, climb):
     return {"off_data": off_data(x.cpu(), DATA), "sliced_wasserstein": sliced_wasserstein(x, real)}
 
 
+def climb_rung(climb, name):
+    """Climb one rung, and write its figures."""
+    climb.networks(name)
+    seconds = torch.load(climb.folder / f"{name}.pt", weights_only=True)["seconds"]
+    found = measured(samples(climb, name, SAMPLES), climb)
+    write_json(
+        climb.folder / f"{name}.json", {"steps": climb.steps, "seconds": seconds, **found, "gap": gaps(climb, name)}
+    )
+    print(f"seed {climb.seed}  {RUNGS[name][0]:<38}{found['off_data']:>8.2%}{seconds:>8.0f} s", flush=True)
+
+
 def climb_all(climb):
-    """Every rung of a seed that is not done yet, and its figures. Raises ValueError for a ladder of other steps."""
+    """Climb every rung of a seed that is not done yet. Raises ValueError for a ladder of other steps."""
     climb.folder.mkdir(parents=True, exist_ok=True)
     for name in RUNGS:
         path = climb.folder / f"{name}.json"
-        if path.exists():
-            if (steps := read_json(path, "figures")["steps"]) != climb.steps:
-                raise ValueError(f"{path} is of {steps} steps, not {climb.steps}: choose another --out")
-            continue
-        climb.networks(name)
-        seconds = torch.load(climb.folder / f"{name}.pt", weights_only=True)["seconds"]
-        figures = measured(samples(climb, name, SAMPLES), climb)
-        write_json(path, {"steps": climb.steps, "seconds": seconds, **figures, "gap": gaps(climb, name)})
-        print(f"seed {climb.seed}  {RUNGS[name][0]:<38}{figures['off_data']:>8.2%}{seconds:>8.0f} s", flush=True)
+        if not path.exists():
+            climb_rung(climb, name)
+        elif (steps := read_json(path, "figures")["steps"]) != climb.steps:
+            raise ValueError(f"{path} is of {steps} steps, not {climb.steps}: choose another --out")
     real = DATA.sample(SAMPLES, seeded(climb.seed, 10), dtype=torch.float32)
     write_json(climb.folder / "real.json", measured(real, climb))
 
