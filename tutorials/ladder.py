@@ -400,7 +400,7 @@ def draw_samples(path, folder, figures, steps):
     names = [name for name in RUNGS if name in figures]
     climb = Climb(int(folder.name.removeprefix("seed")), steps, folder)
     sheet = Figure(figsize=(12.5, 2.3 * math.ceil(len(names) / 6)), dpi=110, layout="constrained")
-    axes = sheet.subplots(math.ceil(len(names) / 6), 6, squeeze=False).flat
+    axes = list(sheet.subplots(math.ceil(len(names) / 6), 6, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
     for axis, name in zip(axes, names):
@@ -431,7 +431,8 @@ def draw_maps(path, found):
                 for j, value in enumerate(row):
                     if not math.isnan(value):
                         ink = "w" if abs(value) > 0.6 * high else "k"
-                        axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=5, color=ink)
+                        shown = f"{value:.2f}" if key == "size" else f"{value:.1f}"
+                        axis.text(j, i, shown, ha="center", va="center", fontsize=5, color=ink)
             axis.set_title(f"{RUNGS[name][0]}\n{title}" if key == "size" else title, fontsize=7)
             axis.set_xticks(range(len(TIMES)), [f"{t:g}" for t in TIMES], fontsize=5)
             axis.set_yticks(range(len(bins)), bins if key == "size" else [""] * len(bins), fontsize=6)
