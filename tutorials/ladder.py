@@ -393,12 +393,12 @@ def table(found):
     return markdown(header, rows)
 
 
-def draw_samples(path, folder, figures, steps):
+def draw_samples(path, folder, figures):
     """Samples of one seed's rungs, those off the data in red."""
     from matplotlib.figure import Figure
 
     names = [name for name in RUNGS if name in figures]
-    climb = Climb(int(folder.name.removeprefix("seed")), steps, folder)
+    climb = Climb(int(folder.name.removeprefix("seed")), figures[names[0]]["steps"], folder)
     sheet = Figure(figsize=(12.5, 2.3 * math.ceil(len(names) / 6)), dpi=110, layout="constrained")
     axes = list(sheet.subplots(math.ceil(len(names) / 6), 6, squeeze=False).flat)
     for axis in axes:
@@ -418,6 +418,8 @@ def draw_maps(path, found):
     from matplotlib.figure import Figure
 
     names = [name for name in ("d", "e", "f", "g") if any(name in figures for figures in found)]
+    if not names:  # no seed is up there yet
+        return
     sheet = Figure(figsize=(12.5, 2.5 * len(names)), dpi=110, layout="constrained")
     bins = [f"{low:.1f}-{high:.1f}" if high < math.inf else f"> {low:.1f}" for low, high in zip(EDGES[:-1], EDGES[1:])]
     for axes, name in zip(sheet.subplots(len(names), len(MAPS) + 1, squeeze=False), names):
@@ -444,10 +446,12 @@ def draw_maps(path, found):
 def report(out):
     """Table and pictures of the seeds in a folder, written into it."""
     found = seeds_in(out)
-    folder, figures = next((folder, figures) for folder, figures in found.items() if figures)
+    folder, figures = max(
+        found.items(), key=lambda item: len(item[1])
+    )  # the seed that is highest up, the first of such
     text = table(list(found.values()))
     (out / "ladder.md").write_text(text + "\n")
-    draw_samples(out / "ladder.png", folder, figures, next(iter(figures.values()))["steps"])
+    draw_samples(out / "ladder.png", folder, figures)
     draw_maps(out / "ladder_maps.png", list(found.values()))
     print(text)
 
