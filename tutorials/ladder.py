@@ -146,18 +146,18 @@ def recipe(climb, **changes):
     return {"net": run.state.average}
 
 
-def regressed(climb, carry):
-    """The jump regressed onto pairs (z, carry(z)) and nothing else."""
+def regressed(climb, carry, part=1.0, share=1.0):
+    """The jump regressed onto pairs (z, carry(z)) alone, for part of the steps and with a share of the batch."""
     z = climb.noise(PAIRS, draw=0)
     x = torch.cat([carry(some) for some in z.split(2048)])
-    size, draw = climb.settings()["batch_size"], seeded(climb.seed, 8)
-    state = new_state(climb.network(), climb.settings()["lr"], seed=climb.seed, muon_lr=climb.settings()["muon_lr"])
+    config, draw, steps = climb.settings(), seeded(climb.seed, 8), round(part * climb.steps)
+    state = new_state(climb.network(), config["lr"], seed=climb.seed, muon_lr=config["muon_lr"])
 
     def batch(step):
-        rows = torch.randint(PAIRS, (size,), generator=draw).to(z.device)
+        rows = torch.randint(PAIRS, (round(share * config["batch_size"]),), generator=draw).to(z.device)
         return z[rows], x[rows]
 
-    for _ in bar(train(state, Regression(), batch, climb.steps), "regression", climb.steps, unit="steps"):
+    for _ in bar(train(state, Regression(), batch, steps), "regression", steps, unit="steps"):
         pass
     return {"net": state.average}
 
@@ -254,6 +254,7 @@ RUNGS = {  # name: what it is, how it is climbed
     "b100": ("(b) own flow by 100 steps, regressed", lambda c: regressed(c, own_flow(c, 100))),
     "b32": ("(b) own flow by 32 steps", lambda c: regressed(c, own_flow(c, 32))),
     "b8": ("(b) own flow by 8 steps", lambda c: regressed(c, own_flow(c, 8))),
+    "b0": ("(b) by 100, with the rows of (c)", lambda c: regressed(c, own_flow(c, 100), part=0.75, share=0.28)),
     "base": ("(c) any-step base", lambda c: recipe(c, share=0.0)),
     "again": ("(c) and as many steps again", again),
     "d": ("(d) exact v, exact v_fake, t' = U^2", lambda c: rectified(c, "base")),
@@ -337,20 +338,26 @@ def measured(x, climb):
     return {"off_data": off_data(x.cpu(), DATA), "sliced_wasserstein": sliced_wasserstein(x, real)}
 
 
+def climb_rung(climb, name):
+    """Climb one rung, and write its figures."""
+    climb.networks(name)
+    seconds = torch.load(climb.folder / f"{name}.pt", weights_only=True)["seconds"]
+    found = measured(samples(climb, name, SAMPLES), climb)
+    write_json(
+        climb.folder / f"{name}.json", {"steps": climb.steps, "seconds": seconds, **found, "gap": gaps(climb, name)}
+    )
+    print(f"seed {climb.seed}  {RUNGS[name][0]:<38}{found['off_data']:>8.2%}{seconds:>8.0f} s", flush=True)
+
+
 def climb_all(climb):
-    """Every rung of a seed that is not done yet, and its figures. Raises ValueError for a ladder of other steps."""
+    """Climb every rung of a seed that is not done yet. Raises ValueError for a ladder of other steps."""
     climb.folder.mkdir(parents=True, exist_ok=True)
     for name in RUNGS:
         path = climb.folder / f"{name}.json"
-        if path.exists():
-            if (steps := read_json(path, "figures")["steps"]) != climb.steps:
-                raise ValueError(f"{path} is of {steps} steps, not {climb.steps}: choose another --out")
-            continue
-        climb.networks(name)
-        seconds = torch.load(climb.folder / f"{name}.pt", weights_only=True)["seconds"]
-        figures = measured(samples(climb, name, SAMPLES), climb)
-        write_json(path, {"steps": climb.steps, "seconds": seconds, **figures, "gap": gaps(climb, name)})
-        print(f"seed {climb.seed}  {RUNGS[name][0]:<38}{figures['off_data']:>8.2%}{seconds:>8.0f} s", flush=True)
+        if not path.exists():
+            climb_rung(climb, name)
+        elif (steps := read_json(path, "figures")["steps"]) != climb.steps:
+            raise ValueError(f"{path} is of {steps} steps, not {climb.steps}: choose another --out")
     real = DATA.sample(SAMPLES, seeded(climb.seed, 10), dtype=torch.float32)
     write_json(climb.folder / "real.json", measured(real, climb))
 
@@ -386,14 +393,14 @@ def table(found):
     return markdown(header, rows)
 
 
-def draw_samples(path, folder, figures, steps):
+def draw_samples(path, folder, figures):
     """Samples of one seed's rungs, those off the data in red."""
     from matplotlib.figure import Figure
 
     names = [name for name in RUNGS if name in figures]
-    climb = Climb(int(folder.name.removeprefix("seed")), steps, folder)
+    climb = Climb(int(folder.name.removeprefix("seed")), figures[names[0]]["steps"], folder)
     sheet = Figure(figsize=(12.5, 2.3 * math.ceil(len(names) / 6)), dpi=110, layout="constrained")
-    axes = sheet.subplots(math.ceil(len(names) / 6), 6, squeeze=False).flat
+    axes = list(sheet.subplots(math.ceil(len(names) / 6), 6, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
     for axis, name in zip(axes, names):
@@ -411,6 +418,8 @@ def draw_maps(path, found):
     from matplotlib.figure import Figure
 
     names = [name for name in ("d", "e", "f", "g") if any(name in figures for figures in found)]
+    if not names:  # no seed is up there yet
+        return
     sheet = Figure(figsize=(12.5, 2.5 * len(names)), dpi=110, layout="constrained")
     bins = [f"{low:.1f}-{high:.1f}" if high < math.inf else f"> {low:.1f}" for low, high in zip(EDGES[:-1], EDGES[1:])]
     for axes, name in zip(sheet.subplots(len(names), len(MAPS) + 1, squeeze=False), names):
@@ -424,7 +433,8 @@ def draw_maps(path, found):
                 for j, value in enumerate(row):
                     if not math.isnan(value):
                         ink = "w" if abs(value) > 0.6 * high else "k"
-                        axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=5, color=ink)
+                        shown = f"{value:.2f}" if key == "size" else f"{value:.1f}"
+                        axis.text(j, i, shown, ha="center", va="center", fontsize=5, color=ink)
             axis.set_title(f"{RUNGS[name][0]}\n{title}" if key == "size" else title, fontsize=7)
             axis.set_xticks(range(len(TIMES)), [f"{t:g}" for t in TIMES], fontsize=5)
             axis.set_yticks(range(len(bins)), bins if key == "size" else [""] * len(bins), fontsize=6)
@@ -436,10 +446,12 @@ def draw_maps(path, found):
 def report(out):
     """Table and pictures of the seeds in a folder, written into it."""
     found = seeds_in(out)
-    folder, figures = next((folder, figures) for folder, figures in found.items() if figures)
+    folder, figures = max(
+        found.items(), key=lambda item: len(item[1])
+    )  # the seed that is highest up, the first of such
     text = table(list(found.values()))
     (out / "ladder.md").write_text(text + "\n")
-    draw_samples(out / "ladder.png", folder, figures, next(iter(figures.values()))["steps"])
+    draw_samples(out / "ladder.png", folder, figures)
     draw_maps(out / "ladder_maps.png", list(found.values()))
     print(text)
 
