@@ -97,7 +97,8 @@ class Model:
         seed = int.from_bytes(os.urandom(4), "little") if seed is None else plain(seed)
         SETTINGS["seed"].check("seed", seed)
         shape = self.saved["data"]["shape"]
-        return sampled(self.net, n, shape, steps, mode or usual or "any", seed, condition_of(self.own, n, cond))
+        cond, times = condition_of(self.own, n, cond), self.config["time_shape"]
+        return sampled(self.net, n, shape, steps, mode or usual or "any", seed, cond, time_shape=times)
 
     def sample(self, n, steps=1, cond=None, seed=None, mode=None):
         """n samples in so many network evaluations, in the units and the type of the data.

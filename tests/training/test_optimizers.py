@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,18 +55,19 @@ def test_each_weight_is_stepped_as_by_its_optimiser_alone(seed, lr, muon_lr):
         for optimizer in (both, muon, adamw):
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), alone.parameters()))
-    assert [group["initial_lr"] for group in both.param_groups] == [muon_lr, lr]
+    assert [group["initial_lr"] for group in both.param_groups] == [lr, muon_lr]
 
 
 def test_both_rates_follow_the_schedule_and_every_learning_network_of_a_peer_has_its_matrices():
     state = small_state()
     for record in train(state, TwinFlowLoss(), batch, 5):
         factor = learning_rate(record["step"] - 1, 5)
-        assert [group["lr"] for group in state.optimizer.param_groups] == [2e-2 * factor, 1e-2 * factor]
+        assert [group["lr"] for group in state.optimizer.param_groups] == [1e-2 * factor, 2e-2 * factor]
+        assert record["lr"] == 1e-2 * factor
     loss = peers.PEERS["dmd2"]()
     state = small_state(helpers=loss.helpers)
     learning = [state.net, *(net for name, net in state.helpers.items() if loss.helpers[name] != "frozen")]
-    muon, adamw = ({id(p) for p in group["params"]} for group in state.optimizer.param_groups)
+    adamw, muon = ({id(p) for p in group["params"]} for group in state.optimizer.param_groups)
     for net in learning:
         names = {name for name, p in net.named_parameters() if id(p) in muon}
         assert names == inner_matrices(net) and len(names) >= 2
@@ -92,3 +94,15 @@ def test_a_network_without_inner_matrices_learns_by_adamw_alone():
         ends.append((type(state.optimizer), *state.net.parameters()))
     assert ends[0][0] is ends[1][0] is torch.optim.AdamW
     assert all(torch.equal(a, b) for a, b in zip(ends[0][1:], ends[1][1:]))
+
+
+def test_matrices_may_be_all_that_learns_and_something_must():
+    net = MLP(2, 16, 3).requires_grad_(False)
+    with pytest.raises(ValueError, match="no weight of the network learns: requires_grad is False on all"):
+        new_state(net)
+    net.layers[1].weight.requires_grad_()
+    optimizer = new_state(net, muon_lr=1e-2).optimizer
+    net.layers[1].weight.grad = torch.ones(16, 16)
+    before = net.layers[1].weight.clone()
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1 and not torch.equal(before, net.layers[1].weight)

@@ -49,7 +49,7 @@ def fine_tuned(text, run, steps, changes=()):
     before = read_config(run)
     kept = before | {key: RECIPES[before["recipe"]][key] for key in OF_LOSS}
     kept |= {"method": name if name not in OWN_LOSS else "twinflow", "peer": {}, "init_from": str(Path(run).resolve())}
-    kept |= {"checkpoint_every": steps, **OWN_LOSS.get(name, {}), **SCHEDULE, "steps": steps}
+    kept |= {"muon_lr": None, "checkpoint_every": steps, **OWN_LOSS.get(name, {}), **SCHEDULE, "steps": steps}
     given = {change.partition("=")[0] for change in texts}
     for key in sorted(given & {"data", "init_from", "seed", *SCHEDULE}):
         raise ValueError(f"{key} is no setting with --from, where RUN, --steps and --seeds say it")

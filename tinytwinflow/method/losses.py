@@ -74,8 +74,8 @@ class TwinFlowLoss:
 
     A squared error draws an answer to the mean of targets that disagree, and where the border between two modes moves
     the mean lies on neither. With a jump_c jumps have the normalised metric, which draws to the median, on one of them;
-    the velocity is a mean, and its rows stay squared. It halves the samples between modes in 2D (recipe toy: 0.12), and
-    does no good to images.
+    the velocity is a mean, and its rows stay squared. It takes two fifths of the samples between modes away in 2D
+    (recipe toy: 0.12), and does no good to images.
 
     Each part is a sum over its rows divided by the rows expected in it, share * B. Where that is not whole the numbers
     of rows are drawn at random around it, so the expected gradient is the same for every batch size, 1 included.

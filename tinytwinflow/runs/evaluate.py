@@ -92,7 +92,8 @@ def rows_of(own, nfes, yard, shown=False):
     n, shape, seed = len(yard.real), own.saved["data"]["shape"], own.config["seed"]
     with bar(None, f"measuring {method}", n * sum(nfes), unit="calls", hidden=not shown) as told:
         for nfe in nfes:
-            x = sampled(own.net, n, shape, nfe, mode, seed, yard.label, tell=told.update)
+            times = own.config["time_shape"]
+            x = sampled(own.net, n, shape, nfe, mode, seed, yard.label, tell=told.update, time_shape=times)
             rows.append({"method": method, "mode": mode, "nfe": nfe, **yard.measure(x, yard.label)})
             kept[method, nfe] = x
     return rows, kept

@@ -151,9 +151,12 @@ def condition_of(own, n, cond=None):
     return cond
 
 
-def sampled(net, n, shape, steps, mode, seed, cond=None, device=None, batch_size=4000, tell=None):
+def sampled(
+    net, n, shape, steps, mode, seed, cond=None, device=None, batch_size=4000, tell=None, time_shape=(1.0, 1.0, 1.0)
+):
     """n samples for a condition of n rows or None, the same noise for the same seed.  -> (n, *shape), on the CPU.
 
+    time_shape: of the times between jumps, mode "any", see `samplers.time_grid`; other modes have even ones.
     device: of the network, where it has no parameters to tell. tell: called with the rows x calls that are done.
     """
     z = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
@@ -161,7 +164,8 @@ def sampled(net, n, shape, steps, mode, seed, cond=None, device=None, batch_size
     fresh, parts = torch.Generator(device).manual_seed(seeded(seed, 3).initial_seed()), []  # not the stream of z
     for rows in torch.arange(n).split(batch_size if len(shape) == 1 else batch_size // 16):
         some = move(take(cond, rows), device)
-        parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, generator=fresh).cpu())
+        times = time_shape if mode == "any" else (1.0, 1.0, 1.0)
+        parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, shape=times, generator=fresh).cpu())
         if tell is not None:
             tell(len(rows) * steps)
     return torch.cat(parts)

@@ -5,12 +5,10 @@ from ..ranges import plain
 from .settings import BACKBONE, LOSS, PLACING, SETTINGS, TRAINING, check
 
 OF_LOSS = tuple(name for name in LOSS if name != "data_free")
-OF_TRAINING = tuple(name for name in TRAINING if name != "muon_lr")
-COMMON = ("data", "conditional", "init_from", *OF_TRAINING, *PLACING, *OF_LOSS, "log_every", "checkpoint_every")
-OF_POINTS = (*COMMON, "muon_lr", "net", "width", "depth", "sharp", "eval_samples")
+COMMON = ("data", "conditional", "init_from", *TRAINING, *PLACING, *OF_LOSS, "log_every", "checkpoint_every")
+OF_POINTS = (*COMMON, "net", "width", "depth", "sharp", "time_shape", "eval_samples")
 OF_IMAGES = (
     *COMMON,
-    "muon_lr",
     "net",
     "size",
     "data_dir",
@@ -18,8 +16,10 @@ OF_IMAGES = (
     "subset",
     "features",
     "sample_every",
+    "time_shape",
     "eval_samples",
 )
+OF_BACKBONES = (*(name for name in COMMON if name != "muon_lr"), *BACKBONE, "sample_every")
 FOR_IMAGES = {"conditional": True, "clip_norm": 1.0, "log_every": 10, "eval_samples": 10000}
 
 
@@ -35,7 +35,9 @@ def images_of(**values):
 
 
 RECIPES = {
-    "toy": recipe_of(OF_POINTS, muon_lr=1e-2, flow_share=0.3, one_step_share=0.4, jump_c=0.12),
+    "toy": recipe_of(
+        OF_POINTS, muon_lr=1e-2, flow_share=0.3, one_step_share=0.4, jump_c=0.12, time_shape=(1.0, 2.5, 1.0)
+    ),
     "fashion": images_of(
         data="fashion", size=28, net="dit", width=256, depth=8, heads=4, patch=2,
         steps=3000, batch_size=384, lr=4e-3, muon_lr=1e-2, warmup_steps=900, base_steps=900, one_step_share=0.7,
@@ -51,7 +53,7 @@ RECIPES = {
         guidance=0.5, compile="default", log_every=100, checkpoint_every=5000, sample_every=5000,
     ),
     "text": recipe_of(
-        (*COMMON, *BACKBONE, "sample_every"), data="texts", conditional=True, steps=2000, batch_size=8, lr=1e-4,
+        OF_BACKBONES, data="texts", conditional=True, steps=2000, batch_size=8, lr=1e-4,
         warmup_steps=0, base_steps=0, ema=0.99, label_dropout=0.0, recompute=True,
         **{name: getattr(TwinFlowLoss.paper(flow_share=0.5, guidance=0.5), name) for name in LOSS},
     ),

@@ -25,17 +25,17 @@ NETWORK = {
     "depth": setting(4, "layers; of the U-Net, blocks at each size", "[1, inf)"),
     "heads": setting(4, "attention heads of the DiT", "[1, inf)"),
     "patch": setting(2, "side of a DiT's patch", "[1, inf)", unit="pixels"),
-    "sharp": setting(True, "the MLP is steep: x doubled, rectified units"),
+    "sharp": setting(True, "a steep MLP: x doubled, rectified units, residual layers that the times modulate"),
     "epsilon": setting(False, "the DiT's published weights predict noise; its answer is translated"),
     "init_from": setting("", "first weights: a run's folder, a checkpoint, sit:FILE or dit:FILE, published ones"),
 }
 TRAINING = {
     "seed": setting(0, "of weights, batches and noise", "[0, 9223372036854775807]"),
     "batch_size": setting(512, "samples a step, of all processes together", "[1, inf)", unit="samples"),
-    "lr": setting(2.5e-3, "learning rate of AdamW at its highest", "(0, inf)"),
+    "lr": setting(2.5e-3, "learning rate of AdamW at its highest; muon_lr is that of inner matrices", "(0, inf)"),
     "muon_lr": setting(
         None,
-        "that of Muon, on inner matrices: those in a ModuleList; None: AdamW for all",
+        "that of Muon, for inner matrices (in a ModuleList, where there are any); None: AdamW",
         "(0, inf)",
         kind=float,
         none=True,
@@ -54,6 +54,9 @@ MEASURING = {
     "log_every": setting(1, "steps from one line of the log to the next", "[1, inf)", unit="steps"),
     "checkpoint_every": setting(500, "steps from one checkpoint to the next", "[1, inf)", unit="steps"),
     "sample_every": setting(500, "steps from one picture of samples to the next", "[1, inf)", unit="steps"),
+    "time_shape": setting(
+        (1.0, 1.0, 1.0), "a, b, c of the times between jumps, see `time_grid`; ones are even", "(0, inf)", length=3
+    ),
     "eval_samples": setting(20000, "samples that are measured", "[2, inf)", unit="samples"),
     "features": setting("classifier", "what judges images: a classifier trained here, or a file of Inception v3"),
     "vae": setting("", "autoencoder that decodes latents for Inception and for pictures"),

@@ -110,7 +110,9 @@ def train(
         record = dict(zip(out._fields, values))
         for name in sorted(record, key=lambda name: name == "total"):  # a term first, then what they sum to
             if not abs(value := record[name]) <= ASTRAY * (1 + size):
-                raise FloatingPointError(f"step {i + 1}: the {name} loss is {value:.3g}; lower lr or the term's weight")
+                raise FloatingPointError(
+                    f"step {i + 1}: the {name} loss is {value:.3g}; lower lr (muon_lr too) or the term's weight"
+                )
         if clip_norm is not None:
             for network in (state.net, *state.helpers.values()):
                 torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm, foreach=True)

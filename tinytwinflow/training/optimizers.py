@@ -36,7 +36,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, matrices, others, lr, muon_lr, betas=(0.9, 0.99)):
         muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        self.parts = (muon, adamw([others], lr, betas))
+        self.parts = (*([adamw([others], lr, betas)] if others else []), muon)
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure=None):
@@ -48,9 +48,12 @@ class MuonAdamW(torch.optim.Optimizer):
 def optimizer_of(networks, lr, muon_lr=None, betas=(0.9, 0.99)):
     """The optimiser of what learns in some networks: AdamW, or with a muon_lr Muon for their inner matrices.
 
-    Where no network has such matrices it is AdamW. Each group notes its highest rate as "initial_lr".
+    Where no network has such matrices it is AdamW. Each group notes its highest rate as "initial_lr"; AdamW's is first.
+    Raises ValueError if nothing learns.
     """
     learns = [[(name, p) for name, p in net.named_parameters() if p.requires_grad] for net in networks]
+    if not any(learns):
+        raise ValueError("no weight of the network learns: requires_grad is False on all")
     inner = [set() if muon_lr is None else inner_matrices(net) for net in networks]
     matrices = [p for names, some in zip(inner, learns) for name, p in some if name in names]
     if matrices:
