@@ -276,7 +276,6 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path):
     finish(begin(config("steps=6", "share=0", "order=0"), tmp_path / "flow"))
     changes = ["steps=1", "warmup_steps=0", "lr=1e-12", "muon_lr=1e-12", f"init_from={tmp_path / 'flow'}"]
     finish(begin(config(*changes, seed=5), tmp_path / "twin"))
-    )
     a, b = trained(tmp_path / "flow")[0], trained(tmp_path / "twin")[0]
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(a.parameters(), b.parameters()))
 
