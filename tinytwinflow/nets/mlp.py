@@ -39,7 +39,7 @@ class MLP(nn.Module):
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.out = nn.Linear(width, dim)
         self.twin_in, self.twin_out = nn.Linear(sizes[0], width), nn.Linear(width, dim)
-        for layer in (self.out, self.twin_in, self.twin_out, *([self.modulation] if self.modulation else [])):
+        for layer in filter(None, (self.out, self.twin_in, self.twin_out, self.modulation)):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         if self.modulation:  # units as they are: each layer's shift 0, then its scale 1

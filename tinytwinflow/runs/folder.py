@@ -162,9 +162,9 @@ def sampled(
     z = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
     device = next(net.parameters()).device if device is None else device
     fresh, parts = torch.Generator(device).manual_seed(seeded(seed, 3).initial_seed()), []  # not the stream of z
+    times = time_shape if mode == "any" else (1.0, 1.0, 1.0)
     for rows in torch.arange(n).split(batch_size if len(shape) == 1 else batch_size // 16):
         some = move(take(cond, rows), device)
-        times = time_shape if mode == "any" else (1.0, 1.0, 1.0)
         parts.append(sample(net, z[rows].to(device), steps, mode, cond=some, shape=times, generator=fresh).cpu())
         if tell is not None:
             tell(len(rows) * steps)

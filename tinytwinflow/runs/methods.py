@@ -7,13 +7,7 @@ FLOW_MATCHING = {"method": "twinflow", "peer": {}, "order": 0, "share": 0.0, "wa
 RCGM = {"share": 0.0}
 # the network is a smooth one, for sCM and MeanFlow differentiate it in time, and so learns at a higher rate
 EQUAL = ("steps=3000", "batch_size=256", "lr=4e-3", "eval_samples=20000", "checkpoint_every=1000", "sharp=false")
-EQUAL += (
-    "muon_lr=None",
-    "flow_share=0.5",
-    "one_step_share=0.3",
-    "jump_c=None",
-    "time_shape=[1,1,1]",
-)  # as in their trials
+EQUAL += ("muon_lr=None", "flow_share=0.5", "one_step_share=0.3", "jump_c=None", "time_shape=[1,1,1]")  # as in trials
 TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutorials/peers.md
     "consistency training": ("lr=1e-3", "warmup_steps=750", 'peer={"c":null}'),
     "consistency distillation": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9", 'peer={"steps":12}'),

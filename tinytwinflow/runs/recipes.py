@@ -8,17 +8,8 @@ OF_LOSS = tuple(name for name in LOSS if name != "data_free")
 COMMON = ("data", "conditional", "init_from", *TRAINING, *PLACING, *OF_LOSS, "log_every", "checkpoint_every")
 OF_POINTS = (*COMMON, "net", "width", "depth", "sharp", "time_shape", "eval_samples")
 OF_IMAGES = (
-    *COMMON,
-    "net",
-    "size",
-    "data_dir",
-    "flip",
-    "subset",
-    "features",
-    "sample_every",
-    "time_shape",
-    "eval_samples",
-)
+    *COMMON, "net", "size", "data_dir", "flip", "subset", "features", "sample_every", "time_shape", "eval_samples",
+)  # fmt: skip
 OF_BACKBONES = (*(name for name in COMMON if name != "muon_lr"), *BACKBONE, "sample_every")
 FOR_IMAGES = {"conditional": True, "clip_norm": 1.0, "log_every": 10, "eval_samples": 10000}
 

@@ -19,12 +19,11 @@ def inner_matrices(net):
     return names
 
 
-def adamw(parameters, lr, betas=(0.9, 0.99)):
-    """AdamW without weight decay (Table 6), for all weights that learn in a few kernels."""
-    groups = [group if isinstance(group, dict) else {"params": group} for group in parameters]
-    device = next(p.device for group in groups for p in group["params"])
+def adamw(groups, lr, betas=(0.9, 0.99)):
+    """AdamW without weight decay (Table 6), for lists of weights, all of them in a few kernels."""
+    device = next(p.device for group in groups for p in group)
     how = {"fused": True} if device.type == "cuda" else {"foreach": True}
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0, **how)
+    return torch.optim.AdamW([{"params": group} for group in groups], lr=lr, betas=betas, weight_decay=0.0, **how)
 
 
 class MuonAdamW(torch.optim.Optimizer):
