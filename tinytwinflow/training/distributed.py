@@ -165,8 +165,8 @@ def compile_as(net, how):
 def compiled(forward, how):
     """A module's forward, compiled so that other calls do not make it compile again.
 
-    Rows are marked as what varies, and no tensor comes twice. The answer of a CUDA graph is copied, for its next call
-    writes over it.
+    Rows are marked as what varies; a tensor that comes twice, or is a part of another, is copied. So is the answer of a
+    CUDA graph, for its next call writes over it.
     """
     fast = torch.compile(forward, mode="reduce-overhead") if how == "graphs" else torch.compile(forward)
 
@@ -175,8 +175,9 @@ def compiled(forward, how):
         rows = next((len(leaf) for leaf in leaves if torch.is_tensor(leaf) and leaf.ndim), 0)
         for i, leaf in enumerate(leaves):
             if torch.is_tensor(leaf):
-                leaves[i] = leaf = leaf.clone() if id(leaf) in seen else leaf
+                apart = id(leaf) not in seen and not leaf._is_view() and not leaf.storage_offset()
                 seen.add(id(leaf))
+                leaves[i] = leaf = leaf if apart else leaf.clone()
                 if how == "default" and leaf.ndim and len(leaf) == rows:
                     torch._dynamo.maybe_mark_dynamic(leaf, 0)
         args, kwargs = tree_unflatten(leaves, kind)
