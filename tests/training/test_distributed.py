@@ -163,7 +163,15 @@ def close(a, b, tolerance=1e-5):
 
 
 def all_gradients(world):
-    return {
+    own, graphs = torch.compile, []
+    torch.compile = lambda forward: own(forward, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    compiled = {
+        "fsdp compiled": gradients(world, "fsdp", compile="default"),
+        "ddp compiled": gradients(world, "ddp", compile="default"),
+        "fsdp compiled, recomputed": gradients(world, "fsdp", compile="default", recompute=True),
+    }
+    assert graphs, "torch has traced them"
+    return compiled | {
         "ddp": gradients(world, "ddp"),
         "fsdp": gradients(world, "fsdp"),
         "fsdp in parts": gradients(world, "fsdp", parts=3),
@@ -178,8 +186,7 @@ def all_gradients(world):
 
 def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     """grad of DDP and FSDP2 = mean over processes of grad of each one's loss: one batch or summed in parts,
-    activations kept or computed again, and with a row on each, where a process alone would skip calls: guidance acts on
-    no row in step 0, and on that of one process in steps 4 and 5, where the other must call the network all the same.
+    activations kept or computed again, blocks compiled or not, and with a row on each.
     """
     found = together(2, all_gradients, tmp_path)
     expected, in_parts = mean_gradients(2), mean_gradients(2, parts=3)
@@ -187,6 +194,8 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     assert max((expected[name] - in_parts[name]).abs().max() for name in expected) > 1e-3
     for mine in found:
         for kind in ("ddp", "fsdp", "hsdp", "fsdp recomputed", "ddp recomputed"):
+            close(mine[kind], expected)
+        for kind in ("fsdp compiled", "ddp compiled", "fsdp compiled, recomputed"):
             close(mine[kind], expected)
         for kind in ("fsdp in parts", "ddp in parts"):
             close(mine[kind], in_parts)
