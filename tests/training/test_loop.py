@@ -25,9 +25,9 @@ from tinytwinflow.nets import MLP, mlp, times
 from tinytwinflow.runs.folder import read_log, sampled, trained
 from tinytwinflow.runs.recipes import configured
 from tinytwinflow.runs.run import begin, finish, steps
-from tinytwinflow.training import ema
+from tinytwinflow.training import ema, loop
 from tinytwinflow.training.checkpoints import write_checkpoint
-from tinytwinflow.training.loop import OPTIONS, autocast, learning_rate, loss_of_batch, train
+from tinytwinflow.training.loop import OPTIONS, autocast, learning_rate, loss_of_batch, matrix_units, train
 from tinytwinflow.training.state import new_state
 
 SMALL = ["width=16", "depth=2", "batch_size=16", "warmup_steps=4", "base_steps=0", "eval_samples=64"]
@@ -630,6 +630,27 @@ def test_nothing_in_a_step_waits_for_the_device_but_the_reading_of_its_terms(nam
     waits.__exit__(None, None, None)
     for step, each in enumerate(found[1:], 2):
         assert each == ([] if step % 5 else [("tolist", "read_terms")]), (step, each)
+
+
+@pytest.mark.parametrize("precision, device, wanted", [
+    ("tf32", "cuda", "high"), ("tf32", "cpu", "highest"), ("float32", "cuda", "highest"), ("bf16", "cuda", "highest"),
+])  # fmt: skip
+def test_tf32_is_for_products_of_matrices_on_cuda_and_ends_with_its_context(precision, device, wanted):
+    """Also where it ends with an error."""
+    with pytest.raises(KeyError), matrix_units(device, precision):
+        assert torch.get_float32_matmul_precision() == wanted
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_forward_and_backward_pass_have_the_precision_of_the_run_and_what_comes_between_steps_has_not(monkeypatch):
+    seen, state, own = [], small_state(), torch.get_float32_matmul_precision
+    monkeypatch.setattr(loop, "matrix_units", lambda device, precision: matrix_units("cuda", precision))
+    state.net.register_forward_hook(lambda *_: seen.append(own()))
+    state.net.out.weight.register_hook(lambda grad: seen.append(own()))
+    for _ in train(state, TwinFlowLoss(order=2), lambda i: torch.randn(16, 2), 3, precision="tf32"):
+        assert own() == "highest"
+    assert len(seen) == 3 * 4 and set(seen) == {"high"}  # of the network itself three calls and a backward pass
 
 
 def test_a_batch_that_does_not_divide_into_equal_parts_is_refused():

@@ -32,6 +32,7 @@ RECIPES = {
     "fashion": images_of(
         data="fashion", size=28, net="dit", width=256, depth=8, heads=4, patch=2,
         steps=3000, batch_size=384, lr=4e-3, muon_lr=1e-2, warmup_steps=900, base_steps=900, one_step_share=0.7,
+        precision="tf32",
     ),
     "cifar": images_of(
         data="cifar10", flip=True, net="unet", width=128, depth=2,

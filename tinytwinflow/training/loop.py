@@ -30,20 +30,23 @@ OPTIONS = {  # of `train`, and settings of a run
     "accumulate": setting(1, "parts in which a batch is worked through", "[1, inf)"),
     "clip_norm": setting(None, "longest gradient", "(0, inf)", kind=float, none=True),
     "precision": setting(
-        "float32", "what networks compute in; bf16: autocast; tf32: products of matrices on a GPU", choices=PRECISIONS
+        "float32",
+        "what networks compute in; bf16: autocast; tf32: only products of matrices, on cuda",
+        choices=PRECISIONS,
     ),
 }
 ASTRAY = 1e5  # no healthy run of a recipe or peer comes near: SiD's spikes reach 5e3, all others stay below 50
 
 
 @contextmanager
-def matrix_units(precision):
+def matrix_units(device, precision):
     """With "tf32" products of float32 matrices run on a GPU's matrix units, on 10 bits of the mantissa in place of 23.
 
-    Forward and backward pass alike. Other precisions, and devices without such units, compute as they did.
+    Forward and backward pass alike. Other precisions, and devices other than cuda, compute as they did.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
+    on = precision == "tf32" and torch.device(device).type == "cuda"
+    torch.set_float32_matmul_precision("high" if on else before)
     try:
         yield
     finally:
@@ -54,11 +57,8 @@ def matrix_units(precision):
 def autocast(device, precision):
     """The context that networks run in: "bf16" computes in bfloat16 what can be, "tf32": see `matrix_units`."""
     # no cache: older torch reuses casts made without gradient, and those weights would get none
-    on = precision == "bf16"
-    with (
-        matrix_units(precision),
-        torch.autocast(torch.device(device).type, torch.bfloat16, enabled=on, cache_enabled=False),
-    ):
+    cast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    with matrix_units(device, precision), cast:
         yield
 
 
@@ -123,7 +123,7 @@ def train(
             some = x[part]
             with autocast(device, precision):
                 out = loss_of_batch(current, state, some, take(cond, part), null, done / max(total, 1), turns)
-            with matrix_units(precision):
+            with matrix_units(device, precision):
                 (out.total / accumulate).backward()
             terms = terms + torch.stack([*out, some.float().square().mean()]).detach() / accumulate
         if world is not None:
