@@ -16,7 +16,6 @@ import torch
 
 from ..runs.build import data_of, state_of
 from ..runs.evaluate import rows_of, yardstick
-from ..runs.folder import sampled
 from ..runs.methods import FLOW_MATCHING, RCGM
 from ..runs.recipes import configured
 from ..runs.run import begin, finish
@@ -28,6 +27,7 @@ from .speed import STEPS, measure_steps, median_seconds, net_to_measure, peak_me
 from .speed_backbone import loss_for, measure_backbone
 
 SMALL = ("width=16", "depth=1", "heads=2", "size=16", "batch_size=6")  # recipe fashion on a CPU
+METHODS = {"flow matching": FLOW_MATCHING, "base alone": RCGM, "twinflow": {}}
 
 
 def on_gpu(device):
@@ -57,10 +57,10 @@ def gpu_tests(device, seconds):
 
 
 def dit_here(device):
-    """DiT-XL/2, on a CPU two blocks of DiT-S/8.  -> net, shape, batch, samples, precision; these in words"""
+    """DiT-XL/2, on a CPU one block of DiT-S/8.  -> net, shape, batch, samples, precision; these in words"""
     net, shape, title, batch, many = net_to_measure("dit-xl-2", device)
     if not on_gpu(device):
-        title, net.blocks = f"2 blocks of {title}", net.blocks[:2]
+        title, net.blocks = f"one block of {title}", net.blocks[:1]
     precision = usual_precision(device)
     return (net.to(device), shape, batch, many, precision), f"{title}, batch {batch}, {precision}"
 
@@ -97,32 +97,34 @@ def fashion(device, **changes):
     return configured("fashion", () if on_gpu(device) else SMALL, **changes)
 
 
-def fashion_records(config, device):
-    """Training steps without end of the recipe's whole loss on random images: its network, batch and optimiser."""
+def fashion_runs(device, **changes):
+    """Functions that each take a whole training step of the recipe, on random images, with a method's loss; all train
+    one network.  -> dict, rows of a step
+    """
+    config = fashion(device, warmup_steps=0, base_steps=0, **changes)
     shape = (1, config["size"], config["size"])
     state = state_of(config, SimpleNamespace(shape=shape, classes=10), device)
     x = torch.randn(config["batch_size"], *shape, device=device)
     label = torch.randint(10, (len(x),), device=device)
-    options = {name: config[name] for name in OPTIONS} | {"steps": 10**6}
-    return train(state, loss_of(config), lambda step: (x, label), null=10, **options)
+    options = {name: config[name] for name in OPTIONS} | {"steps": 10**6, "null": 10}
+    losses = {method: loss_of(config | own) for method, own in METHODS.items()}
+    return {name: partial(next, train(state, loss, lambda _: (x, label), **options)) for name, loss in losses.items()}
 
 
 def fashion_steps(device, seconds):
-    """A step of recipe fashion in each precision, and in bf16 compiled."""
+    """A step of recipe fashion in each precision, and in bf16 compiled and as CUDA graphs."""
     kinds = [(precision, "none") for precision in PRECISIONS if on_gpu(device) or precision != "tf32"]
     kinds += [("bf16", "default"), *([("bf16", "graphs")] if on_gpu(device) else [])]
     for precision, compile in kinds:
-        for method, changes in {"flow matching": FLOW_MATCHING, "twinflow": {}}.items():
-            how = {"warmup_steps": 0, "base_steps": 0, "precision": precision, "compile": compile}
-            config = fashion(device, **{**how, **changes})
-            run = partial(next, fashion_records(config, device))
-            times, compiling = median_seconds({method: run}, device, rounds=5, repeats=2)
-            kind = {"none": "eager", "default": "compiled", "graphs": "CUDA graphs"}[compile]
-            beside = {"batch": config["batch_size"]}
-            beside |= {} if compile == "none" else {"seconds to compile": compiling}
-            to, memory = f"flow matching, {precision}, {kind}", peak_memory(run, device)
-            yield row(f"{method}, {precision}, {kind}", times[method], to, memory, beside)
-            torch.compiler.reset()
+        runs = fashion_runs(device, precision=precision, compile=compile)
+        times, compiling = median_seconds(runs, device, rounds=5, repeats=2)
+        kind = f"{precision}, {'eager' if compile == 'none' else f'compile {compile}'}"
+        beside = {"": f"batch {fashion(device)['batch_size']}"}
+        beside |= {} if compile == "none" else {"seconds to compile": compiling}
+        for method, run in runs.items():
+            more = beside if method == "flow matching" else None
+            yield row(f"{method}, {kind}", times[method], f"flow matching, {kind}", peak_memory(run, device), more)
+        torch.compiler.reset()
 
 
 def backbone(device, seconds, name, training, rows):
@@ -148,14 +150,11 @@ def fashion_trained(device, seconds):
     ends, few = time.perf_counter() + seconds, {"eval_samples": 2000 if on_gpu(device) else 200}
     data = data_of(fashion(device))
     yard = yardstick(fashion(device, **few), data, device=device)
-    methods = {"twinflow": {}, "base alone": RCGM, "flow matching": FLOW_MATCHING}
-    for left, (method, changes) in zip((3, 2, 1), methods.items()):
-        third, config = (ends - time.perf_counter()) / left, fashion(device, **few, **changes)
-        run = partial(next, fashion_records(config | {"warmup_steps": 0, "base_steps": 0}, device))
-        times, compiling = median_seconds({method: run}, device, rounds=3, repeats=1)
+    times, compiling = median_seconds(fashion_runs(device), device, rounds=3, repeats=1)
+    for left, (method, changes) in zip((3, 2, 1), METHODS.items()):
+        third = (ends - time.perf_counter()) / left
         steps = max(10, int((0.7 * third - compiling) / times[method]))  # the rest is for sampling and measuring
-        config = fashion(device, **few, **changes, steps=steps)
-        began = time.perf_counter()
+        config, began = fashion(device, **few, **changes, steps=steps), time.perf_counter()
         trained = finish(begin(config, device=device, data=data), shown=False).trained()
         beside = {"steps": steps, "seconds": time.perf_counter() - began, "batch": config["batch_size"]}
         found, _ = rows_of(trained, (1, 4, 100), yard)
