@@ -40,6 +40,12 @@ def row(what, seconds=None, to=None, memory=None, beside=None):
     return {"what": what} | {key: value for key, value in found.items() if value is not None}
 
 
+def sampling_rows(seconds, count):
+    """Rows of sampling so many at once.  seconds: by NFE"""
+    whats = {n: f"sampling {count}, {n} NFE" for n in seconds}
+    return [row(whats[n], value, whats[1]) for n, value in seconds.items()]
+
+
 def gpu_tests(device, seconds):
     """The tests of the repository that need a GPU, those marked `gpu` under tests/ of the current directory."""
     if not on_gpu(device):
@@ -70,13 +76,12 @@ def dit_steps(device, seconds, compile="none"):
     (net, shape, batch, many, precision), about = dit_here(device)
     points = 0 if compile == "none" else many
     found = measure_steps(net, shape, batch, points, device, precision, compile, rounds=5 if on_gpu(device) else 3)
-    beside = {"": about, "share of the matrix peak": found["share_of_peak"], "TFLOP/s there": found["peak"] / 1e12}
+    beside = {"": about, "share of the matrix peak": found["share_of_peak"], "that peak, TFLOP/s": found["peak"] / 1e12}
     if compile != "none":
         beside |= {"seconds to compile": found["compile_seconds"], "graphs": found["graphs"]}
     for name, value in found["steps"].items():
         yield row(name, value, "flow matching", found["memory"][name], beside if name == "flow matching" else None)
-    for n, value in found["sampling"].items():
-        yield row(f"{many} samples, {n} NFE", value, f"{many} samples, 1 NFE")
+    yield from sampling_rows(found["sampling"], many)
 
 
 def casts(device, seconds):
@@ -135,8 +140,7 @@ def backbone(device, seconds, name, training, rows):
     beside = {"": f"{what}latents {shape}, batch {rows}", "million parameters learn": found["parameters"] / 1e6}
     beside |= {"longest, ms": 1e3 * max(times)}
     yield row(f"a step, mean of {len(times)}", sum(times) / len(times), memory=found["memory"], beside=beside)
-    for n, value in found["sampling"].items():
-        yield row(f"{rows} samples, {n} NFE", value, f"{rows} samples, 1 NFE")
+    yield from sampling_rows(found["sampling"], rows)
     if on_gpu(device):  # on a CPU a process holds more than tensors
         needs = needs_of_step(name, loss_for("twinflow", training), rows, training)
         yield row("counted for such a step", memory=needs["peak"])

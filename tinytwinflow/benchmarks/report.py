@@ -43,7 +43,7 @@ def machine(device):
     if pieces.on_gpu(device):
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads, {device}"
+        name = f"{_processor()}, {device}, threads: {torch.get_num_threads()}"
     versions = {"torch": torch.__version__, "CUDA": torch.version.cuda, "Python": platform.python_version()}
     return {"device": name, **versions}
 
@@ -92,7 +92,7 @@ def alone(run, device, seconds):
     context, began = get_context("forkserver"), time.monotonic()
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_tell, args=(sender, run, device, seconds))
+    process = context.Process(target=_tell, args=(sender, run, device, seconds, torch.get_num_threads()))
     process.start()
     sender.close()
     rows, told = [], None
@@ -104,8 +104,9 @@ def alone(run, device, seconds):
                 rows.append(said)
             else:
                 told = said
+                process.join(10)
     except EOFError:
-        process.join()
+        process.join(10)
         told = f"failed: its process ended with status {process.exitcode}"
     finally:
         process.kill()
@@ -115,9 +116,10 @@ def alone(run, device, seconds):
     return {"rows": rows, "outcome": told, "seconds": round(time.monotonic() - began, 1)}
 
 
-def _tell(sender, run, device, seconds):
+def _tell(sender, run, device, seconds, threads):
     """In the piece's process: send its rows, then the outcome."""
     os.setpgrp()  # so that what it starts ends with it
+    torch.set_num_threads(threads)
     try:
         for found in run(device, seconds):
             sender.send(found)

@@ -119,7 +119,9 @@ def net_to_measure(name, device):
     if not name.startswith("dit-"):
         raise ValueError(f"unknown net {name!r}: choose mlp, or dit-s-2 ... dit-xl-8")
     if str(device).startswith("cuda"):
-        return dit(name.removeprefix("dit-")), (4, 32, 32), f"{name}, 32 x 32 x 4 latents", 64, 64
+        with torch.device(device):
+            net = dit(name.removeprefix("dit-"))
+        return net, (4, 32, 32), f"{name}, 32 x 32 x 4 latents", 64, 64
     with torch.device("meta"):
         dit(name.removeprefix("dit-"))
     return dit("s-8"), (4, 32, 32), f"dit-s-8 (on a CPU in place of {name}), 32 x 32 x 4 latents", 16, 16
