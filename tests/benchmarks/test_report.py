@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_commands import fails
 
-from tinytwinflow.benchmarks.report import COLUMNS, PIECES, report, shown
+from tinytwinflow.benchmarks.report import HEADER, PIECES, report, shown
 from tinytwinflow.cli.commands import main
 
 
@@ -65,7 +65,7 @@ def rows_in(text):
     found, piece = [], None
     for line in text.splitlines():
         if line.startswith("|") and not line.startswith(("|---", "| piece")):
-            cells = dict(zip(COLUMNS, (cell.strip() for cell in line.strip("|").split("|"))))
+            cells = dict(zip(HEADER, (cell.strip() for cell in line.strip("|").split("|"))))
             piece = cells["piece"] = cells["piece"] or piece
             found.append(cells)
     return found
@@ -141,7 +141,7 @@ def test_the_table_says_what_the_file_does(ms, share, size):
     assert float(last["GiB"]) == pytest.approx(size / 2**30, abs=0.0501) and last["ms"] == last["ratio"] == ""
     words, number = last["beside it"].split("; share ")
     assert words == "in words" and float(number.replace(",", "")) == pytest.approx(share, rel=1e-3)
-    assert failed == {"piece": "two", "what": "failed: so"} | dict.fromkeys(COLUMNS[2:], "")
+    assert failed == {"piece": "two", "what": "failed: so"} | dict.fromkeys(HEADER[2:], "")
     assert text.startswith("a card, torch 2.11.0, CUDA 12.8\n") and "stand-ins" in shown(content, ["one"], gpu=False)
 
 

@@ -35,7 +35,7 @@ PIECES = {  # name: minutes that it takes on a GPU; those of its stand-in on a C
     "recipe fashion, trained": (2.0, 0.6, pieces.fashion_trained),
 }
 DONE = "done"
-COLUMNS = ("piece", "what", "ms", "ratio", "GiB", "beside it")
+HEADER = ("piece", "what", "ms", "ratio", "GiB", "beside it")
 
 
 def machine(device):
@@ -143,7 +143,7 @@ def shown(content, names, gpu=True):
         lines += [] if found["outcome"] == DONE else [[found["outcome"], "", "", "", ""]]
         cells += [["" if i else name, *line] for i, line in enumerate(lines)]
     note = "ratio: to the piece's flow matching, or step; of samples, to 1 NFE"
-    return f"{content['device']}, {about}{where}\n\n{markdown(COLUMNS, cells)}\n\n{note}"
+    return f"{content['device']}, {about}{where}\n\n{markdown(HEADER, cells)}\n\n{note}"
 
 
 def _cells(row, ms):
