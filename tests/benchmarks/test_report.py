@@ -122,6 +122,21 @@ def test_pieces_that_end_badly_are_named_and_the_others_run(tmp_path, capfd):
     assert dots.stat().st_size == length > 0, "what a piece has started ends with it"
 
 
+def test_a_report_that_is_killed_leaves_nothing_running(tmp_path):
+    dots = tmp_path / "dots"
+    todo = {"endless": (9, 0, partial(endless, path=dots))}
+    whole = multiprocessing.get_context("forkserver").Process(target=report, args=("cpu", 1, tmp_path / "a.json", todo))
+    whole.start()
+    while not dots.exists():
+        time.sleep(0.05)
+    whole.kill()
+    whole.join()
+    time.sleep(0.5)
+    length = dots.stat().st_size
+    time.sleep(0.2)
+    assert dots.stat().st_size == length
+
+
 figures = st.floats(1e-3, 1e5)
 
 
@@ -151,6 +166,7 @@ def test_figures_of_another_machine_are_not_mixed_in(tmp_path, capsys):
     here = json.loads(out.read_text())
     assert here.keys() == {"device", "torch", "CUDA", "Python", "pieces"}
     capsys.readouterr()
+    command = ["report", "--minutes", "0.001", "--out", out]
     for key in ("device", "torch"):
         out.write_text(json.dumps({**here, key: "another"}))
         before = out.read_bytes()
@@ -159,7 +175,7 @@ def test_figures_of_another_machine_are_not_mixed_in(tmp_path, capsys):
         )
         assert out.read_bytes() == before
     out.write_text("{")
-    fails(capsys, ["report", "--out", out], "no JSON, so no report")
+    fails(capsys, command, "no JSON, so no report")
 
 
 def test_wrong_words_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch):
@@ -167,7 +183,7 @@ def test_wrong_words_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatc
     for minutes in ("0", "-1", "nan", "inf"):
         fails(capsys, ["report", "--minutes", minutes], f"--minutes must be a positive number, got {float(minutes)}")
     fails(capsys, ["report", "--minutes", "many"], "--minutes", "'many'")
-    fails(capsys, ["report", "--out", "table.md"], "--out takes FILE.json, got table.md")
+    fails(capsys, ["report", "--minutes", "0.001", "--out", "table.md"], "--out takes FILE.json, got table.md")
     fails(capsys, ["report", "--device", "abacus"], "device 'abacus'")
     assert not any(tmp_path.iterdir())
 

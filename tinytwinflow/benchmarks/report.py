@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -91,7 +92,7 @@ def alone(run, device, seconds):
     """Run a piece in a process of its own, for so many seconds at most.  -> its rows, the outcome, the seconds"""
     context, began = get_context("forkserver"), time.monotonic()
     context.set_forkserver_preload([__name__])
-    receiver, sender = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe()
     process = context.Process(target=_tell, args=(sender, run, device, seconds, torch.get_num_threads()))
     process.start()
     sender.close()
@@ -119,6 +120,7 @@ def alone(run, device, seconds):
 def _tell(sender, run, device, seconds, threads):
     """In the piece's process: send its rows, then the outcome."""
     os.setpgrp()  # so that what it starts ends with it
+    threading.Thread(target=_end_with, args=(sender,), daemon=True).start()
     torch.set_num_threads(threads)
     try:
         for found in run(device, seconds):
@@ -129,6 +131,13 @@ def _tell(sender, run, device, seconds, threads):
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         sender.send(f"failed: {reason(error)}")
+
+
+def _end_with(other):
+    """Wait until the report's process is gone, then end this one and all that it has started."""
+    with suppress(EOFError, OSError):
+        other.recv()
+    os.killpg(0, signal.SIGKILL)
 
 
 def shown(content, names, gpu=True):
