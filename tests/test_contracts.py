@@ -34,7 +34,7 @@ def test_a_network_of_ones_own_trains_and_samples():
     own = example(ttf.nets)["Own"]
     model = ttf.fit(torch.randn(500, 2) * 3 + 5, net=own(), steps=300, lr=1e-2, batch_size=64)
     x = model.sample(2000, seed=0)
-    assert (x.mean(0) - 5).abs().max() < 1 and (x.std(0) - 3).abs().max() < 1
+    assert (x.mean(0) - 5).abs().max() < 1 and (x.std(0) - 3).abs().max() < 1.5
     assert torch.equal(ttf.sample(lambda x, t, r, cond=None: x, torch.ones(3, 2)), torch.zeros(3, 2))
 
 

@@ -29,5 +29,7 @@ def bar(over=None, name="", total=None, initial=0, unit="", hidden=False):
 
 def terms_in(shown, record):
     """Show a training record beside a bar: the loss, and its terms where there is room for them."""
+    if "total" not in record:  # they are still on the device
+        return
     names = ["total"] if sys.stderr.isatty() else [name for name in record if name not in ("step", "lr")]
     shown.set_postfix({name: f"{record[name]:.3g}" for name in names}, refresh=False)

@@ -7,7 +7,7 @@ import copy
 import inspect
 import json
 import math
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -15,9 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinytwinflow import TwinFlowLoss, generate, sample
+from tinytwinflow.backbones import states
 from tinytwinflow.backbones.families import FAMILIES, pack, unpack
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.backbones.velocity_files import EXTRA, load_structure, load_velocity, save_velocity
+from tinytwinflow.runs.recipes import configured
+from tinytwinflow.training.distributed import MOST_GRAPHS, prepare
+from tinytwinflow.training.loop import train
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -319,6 +323,29 @@ def test_blocks_are_all_blocks_in_the_order_of_use(kind):
         block.register_forward_pre_hook(lambda *_, i=i: used.append(i))
     net(latents(1), torch.ones(1), torch.ones(1), given_cond(net, 1))
     assert used == list(range(len(net.blocks())))
+
+
+def test_blocks_of_a_backbone_are_compiled_once_whatever_their_adapters_are_switched_to(monkeypatch):
+    """Student, average and original, with and without gradient, recomputed, data-free: 60 steps as without compiling,
+    and nothing is compiled after the fifth."""
+    graphs, own = [], torch.compile
+    keep = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda forward: own(forward, backend=keep))
+    torch._dynamo.reset()
+
+    def trained(how):
+        net = copy.deepcopy(net_of("QwenImageTransformer2DModel"))
+        config = configured("text", ["lora_rank=2", "weights=float32"])
+        states.adapt(net, 2)
+        state = states.backbone_state(net, config, partial(prepare, recompute=True, compile=how))
+        x, cond, loss = latents(8), given_cond(net, 8), TwinFlowLoss.paper(guidance=0.5, data_free=True)
+        null = {name: value[:1] for name, value in cond.items()}
+        return [(r["total"], len(graphs)) for r in train(state, loss, lambda i: (x, cond), 60, null=null)]
+
+    eager, compiled = trained("none"), trained("default")
+    assert [total for total, _ in compiled] == pytest.approx([total for total, _ in eager], rel=1e-4)
+    assert 0 < compiled[4][1] == compiled[-1][1] < MOST_GRAPHS
+    torch._dynamo.reset()
 
 
 @kinds

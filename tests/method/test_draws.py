@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import seeds, unit
+from conftest import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
@@ -21,10 +21,10 @@ N = 20_000
 printed = TwinFlowLoss.paper
 
 
-def drawn(n=N, seed=0, together=None, **changes):
+def drawn(n=N, seed=0, turns=None, **changes):
     """The draws of a batch of n numbers, rows in parts as the loss divides them."""
     generator = torch.Generator().manual_seed(seed)
-    return draws.draw_for(printed(**changes), torch.zeros(n, 1).double(), generator, together)
+    return draws.draw_for(printed(**changes), torch.zeros(n, 1).double(), generator, turns)
 
 
 def follows(values, law="uniform"):
@@ -104,38 +104,58 @@ def test_each_sample_comes_in_each_part_equally_often():
     assert max(abs(count - 200) for count in counts) < 6 * (200 * 23 / 24) ** 0.5
 
 
-@pytest.mark.parametrize("share, n", [(0.3, 1), (0.7, 1), (0.3, 7), (0.7, 10)])
-def test_parts_have_the_expected_number_of_rows(share, n):
-    """n times (1 - share) / 2 twice and n times share / 2 twice, to within one, and in the mean exactly."""
-    generator, x = torch.Generator().manual_seed(0), torch.zeros(n, 1)
-    counts = [draws.draw_for(printed(share=share, flow_share=0.5), x, generator).counts for _ in range(4000)]
-    due = n * np.array([1 - share, 1 - share, share, share]) / 2
-    away = np.array(counts) - due
-    assert np.abs(away).max() < 1
-    assert (np.abs(away.mean(0)) < 6 * away.std(0) / 4000**0.5 + 1e-12).all()
+divided = st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any)
 
 
-@given(st.integers(1, 30), seeds)
-def test_where_every_share_is_whole_nothing_is_drawn_to_divide_a_batch(n, seed):
+@given(divided, st.integers(1, 60), seeds)
+def test_a_batch_with_a_row_for_every_part_is_always_divided_alike(weights, n, seed):
+    """Nothing is drawn. Every part that has a share has rows, n times its share to within one, or within as many as the
+    others need for their first; each is divided by its own."""
+    shares = [weight / sum(weights) for weight in weights]
+    live = [share for share in shares if share]
+    n += len(live)
     generator = torch.Generator().manual_seed(seed)
     before = generator.get_state()
-    assert draws.split(6 * n, (1 / 3, 1 / 3, 1 / 6, 1 / 6), generator) == (2 * n, 2 * n, n, n)
+    counts, divisors = draws.split(n, shares, generator)
     assert torch.equal(generator.get_state(), before)
-    draws.split(6 * n + 1, (1 / 3, 1 / 3, 1 / 6, 1 / 6), generator)
-    assert not torch.equal(generator.get_state(), before)
+    assert (
+        sum(counts) == n
+        and counts == divisors
+        and all((rows > 0) == (share > 0) for rows, share in zip(counts, shares))
+    )
+    lifted = sum(max(0.0, 1 - n * share) for share in live)
+    assert all(-1 - lifted < rows - n * share < 1 for rows, share in zip(counts, shares))
+
+
+@given(st.integers(1, 30))
+def test_whole_shares_of_a_batch_are_the_counts(n):
+    assert draws.split(6 * n, (1 / 3, 1 / 3, 1 / 6, 1 / 6))[0] == (2 * n, 2 * n, n, n)
+    assert draws.split(10 * n, (0.7, 0.0, 0.3))[0] == (7 * n, 0, 3 * n)
+
+
+@pytest.mark.parametrize("share, n", [(0.3, 1), (0.7, 1), (0.3, 2), (0.7, 3)])
+def test_with_fewer_rows_than_parts_these_take_turns(share, n):
+    """n times (1 - share) / 2 twice and n times share / 2 twice, to within one, and in the mean exactly. By those
+    numbers sums are divided, so that in the mean each part has its weight."""
+    generator, x = torch.Generator().manual_seed(0), torch.zeros(n, 1)
+    found = [draws.draw_for(printed(share=share, flow_share=0.5), x, generator) for _ in range(4000)]
+    due = n * np.array([1 - share, 1 - share, share, share]) / 2
+    away = np.array([one.counts for one in found]) - due
+    assert np.abs(away).max() < 1 and all(one.divisors == pytest.approx(due) for one in found[:9])
+    assert (np.abs(away.mean(0)) < 6 * away.std(0) / 4000**0.5 + 1e-12).all()
 
 
 @settings(max_examples=20)
 @given(seeds, seeds)
-def test_processes_that_count_together_have_the_same_counts_and_their_own_noise(seed, other):
-    """Two draws from one generator are two; the counts are those of `together` alone."""
-    a, b = (drawn(7, s, torch.Generator().manual_seed(seed), share=0.4) for s in (seed, seed + 1))
-    assert a.counts == b.counts and a.together and not torch.equal(a.z, b.z)
-    counts = {drawn(7, seed, torch.Generator().manual_seed(other + i), share=0.4).counts for i in range(40)}
+def test_processes_whose_turns_are_drawn_alike_have_the_same_counts_and_their_own_noise(seed, other):
+    """Two draws from one generator are two; the counts are those of `turns` alone."""
+    a, b = (drawn(2, s, torch.Generator().manual_seed(seed), share=0.4) for s in (seed, seed + 1))
+    assert a.counts == b.counts and not torch.equal(a.z, b.z)
+    counts = {drawn(2, seed, torch.Generator().manual_seed(other + i), share=0.4).counts for i in range(40)}
     assert len(counts) > 1
     generator = torch.Generator().manual_seed(seed)
     one, two = (draws.draw_for(printed(), torch.zeros(4, 1), generator) for _ in range(2))
-    assert not torch.equal(one.z, two.z) and not torch.equal(one.t, two.t) and not one.together
+    assert not torch.equal(one.z, two.z) and not torch.equal(one.t, two.t)
 
 
 @given(seeds, st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
@@ -168,20 +188,6 @@ def test_uniform_numbers_lie_where_they_are_asked_to(seed, low, width):
     follows(draws.uniform(torch.zeros(N, 1), torch.Generator().manual_seed(1)))
 
 
-@given(st.lists(unit, min_size=1, max_size=9), unit, unit, st.booleans())
-def test_guidance_acts_on_the_rows_whose_time_is_in_its_range(times, low, width, together):
-    """Both ends included, by a loop. Together with other processes there is a row to call the network with, of weight
-    0, where there is none, if there is any row at all."""
-    times = [low, low + width, *times]
-    for some in (times, [low + width + 0.1] * 3, []):
-        on, acts = draws.guided_rows(torch.tensor(some, dtype=torch.float64), (low, low + width), together)
-        wanted = [i for i, t in enumerate(some) if low <= t <= low + width]
-        if wanted or not together:
-            assert on.tolist() == wanted and acts.all() and len(acts) == len(on)
-        else:
-            assert on.tolist() == [0] * min(1, len(some)) and not acts.any() and len(acts) == len(on)
-
-
-def test_the_mean_of_a_part_is_over_the_rows_expected_in_it():
+def test_the_mean_of_a_part_is_its_sum_by_its_divisor():
     values = torch.tensor([1.0, 2.0, 6.0])
     assert draws.mean(values, 4.5) == 2 and draws.mean(values[:0], 0.0) == 0 and draws.mean(values[:0], 0.5) == 0

@@ -17,7 +17,8 @@ import tinytwinflow as ttf
 from tinytwinflow.method.draws import draw_for
 from tinytwinflow.nets import MLP, DiT, UNet, dit, load_published
 from tinytwinflow.nets.dit import from_epsilon, positions
-from tinytwinflow.training.distributed import compile_as
+from tinytwinflow.training.distributed import compile_as, prepare
+from tinytwinflow.training.loop import autocast
 
 close = torch.testing.assert_close
 
@@ -167,9 +168,77 @@ def test_compiled_equals_eager(kind, how, monkeypatch):
     compile_as(net, how)
     for a, b in zip(gradients_of(net, kind), eager):
         close(a, b, atol=1e-4, rtol=1e-3)
-    assert backend.modes == ["reduce-overhead" if how == "graphs" else None] and backend.graphs >= 2
+    assert backend.modes == (["reduce-overhead"] if how == "graphs" else [None] * 2) and backend.graphs >= 2
+    made = len(backend.modes)
     compile_as(net, "none")
-    assert len(backend.modes) == 1
+    assert len(backend.modes) == made
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """How many graphs torch traces; they run as they are."""
+    made, own = [], torch.compile
+
+    def keep(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda forward, mode=None: own(forward, backend=keep))
+    torch._dynamo.reset()
+    yield made
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_of_one_kind_are_compiled_once(recompute, graphs):
+    """As many graphs for twelve blocks as for two: with gradient, without, and without on the teacher, whose weights
+    want none. A U-Net has no more than those for each kind and size of its layers."""
+
+    def made(net, kind):
+        before, teacher = len(graphs), copy.deepcopy(net).requires_grad_(False)
+        for each in (net, teacher):
+            prepare(each, recompute=recompute, compile="default")
+        x, label, loss = batch(kind, 12), torch.arange(12) % 3, ttf.TwinFlowLoss()
+        for _ in range(2):
+            loss(net, x, label, teacher).total.backward()
+        return len(graphs) - before
+
+    few, many = (made(DiT(4, 3, 3, 16, depth, 2, 2), "dit") for depth in (2, 12))
+    assert few == 3 and many == 0, (few, many)
+    net = UNet(4, 3, 3, (8, 8), 2)
+    kinds_of_layer = {str(layer) for layer in net.blocks()}
+    assert made(net, "unet") < 3 * 2 * len(kinds_of_layer) < 3 * len(net.blocks())  # of two sizes
+    names = [type(layer).__name__ for layer in net.blocks()]
+    assert names == ["Residual"] * 5 + ["Middle"] + ["Residual"] * 7
+
+
+@pytest.mark.parametrize("kind, rows, loss", [
+    ("sharp mlp", 24, {"jump_c": 0.12}), ("dit", 24, {"guidance": 0.5, "guidance_range": (0.2, 0.6)}),
+    ("dit", 7, {"data_free": True}), ("unet", 7, {}),
+])  # fmt: skip
+def test_nothing_is_compiled_after_the_fifth_step_of_a_phase(kind, rows, loss, graphs):
+    """Over 200 steps, with parts that are no whole share of the batch and parts of one row, whatever is sampled."""
+    net = UNet(4, 3, 3, (8,), 1) if kind == "unet" else KINDS[kind][0](3)
+    state = ttf.training.new_state(net, lr=1e-3, place=lambda net: prepare(net, compile="default"))
+    x, label, found = batch(kind, rows), torch.arange(rows) % 3, []
+    options = {"warmup_steps": 40, "base_steps": 40, "null": 3, "label_dropout": 0.5}
+    for record in ttf.training.train(state, ttf.TwinFlowLoss(**loss), lambda i: (x, label), 200, **options):
+        found.append(len(graphs))
+        if record["step"] % 50 == 0:
+            with autocast("cpu", "float32"):
+                ttf.sample(state.average, batch(kind, 5), 4, cond=torch.zeros(5).long())
+    assert found[4] == found[39] and found[44] == found[79] and found[84] == found[199] and 0 < found[199], found
+
+
+def test_a_copy_of_a_compiled_network_has_weights_of_its_own(graphs):
+    net, x, t = awake(KINDS["dit"][0](3)), batch("dit", 4), torch.rand(4)
+    prepare(net, recompute=True, compile="default")
+    other = copy.deepcopy(net)
+    same = net(x, t, t, torch.zeros(4).long())
+    for p in other.blocks.parameters():
+        p.data.mul_(2)
+    assert torch.equal(net(x, t, t, torch.zeros(4).long()), same)
+    assert not torch.equal(other(x, t, t, torch.zeros(4).long()), same)
 
 
 def test_what_inductor_builds_equals_eager():

@@ -166,7 +166,7 @@ def test_wrong_settings_are_answered_in_one_line(home, vae, tmp_path, capsys):
     refused("imagenet", "size is 8 there, not 32")
     refused("imagenet", "unknown DiT 'xxl-2'", changes=["net=dit-xxl-2", "size=8"])
     refused("fashion", "batch_size 6 must be a multiple of accumulate 4", changes=["accumulate=4"])
-    refused("fashion", "precision must be one of float32, bf16", changes=["precision=fp8"])
+    refused("fashion", "precision must be one of float32, tf32, bf16", changes=["precision=fp8"])
     refused("fashion", "compile must be one of none, default", changes=["compile=yes"])
     refused("fashion", "graphs overwrite gradients", changes=["compile=graphs", "accumulate=2"])
     refused("fashion", "graphs overwrite gradients", changes=["compile=graphs", "parallel=fsdp"])

@@ -163,7 +163,15 @@ def close(a, b, tolerance=1e-5):
 
 
 def all_gradients(world):
-    return {
+    own, graphs = torch.compile, []
+    torch.compile = lambda forward: own(forward, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    compiled = {
+        "fsdp compiled": gradients(world, "fsdp", compile="default"),
+        "ddp compiled": gradients(world, "ddp", compile="default"),
+        "fsdp compiled, recomputed": gradients(world, "fsdp", compile="default", recompute=True),
+    }
+    assert graphs, "torch has traced them"
+    return compiled | {
         "ddp": gradients(world, "ddp"),
         "fsdp": gradients(world, "fsdp"),
         "fsdp in parts": gradients(world, "fsdp", parts=3),
@@ -178,8 +186,7 @@ def all_gradients(world):
 
 def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     """grad of DDP and FSDP2 = mean over processes of grad of each one's loss: one batch or summed in parts,
-    activations kept or computed again, and with a row on each, where a process alone would skip calls: guidance acts on
-    no row in step 0, and on that of one process in steps 4 and 5, where the other must call the network all the same.
+    activations kept or computed again, blocks compiled or not, and with a row on each.
     """
     found = together(2, all_gradients, tmp_path)
     expected, in_parts = mean_gradients(2), mean_gradients(2, parts=3)
@@ -187,6 +194,8 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     assert max((expected[name] - in_parts[name]).abs().max() for name in expected) > 1e-3
     for mine in found:
         for kind in ("ddp", "fsdp", "hsdp", "fsdp recomputed", "ddp recomputed"):
+            close(mine[kind], expected)
+        for kind in ("fsdp compiled", "ddp compiled", "fsdp compiled, recomputed"):
             close(mine[kind], expected)
         for kind in ("fsdp in parts", "ddp in parts"):
             close(mine[kind], in_parts)
@@ -196,30 +205,15 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path):
         assert any(not torch.equal(mine["fsdp bf16"][name], mine["fsdp"][name]) for name in expected)
 
 
-def test_guidance_acts_on_the_row_of_one_process_only_in_two_of_the_steps_above():
-    """Else the test above would not show that a process without such a row waits for the others."""
-    acting = []
-    for step in (0, 4, 5):
-        worlds = [scale.World(rank, 2, "cpu", seed=7) for rank in range(2)]
-        generators = [(torch.Generator(), world) for world in worlds]
-        drawn = [draw_for(LOSS, torch.zeros(1, 2), own, world.reseed(own, step)) for own, world in generators]
-        assert all(sum(one.counts[:2]) == 1 for one in drawn)
-        acting.append(sum(one.t.item() <= 0.4 for one in drawn))
-    assert acting == [0, 1, 1]
-
-
-def test_processes_have_their_own_noise_and_the_same_counts():
-    """Draws of a step: z differs between processes and between steps, the rows of each part only between steps."""
-    x, draws = torch.zeros(7, 2), {}
+def test_processes_have_their_own_noise():
+    """z differs between processes and between steps."""
+    noise = []
     for rank in range(3):
         for step in range(4):
-            generator, world = torch.Generator(), scale.World(rank, 3, "cpu", seed=1)
-            draws[rank, step] = draw_for(LOSS, x, generator, world.reseed(generator, step))
-    noise = [tuple(d.z.flatten().tolist()) for d in draws.values()]
+            generator = torch.Generator()
+            scale.World(rank, 3, "cpu", seed=1).reseed(generator, step)
+            noise.append(tuple(draw_for(LOSS, torch.zeros(2, 2), generator).z.flatten().tolist()))
     assert len(set(noise)) == 12
-    for step in range(4):
-        assert len({draws[rank, step].counts for rank in range(3)}) == 1
-    assert len({d.counts for d in draws.values()}) > 1
 
 
 def trained_in_pieces(world):

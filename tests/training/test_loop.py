@@ -9,16 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinytwinflow import Losses, TwinFlowLoss, peers
 from tinytwinflow.data.points import Points
 from tinytwinflow.files import read_checkpoint
-from tinytwinflow.nets import MLP
+from tinytwinflow.method import path
+from tinytwinflow.nets import MLP, mlp, times
 from tinytwinflow.runs.folder import read_log, sampled, trained
 from tinytwinflow.runs.recipes import configured
 from tinytwinflow.runs.run import begin, finish, steps
@@ -191,7 +194,7 @@ def test_samples_astray_are_not_kept(tmp_path, monkeypatch):
     "option, message",
     [
         ({"clip_norm": -1}, "clip_norm must be a number > 0, or None, got -1"),
-        ({"precision": "fp16"}, "precision must be one of float32, bf16, got 'fp16'"),
+        ({"precision": "fp16"}, "precision must be one of float32, tf32, bf16, got 'fp16'"),
         ({"ema": 2.0}, r"ema must lie in \[0, 1\), got 2.0"),
         ({"teacher_ema": "x"}, r"teacher_ema must lie in \[0, 1\)"),
         ({"label_dropout": 2}, "label_dropout must lie in"),
@@ -259,7 +262,7 @@ def test_phases_come_in_order_and_the_teacher_is_the_moving_average():
 
     @dataclasses.dataclass
     class Spy(TwinFlowLoss):
-        def __call__(self, net, x, cond, teacher, null, generator, **alone):
+        def __call__(self, net, x, cond, teacher, null, generator, turns, **alone):
             seen.append((self.order, self.share))
             assert net is state.net and teacher is state.teacher and set(alone.values()) == {None}
             return super().__call__(net, x, cond, teacher, null, generator=generator)
@@ -510,9 +513,10 @@ def test_a_loss_is_given_all_that_the_state_has_and_the_batch():
         for own, net, seen, found in calls:
             assert own is loss and net is state.call and torch.equal(seen, x) and torch.equal(found["cond"], label)
             assert found["teacher"] is state.teacher and found["original"] is state.original
-            assert found["generator"] is state.generator and found["together"] is None
+            assert found["generator"] is state.generator and found["turns"].device.type == "cpu"
             assert found["null"].tolist() == [9] and set(found) == {
-                "cond", "teacher", "null", "original", "generator", "together"}  # fmt: skip
+                "cond", "teacher", "null", "original", "generator", "turns"}  # fmt: skip
+        assert len({found["turns"].initial_seed() for *_, found in calls}) == 3
     state.call, null = None, {"a": torch.zeros(1)}
     calls, _ = heard(state, loss, lambda i: (x, {"a": x[:, 0]}), state.step + 4, null=null, warmup_steps=state.step + 1,
                      base_steps=2, accumulate=2)  # fmt: skip
@@ -523,6 +527,109 @@ def test_a_loss_is_given_all_that_the_state_has_and_the_batch():
         [call[0] for call in calls], [{"order": 0, "share": 0.0}] * 2 + [{"share": 0.0}] * 4 + [{}] * 2
     ):
         assert own == dataclasses.replace(loss, **phase)
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 9), st.integers(0, 2))
+def test_terms_read_at_once_are_those_that_are_read_at_each_step(every, seed):
+    """In the records where they are due and in the last; the others have step and rate alone. Same weights."""
+    batch = Points("moons", 16, seed).batch
+    runs = []
+    for read_every in (1, every):
+        state = small_state(seed)
+        options = {"warmup_steps": 3, "base_steps": 3, "read_every": read_every}
+        records = list(train(state, TwinFlowLoss(), lambda i: batch(i)[0], 11, **options))
+        assert not state.unread
+        runs.append((records, weights(state)))
+    for one, other in zip(*(records for records, _ in runs)):
+        assert other == (one if one["step"] % every == 0 or one["step"] == 11 else {k: one[k] for k in ("step", "lr")})
+    assert all(map(torch.equal, *(each for _, each in runs)))
+
+
+@pytest.mark.parametrize("what", ["data", "term"])
+def test_a_step_astray_that_is_read_late_is_still_named_and_no_checkpoint_is_written_of_it(what, tmp_path):
+    """Step 6 of 12, read at 8, or when a checkpoint is asked for after step 7; the file is that of step 4."""
+    run = begin(config("steps=12", "checkpoint_every=4", "log_every=4"), tmp_path / "run")
+    fresh = run.data.batch
+
+    def batch(step):
+        x, label = fresh(step)
+        return x * {"data": math.nan, "term": 1e3}[what] if step == 5 else x, label
+
+    run.data.batch = batch
+    said = {"data": "step 6: the data of its batch are not finite", "term": "step 6: the total loss is"}[what]
+    if what == "term":
+        run.state.net.register_forward_hook(lambda net, args, F: F * 1e7 if args[0].abs().max() > 300 else F)
+    taken = steps(run)
+    for _ in range(7):
+        next(taken)
+    with pytest.raises(FloatingPointError, match=said if what == "data" else "step 6: the"):
+        run.keep()
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+    again = begin(config("steps=12", "checkpoint_every=4", "log_every=4"), tmp_path / "again")
+    again.data.batch, again.state.net = batch, run.state.net if what == "term" else again.state.net
+    taken = steps(again)
+    with pytest.raises(FloatingPointError, match="step 6: the"):
+        for record in taken:
+            assert record["step"] < 8
+    assert read_checkpoint(tmp_path / "again" / "checkpoint.pt")["step"] == 4
+
+
+class Waits(TorchDispatchMode):
+    """Notes what makes the host wait for an accelerator, a value or a size that depends on values, and who asks for it.
+
+    torch.optim keeps its count of steps on the CPU, and a coin is tossed there.
+    """
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def note(self, name):
+        stack = traceback.extract_stack()
+        if not any("torch/optim" in frame.filename or frame.name == "coin" for frame in stack):
+            self.found.append((name, [frame.name for frame in stack if "tinytwinflow/" in frame.filename][-1]))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if (
+            name in self.NAMES
+            or name.startswith("index")
+            and any(i is not None and i.dtype == torch.bool for i in args[1])
+        ):
+            self.note(name)
+        return function(*args, **(kwargs or {}))
+
+
+TWINFLOW = {"guided": {"guidance": 0.5}, "guided somewhere": {"guidance": 0.5, "guidance_range": (0.2, 0.6)}}
+TWINFLOW |= {"data-free": {"data_free": True}, "normalised": {"jump_c": 0.1, "rectify_clip": 1.0}, "as it is": {}}
+
+
+@pytest.mark.parametrize("name", [*TWINFLOW, *peers.PEERS])
+def test_nothing_in_a_step_waits_for_the_device_but_the_reading_of_its_terms(name, monkeypatch):
+    """Of TwinFlow in all its forms and of every peer. What looks at times and labels does so on a CPU alone."""
+    for room in (path, times):
+        monkeypatch.setattr(room, "check_time", lambda *args, **kwargs: None)
+    monkeypatch.setattr(mlp, "check_labels", lambda cond, n, classes: cond)
+    loss = TwinFlowLoss(**TWINFLOW[name]) if name in TWINFLOW else peers.PEERS[name]()
+    torch.manual_seed(0)
+    state = new_state(MLP(2, 16, 2, classes=3), helpers=getattr(loss, "helpers", None), muon_lr=1e-2)
+    x, label = torch.randn(24, 2), torch.arange(24) % 3
+    options = {"null": 3, "label_dropout": 0.5, "clip_norm": 1.0, "accumulate": 2, "base_steps": 2, "read_every": 5}
+    waits, found = Waits(), []
+    for copied in ("tolist", "cpu", "numpy"):  # these no dispatch sees
+        own = getattr(torch.Tensor, copied)
+        monkeypatch.setattr(torch.Tensor, copied, lambda x, own=own, name=copied: waits.note(name) or own(x))
+    for record in train(state, loss, lambda i: (x, label), 20, **options):
+        found.append(list(waits.found))
+        waits.found.clear()
+        if record["step"] == 1:  # what is made once, pairs for instance, may be waited for
+            waits.__enter__()
+    waits.__exit__(None, None, None)
+    for step, each in enumerate(found[1:], 2):
+        assert each == ([] if step % 5 else [("tolist", "read_terms")]), (step, each)
 
 
 def test_a_batch_that_does_not_divide_into_equal_parts_is_refused():
@@ -618,7 +725,7 @@ class World:
 
     def reseed(self, generator, step):
         self.said.append(("reseed", generator, step))
-        return f"together {step}"
+        return f"turns {step}"
 
     def sync(self, network, last):
         self.said.append(("sync", network, last))
@@ -632,7 +739,7 @@ def test_processes_agree_before_each_step_share_gradients_after_the_last_part_an
     calls, records = heard(state, Heard(), lambda i: (x, None), 2, accumulate=3, world=world)
     parts = [("sync", state.net, last) for last in (False, False, True)]
     assert world.said == [("reseed", state.generator, 0), *parts, ("reseed", state.generator, 1), *parts]
-    assert [given["together"] for *_, given in calls] == ["together 0"] * 3 + ["together 1"] * 3
+    assert [given["turns"] for *_, given in calls] == ["turns 0"] * 3 + ["turns 1"] * 3
     assert all(record["total"] >= 100 for record in records)
     state.call = torch.nn.Module()
     state.call.forward = lambda *given: state.net(*given)

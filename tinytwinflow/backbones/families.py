@@ -83,9 +83,16 @@ def _qwen(model, x, t, cond):
     return {**image, **text, "timestep": t}
 
 
+def _places(mask):
+    """Where a mask (L,) is true.  -> list"""
+    return mask.nonzero()[:, 0].tolist()
+
+
 def _z_image(model, x, t, cond):
-    prompt, mask = cond["prompt_embeds"], cond["prompt_mask"].bool()
-    texts = list(prompt) if prompt.is_meta else [row[keep] for row, keep in zip(prompt, mask)]
+    prompt = cond["prompt_embeds"]
+    # the model takes texts of their own lengths, so these must be known: one wait for the GPU a call
+    masks = torch.ones(prompt.shape[:2]) if prompt.is_meta else cond["prompt_mask"].cpu()
+    texts = [row[: len(on)] if on == [*range(len(on))] else row[on] for row, on in zip(prompt, map(_places, masks))]
     return {"x": list(x[:, :, None]), "t": t, "cap_feats": texts}
 
 

@@ -61,12 +61,20 @@ def repeat(cond, n):
     return each(of_rows, cond)
 
 
+def place(value, device):
+    """A tensor, array or list as a tensor on a device; nobody waits until a GPU has got it.  -> tensor"""
+    value, device = torch.as_tensor(value), torch.device(device)
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)  # from other memory the copy waits for all work before
+    return value.to(device)
+
+
 def move(cond, device):
     """A condition, of tensors, arrays or lists, as tensors on a device. Raises ValueError if it is of none of these."""
 
     def moved(value):
         try:
-            return torch.as_tensor(value, device=device)
+            return place(value, device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"a condition is of numbers, got {type(value).__name__} ({error})") from error
 

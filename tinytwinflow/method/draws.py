@@ -12,19 +12,31 @@ def seeded(*key):
     return torch.Generator().manual_seed(int(seed) >> 1)
 
 
-def split(n, shares, generator=None, device="cpu"):
-    """Whole numbers of rows, one for each share, that sum to n and are n * share in expectation.
+def coin(turns=None):
+    """A number in [0, 1) that decides what is computed. -> float; turns: a generator, best on the CPU: see `split`."""
+    return torch.rand((), generator=turns, device="cpu" if turns is None else turns.device).item()
 
-    Each end of a part is rounded down after adding the same uniform number, so a part has n * share
-    rows to within one; drawn only if some n * share is not whole.
+
+def split(n, shares, turns=None):
+    """How many of n rows each part has, and the number that divides the sum over them.  -> two tuples, a number a part
+
+    The counts are n * share, rounded, and at least one wherever there is a share: the same at every step, so that
+    compiled code meets the same shapes, and each part is a mean over its own rows. Where there are fewer rows than
+    parts these take turns: the counts, n * share rounded up or down, are drawn so that they are n * share in
+    expectation, and that is the divisor. turns: the generator; of one on the CPU nobody waits for an accelerator.
     """
-    ends = [round(n * sum(shares[: i + 1]), 6) for i in range(len(shares))]
-    offset = 0.0
-    if any(end != int(end) for end in ends):
-        exact = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        offset = torch.rand((), generator=generator, device=device, dtype=exact).item()
-    ends = [0, *(int(end + offset) for end in ends)]
-    return tuple(b - a for a, b in zip(ends[:-1], ends[1:]))
+    due, live = [n * share for share in shares], [i for i, share in enumerate(shares) if share]
+    if n < len(live):
+        ends = [round(sum(due[: i + 1]), 6) for i in range(len(due))]
+        offset = coin(turns)
+        ends = [0, *(int(end + offset) for end in ends)]
+        return tuple(b - a for a, b in zip(ends[:-1], ends[1:])), tuple(due)
+    counts = [max(1, int(rows + 1e-6)) if rows else 0 for rows in due]
+    while (left := n - sum(counts)) > 0:
+        counts[max(live, key=lambda i: due[i] - counts[i])] += 1
+    for _ in range(-left):
+        counts[max(live, key=lambda i: counts[i] - due[i] if counts[i] > 1 else -1)] -= 1
+    return tuple(counts), tuple(counts)
 
 
 def uniform(x, generator=None, low=0.0, high=1.0):
@@ -38,9 +50,9 @@ def normal(x, generator=None):
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
-def mean(values, expected):
-    """Sum over the rows of a part, divided by the number of rows expected in it; 0 for a part of share 0."""
-    return values.sum() / expected if expected else values.sum()
+def mean(values, divisor):
+    """Sum over the rows of a part, divided by its divisor, see `split`; 0 for a part of share 0."""
+    return values.sum() / divisor if divisor else values.sum()
 
 
 @dataclass
@@ -48,31 +60,31 @@ class Draws:
     """All that is random in one loss, a row a sample, the rows ordered part after part."""
 
     counts: tuple  # rows in each part: any-step, flow, adversarial, rectify
+    divisors: tuple  # of the sums over them, see `split`
     rows: torch.Tensor  # (B,) which sample of the batch each row takes
     z: torch.Tensor  # (B, *D) base: noise of the path; twin parts: noise the fake is made of
     z_new: torch.Tensor  # (B, *D) twin parts: noise the fake is noised with; data-free base: noise of x
     t: torch.Tensor  # (B,) t, or t' in the twin parts
     r: torch.Tensor  # (B,) target time; t in the flow part
     inner: list  # N - 1 tensors, the times t_1 > ... > t_{N-1} of the any-step rows
-    together: bool = False  # whether other processes draw the same counts and wait for the same calls
 
     def slices(self):
         ends = [sum(self.counts[:i]) for i in range(5)]
         return [slice(a, b) for a, b in zip(ends[:-1], ends[1:])]
 
 
-def draw_for(loss, x, generator=None, together=None):
+def draw_for(loss, x, generator=None, turns=None):
     """Draw everything random for a `TwinFlowLoss` and a batch like x.  (B, *D) -> Draws.
 
-    together: a generator that is in the same state on all processes of a sharded network, for they must make the same
-    calls: it draws how many rows each part has.
+    turns: draws the parts that a batch of few rows has, see `split`, by default the same generator. It is in the same
+    state on all processes of a sharded network, for they must make the same calls.
     """
 
     def rand(rows):
         return uniform(x[rows], generator)
 
     B = len(x)
-    counts = split(B, loss.shares(), generator if together is None else together, x.device)
+    counts, divisors = split(B, loss.shares(), generator if turns is None else turns)
     any_step, twin = slice(0, counts[0]), slice(counts[0] + counts[1], B)
     a, b = loss.times
     t = (1 - rand(slice(B)) ** (1 / b)) ** (1 / a)
@@ -87,16 +99,4 @@ def draw_for(loss, x, generator=None, together=None):
         t_i = t_i - step * (t_i - r[any_step])
         inner.append(t_i)
     rows = torch.randperm(B, generator=generator, device=x.device)
-    return Draws(counts, rows, normal(x, generator), normal(x, generator), t, r, inner, together is not None)
-
-
-def guided_rows(t, between, together):
-    """The rows that guidance acts on, those with t in an interval.  (n,) -> their numbers (m,), their weights (m,).
-
-    together: one row of weight 0 where there is none, for other processes make a call there.
-    """
-    acts = (t >= between[0]) & (t <= between[1])
-    on = acts.nonzero()[:, 0]
-    if together and not len(on):
-        on = torch.arange(min(1, len(t)), device=t.device)
-    return on, acts[on]
+    return Draws(counts, divisors, rows, normal(x, generator), normal(x, generator), t, r, inner)

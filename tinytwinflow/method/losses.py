@@ -18,7 +18,7 @@ import torch
 
 from ..ranges import as_field, plain, settings_of
 from .conditions import as_null, check_rows, join, repeat, take
-from .draws import draw_for, guided_rows, mean
+from .draws import draw_for, mean
 from .path import check_batch, expand, interpolate, jump, same_shape, velocity
 from .twin import check_field, gap, generate
 
@@ -77,8 +77,9 @@ class TwinFlowLoss:
     the velocity is a mean, and its rows stay squared. It takes two fifths of the samples between modes away in 2D
     (recipe toy: 0.12), and does no good to images.
 
-    Each part is a sum over its rows divided by the rows expected in it, share * B. Where that is not whole the numbers
-    of rows are drawn at random around it, so the expected gradient is the same for every batch size, 1 included.
+    Each part is the mean over its rows, whose number is share * B rounded, and the base weighs its two parts by their
+    shares; a batch of fewer rows than parts has some of them, drawn at random. So the expected gradient is the same for
+    every batch size, 1 included.
     Raises ValueError for a setting out of its range.
     """
 
@@ -134,13 +135,13 @@ class TwinFlowLoss:
         flow = 1.0 if self.order == 0 else self.flow_share
         return ((1 - self.share) * (1 - flow), (1 - self.share) * flow, self.share / 2, self.share / 2)
 
-    def __call__(self, net, x, cond=None, teacher=None, null=None, original=None, generator=None, together=None):
+    def __call__(self, net, x, cond=None, teacher=None, null=None, original=None, generator=None, turns=None):
         """Draw the random numbers and compute the loss of a batch.
 
         net, teacher, original: velocity fields net(x, t, r, cond). teacher is F^-, used without gradient (default: net
         itself; in practice its EMA). original gives the velocities of guidance and of data-free training (default:
         teacher). x (B, *D). cond: None, tensor or dict, leading dimension B; null: the same for "no condition",
-        leading dimension 1 or B, or a label, needed for guidance. generator: on the device of x. together: see
+        leading dimension 1 or B, or a label, needed for guidance. generator: on the device of x. turns: see
         `draws.draw_for`.
         Returns Losses. Raises ValueError if x is not a floating-point batch, cond or null has another length, null is
         missing, or an answer of net, teacher or original has another shape than x.
@@ -153,7 +154,7 @@ class TwinFlowLoss:
         if self.data_free and original is None and teacher is None:
             raise ValueError("data_free needs original, the frozen network whose velocity is learnt from")
         null = as_null(null, x.device)
-        return self.evaluate(draw_for(self, x, generator, together), net, x, cond, teacher, null, original)
+        return self.evaluate(draw_for(self, x, generator, turns), net, x, cond, teacher, null, original)
 
     def evaluate(self, draws, net, x, cond=None, teacher=None, null=None, original=None):
         """The loss for given draws.  See `__call__`."""
@@ -186,12 +187,13 @@ class TwinFlowLoss:
         d = DISTANCES[self.metric](F, target)
         if self.jump_c is not None:
             d = torch.cat([normalised_error(F[any_step], target[any_step], self.jump_c), d[any_step.stop :]])
-        expected = [len(x) * share for share in self.shares()]
-        base_loss = mean(d[base], expected[0] + expected[1])
-        adversarial_loss = self.adversarial_weight * mean(d[adversarial], expected[2])
-        rectify_loss = self.rectify_weight * mean(d[rectify], expected[3])
+        of_part = [mean(d[part], divisor) for part, divisor in zip(draws.slices(), draws.divisors)]
+        jumps, flows, *_ = self.shares()
+        base_loss = (jumps * of_part[0] + flows * of_part[1]) / ((jumps + flows) or 1)
+        adversarial_loss = self.adversarial_weight * of_part[2]
+        rectify_loss = self.rectify_weight * of_part[3]
         total = base_loss + adversarial_loss + rectify_loss
-        gap_size = mean(squared_error(dv, torch.zeros_like(dv)), expected[3])
+        gap_size = mean(squared_error(dv, torch.zeros_like(dv)), draws.divisors[3])
         return Losses(total, base_loss.detach(), adversarial_loss.detach(), rectify_loss.detach(), gap_size)
 
     def _base_pairs(self, draws, base, net, x, cond, null, original):
@@ -206,14 +208,12 @@ class TwinFlowLoss:
             u = same_shape(original(x_t, t, t, cond), x_t, "original's answer and x")
         else:
             x_t, u = interpolate(x[base], z, t), velocity(x[base], z)
-        if self.guidance:
-            on, acts = guided_rows(t, self.guidance_range, draws.together)
-            if len(on):
-                both = join(take(cond, on), take(repeat(null, len(x)), draws.rows[base][on]))
-                x_on, t_on = torch.cat([x_t[on], x_t[on]]), t[on].repeat(2)
-                v, v_null = same_shape(original(x_on, t_on, t_on, both), x_on, "original's answer and x").chunk(2)
-                u = u.clone()  # data-free it is original's answer, which original may keep
-                u[on] += self.guidance * expand(acts, v) * (v - v_null)
+        if self.guidance and len(z):
+            low, high = self.guidance_range
+            both = join(cond, take(repeat(null, len(x)), draws.rows[base]))
+            twice, times = torch.cat([x_t, x_t]), t.repeat(2)
+            v, v_null = same_shape(original(twice, times, times, both), twice, "original's answer and x").chunk(2)
+            u = u + self.guidance * expand((low <= t) & (t <= high), v) * (v - v_null)
         return x_t, u
 
     def _fakes(self, draws, rows, net, cond):

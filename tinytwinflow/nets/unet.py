@@ -81,6 +81,10 @@ class UNet(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
+    def blocks(self):
+        """The layers of residual connections, in the order of use."""
+        return [layer for layer in (*self.down, *self.middle, *self.up) if isinstance(layer, Residual | Middle)]
+
     def forward(self, x, t, r, cond=None):
         check_image(x, self.channels, self.size)
         check_times(x, t, r)

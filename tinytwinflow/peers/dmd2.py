@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import softplus
 
-from ..method.draws import normal, uniform
+from ..method.draws import coin, normal, uniform
 from ..method.twin import generate
 from .common import fake_score, fixed, moved, renoise, terms
 from .dmd import matching
@@ -28,9 +28,9 @@ class DMD2:
     helpers: ClassVar = {"original": "frozen", "fake": "trained", "critic": "critic"}
     mode: ClassVar = None
 
-    def __call__(self, net, x, original, fake, critic, cond=None, generator=None, **_):
+    def __call__(self, net, x, original, fake, critic, cond=None, generator=None, turns=None, **_):
         z, t = normal(x, generator), uniform(x, generator, 0.02, 0.98)
-        on = uniform(x[:1], generator).item() * self.every < 1
+        on = coin(generator if turns is None else turns) * self.every < 1
         with torch.set_grad_enabled(on):
             x_fake = generate(net, z, cond)
         x_t, u = renoise(x_fake.detach(), t, generator)

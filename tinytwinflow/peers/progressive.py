@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import torch
 
+from ..method.conditions import take
 from ..method.draws import normal, uniform
 from ..method.losses import squared_error
-from ..method.path import expand, interpolate
+from ..method.path import interpolate
 from .common import grid_neighbours, terms
 from .shortcut import two_jumps
 
@@ -31,14 +32,18 @@ class Progressive:
 
     def __call__(self, net, x, original, cond=None, generator=None, progress=0.0, **_):
         stage = min(int(progress * STAGES + 1e-9), STAGES - 1)
-        earlier = (uniform(x, generator) * stage).floor()
-        old = uniform(x, generator) < self.rehearse if stage else torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        intervals = 2.0 ** (STAGES - 1 - torch.where(old, earlier, stage))
+        old, new = slice(0, k := round(self.rehearse * len(x)) if stage else 0), slice(k, None)
+        u = uniform(x, generator)
+        intervals = torch.full_like(u, 2.0 ** (STAGES - 1 - stage))
+        intervals[old] = 2.0 ** (STAGES - 1 - (u[old] * stage).floor())
         t, r = grid_neighbours(uniform(x, generator), intervals)
         x_t = interpolate(x, normal(x, generator), t)
         with torch.no_grad():
-            target = two_jumps(original, x_t, t, r, intervals == 2 ** (STAGES - 1), cond)
-            if old.any():
-                target = torch.where(expand(old, x) > 0, original(x_t, t, r, cond), target)
+            target = torch.empty_like(x)
+            if k:
+                target[old] = original(x_t[old], t[old], r[old], take(cond, old))
+            if k < len(x):
+                shortest = intervals[new] == 2 ** (STAGES - 1)
+                target[new] = two_jumps(original, x_t[new], t[new], r[new], shortest, take(cond, new))
         weight = t**2 * torch.maximum(torch.ones_like(t), ((1 - t) / t) ** 2) if self.truncated else 1.0
         return terms(distillation=(weight * squared_error(net(x_t, t, r, cond), target)).mean())

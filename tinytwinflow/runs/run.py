@@ -8,6 +8,7 @@ The folder holds config.json, log.jsonl, the checkpoint, pictures and, once it i
 """
 
 import json
+import math
 import signal
 import threading
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from ..files import aside, full_disk_named, write_json
 from ..method.conditions import count_rows, take
 from ..training.checkpoints import NAME, has_checkpoint, keep_state, read_saved, restore_state
 from ..training.distributed import World, first, refuse_graphs
-from ..training.loop import ASTRAY, OPTIONS, autocast, train
+from ..training.loop import ASTRAY, OPTIONS, autocast, read_terms, train
 from ..training.state import State
 from .build import data_of, state_of
 from .checks import refuse_misfits, same_data
@@ -59,6 +60,7 @@ class Run:
         x: the samples of `look`, where they have been made.
         """
         if self.folder is not None:
+            read_terms(self.state)
             if self.state.step and not (width := (look(self) if x is None else x).square().mean()) < ASTRAY:
                 raise FloatingPointError(
                     f"step {self.state.step}: samples have spread {width.sqrt():.3g}, data have 1; lower lr"
@@ -119,6 +121,7 @@ def steps(run):
     config, data = run.config, run.data
     null = null_of(data) if config["conditional"] else None
     options = {name: config[name] for name in OPTIONS}
+    due = math.gcd(config["log_every"], config["checkpoint_every"], config.get("sample_every", 0))
     if run.writes:
         _cut_log(run.folder, run.state.step)
         if run.state.step < config["steps"]:  # results of an earlier step; the end of training writes them anew
@@ -130,7 +133,7 @@ def steps(run):
             x, cond = read(step)
             return x, cond if config["conditional"] else None
 
-        for record in train(run.state, loss_of(config), batch, null=null, world=run.world, **options):
+        for record in train(run.state, loss_of(config), batch, null=null, world=run.world, read_every=due, **options):
             if run.folder is not None:
                 _leave(run, record)
             yield record
@@ -230,5 +233,5 @@ def look(run):
     if run.config["conditional"] and not run.data.classes:
         cond = take((run.data.batch(0) if hasattr(run.data, "null") else run.data.fresh(4))[1], slice(0, 4))
         n = count_rows(cond)
-    with autocast(run.device, run.config["precision"] if run.in_pieces else "float32"):
+    with autocast(run.device, run.config["precision"]):  # as in training, so that nothing is compiled for it
         return sampled(run.state.average, n, run.data.shape, 1, "any", run.config["seed"], cond, run.device)

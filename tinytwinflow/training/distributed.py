@@ -13,6 +13,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 
 import torch
 from torch import distributed as dist
@@ -20,6 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ..files import reason
@@ -27,6 +29,7 @@ from ..method.draws import seeded
 
 PARALLEL = ("ddp", "fsdp", "hsdp")
 COMPILE = ("none", "default", "graphs")  # graphs: of CUDA, for small networks, whose kernels are waited for
+MOST_GRAPHS = 64  # how often code may be compiled: each kind of block, with and without gradient, as net and as teacher
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "timed out")
 
 
@@ -64,9 +67,9 @@ class World:
         return values / self.size
 
     def reseed(self, generator, step):
-        """The noise of a step is each process's own. -> together, a generator that is in the same state on all."""
+        """The noise of a step is each process's own. -> turns, a generator on the CPU in the same state on all."""
         generator.manual_seed(seeded(self.seed, 4, step, self.rank, self.size).initial_seed())
-        return torch.Generator(generator.device).manual_seed(seeded(self.seed, 5, step).initial_seed())
+        return seeded(self.seed, 5, step)
 
     def sync(self, network, last):
         """Send gradients only after the last part of an accumulated batch."""
@@ -146,9 +149,42 @@ def forget(block):
 
 
 def compile_as(net, how):
-    """Compile a network's forward in place: "default", or "graphs", which replays its kernels as one CUDA graph."""
-    if how != "none":
-        net.compile(mode="reduce-overhead" if how == "graphs" else None)
+    """Compile a network in place: "default", or "graphs", which replays its kernels as one CUDA graph.
+
+    By default its blocks are compiled, those of one kind once and for any number of rows; a network without blocks as a
+    whole. Graphs are of the whole network, and each number of rows has its own.
+    """
+    if how == "none":
+        return
+    torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    for module in how == "default" and blocks_of(net) or [net]:
+        # a method: in a deep copy of the network it is the copy's
+        module.forward = MethodType(compiled(type(module).forward, how), module)
+
+
+def compiled(forward, how):
+    """A module's forward, compiled so that other calls do not make it compile again.
+
+    Rows are marked as what varies; a tensor that comes twice, or is a part of another, is copied. So is the answer of a
+    CUDA graph, for its next call writes over it.
+    """
+    fast = torch.compile(forward, mode="reduce-overhead") if how == "graphs" else torch.compile(forward)
+
+    def call(module, *args, **kwargs):
+        seen, (leaves, kind) = set(), tree_flatten((args, kwargs))
+        rows = next((len(leaf) for leaf in leaves if torch.is_tensor(leaf) and leaf.ndim), 0)
+        for i, leaf in enumerate(leaves):
+            if torch.is_tensor(leaf):
+                apart = id(leaf) not in seen and not leaf._is_view() and not leaf.storage_offset()
+                seen.add(id(leaf))
+                leaves[i] = leaf = leaf if apart else leaf.clone()
+                if how == "default" and leaf.ndim and len(leaf) == rows:
+                    torch._dynamo.maybe_mark_dynamic(leaf, 0)
+        args, kwargs = tree_unflatten(leaves, kind)
+        answer = fast(module, *args, **kwargs)
+        return answer.clone() if how == "graphs" else answer
+
+    return call
 
 
 def prepare(net, world=None, parallel="ddp", precision="float32", recompute=False, compile="none"):
@@ -161,13 +197,11 @@ def prepare(net, world=None, parallel="ddp", precision="float32", recompute=Fals
     blocks = blocks_of(net)
     if recompute and not blocks:
         raise ValueError(f"recompute needs a network with blocks, {type(net).__name__} has none")
+    compile_as(net, compile)
     if recompute and any(parameter.requires_grad for parameter in net.parameters()):
         for block in blocks:
             forget(block)
-    sharded = world is not None and parallel != "ddp"
-    for module in blocks if sharded and blocks else [net]:
-        compile_as(module, compile)
-    if sharded:
+    if world is not None and parallel != "ddp":
         kind = torch.device(world.device).type
         sizes = {"pieces": world.size}
         if parallel == "hsdp":

@@ -34,8 +34,7 @@ def in_backward(parameters, lr, make_optimizer=torch.optim.Adafactor, seed=0):
     seed: of the rounding, see `InBackward`. Raises ValueError for other parameters.
 
     One backward is one step: gradients can be neither accumulated nor clipped, nor averaged by DDP, which would come
-    too late. A gradient that is not finite raises FloatingPointError out of backward before its parameter is touched;
-    the parameters that came earlier in the pass have moved by then, so go on from a checkpoint.
+    too late. `check` tells whether all gradients were finite; the weights have moved by then: go on from a checkpoint.
     """
     parameters = list(parameters)
     for name, p in parameters:
@@ -60,6 +59,8 @@ class InBackward:
 
     What a rounding draws depends on the seed, the parameter's number and how many steps it took, and on nothing else:
     a resumed run repeats it, whatever the order of the parameters in backward.
+
+    Nothing in a step waits for an accelerator.
     """
 
     def __init__(self, parameters, lr, make_optimizer, seed=0):
@@ -69,13 +70,14 @@ class InBackward:
         self.optimizers = [make_optimizer([stand_in], lr=lr) for stand_in in self.stand_ins]
         self.seed, self.steps, self.hooks = seed, [0] * len(everything), []
         self.generators = {p.device: torch.Generator(p.device) for p in everything}
+        self.keys = self.keys_of_rounding()
+        self.finite = [True] * len(everything)  # whether its gradients since the last check were, a tensor of one bool
 
     @torch.no_grad()
     def update(self, number, p):
         """Take the step of one parameter and free its gradient."""
         weight, grad = local(p), local(p.grad)
-        if not grad.isfinite().all():
-            raise FloatingPointError(f"the gradient of {self.names[number]} is not finite; lower lr")
+        self.finite[number] = grad.isfinite().all() & self.finite[number]
         self.steps[number] += 1
         if weight.numel():  # a process may hold no row of a small parameter
             stand_in, optimizer = self.stand_ins[number], self.optimizers[number]
@@ -91,8 +93,20 @@ class InBackward:
             stand_in.data, stand_in.grad = torch.empty(0, device=weight.device), None
         p.grad = None
 
+    def check(self):
+        """Raise FloatingPointError if a gradient since the last check was not finite. It waits for all steps."""
+        known = [number for number, finite in enumerate(self.finite) if torch.is_tensor(finite)]
+        answers = torch.stack([self.finite[number] for number in known]).tolist() if known else []
+        self.finite = [True] * len(self.names)
+        for number, finite in zip(known, answers):
+            if not finite:
+                raise FloatingPointError(f"the gradient of {self.names[number]} is not finite; lower lr")
+
     def reseeded(self, number, device):
-        return self.generators[device].manual_seed(seeded(self.seed, number, self.steps[number]).initial_seed())
+        return self.generators[device].manual_seed((self.keys[number] + self.steps[number]) % 2**63)
+
+    def keys_of_rounding(self):
+        return [seeded(self.seed, number).initial_seed() for number in range(len(self.names))]
 
     def stop(self):
         """Let backward passes be. Until then Python frees no parameter: their hooks hold them, where it cannot see."""
@@ -119,6 +133,7 @@ class InBackward:
         for name, optimizer in zip(self.names, self.optimizers):
             optimizer.load_state_dict(saved["states"][name])
         self.steps, self.seed = list(saved["steps"]), saved["seed"]
+        self.keys = self.keys_of_rounding()
         self.param_groups[0].update(lr=saved["lr"], initial_lr=saved["initial_lr"])
 
 

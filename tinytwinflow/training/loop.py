@@ -10,14 +10,16 @@ bit for bit as if it had never stopped.
 
 import dataclasses
 import math
+from contextlib import contextmanager
 
 import torch
 
-from ..method.conditions import as_null, as_pair, check_rows, move, replace, take
+from ..method.conditions import as_null, as_pair, check_rows, move, place, replace, take
+from ..method.draws import seeded
 from ..method.losses import TwinFlowLoss
 from ..ranges import plain, setting
 
-PRECISIONS = ("float32", "bf16")
+PRECISIONS = ("float32", "tf32", "bf16")
 OPTIONS = {  # of `train`, and settings of a run
     "steps": setting(2000, "training steps", "[1, inf)", unit="steps"),
     "warmup_steps": setting(500, "steps of flow matching alone, at first", "[0, inf)", unit="steps"),
@@ -27,16 +29,37 @@ OPTIONS = {  # of `train`, and settings of a run
     "label_dropout": setting(0.1, "share of the conditions that are dropped", "[0, 1)"),
     "accumulate": setting(1, "parts in which a batch is worked through", "[1, inf)"),
     "clip_norm": setting(None, "longest gradient", "(0, inf)", kind=float, none=True),
-    "precision": setting("float32", "what networks compute in; bf16: autocast", choices=PRECISIONS),
+    "precision": setting(
+        "float32", "what networks compute in; bf16: autocast; tf32: products of matrices on a GPU", choices=PRECISIONS
+    ),
 }
 ASTRAY = 1e5  # no healthy run of a recipe or peer comes near: SiD's spikes reach 5e3, all others stay below 50
 
 
+@contextmanager
+def matrix_units(precision):
+    """With "tf32" products of float32 matrices run on a GPU's matrix units, on 10 bits of the mantissa in place of 23.
+
+    Forward and backward pass alike. Other precisions, and devices without such units, compute as they did.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def autocast(device, precision):
-    """The context that networks run in: "bf16" computes in bfloat16 what can be, "float32" changes nothing."""
+    """The context that networks run in: "bf16" computes in bfloat16 what can be, "tf32": see `matrix_units`."""
     # no cache: older torch reuses casts made without gradient, and those weights would get none
     on = precision == "bf16"
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=on, cache_enabled=False)
+    with (
+        matrix_units(precision),
+        torch.autocast(torch.device(device).type, torch.bfloat16, enabled=on, cache_enabled=False),
+    ):
+        yield
 
 
 def learning_rate(step, steps, warm_up=100):
@@ -46,7 +69,7 @@ def learning_rate(step, steps, warm_up=100):
 
 def train(
     state, loss, batch, steps, ema=0.999, teacher_ema=0.99, warmup_steps=0, base_steps=0, null=None, label_dropout=0.0,
-    accumulate=1, clip_norm=None, precision="float32", world=None,
+    accumulate=1, clip_norm=None, precision="float32", world=None, read_every=1,
 ):  # fmt: skip
     """Take training steps up to `steps`, yielding after each a record: step, lr and the loss terms.
 
@@ -56,12 +79,13 @@ def train(
     batch(i) gives of step i data and condition, or data alone, as tensors or arrays. null: label that stands for no
     condition, or such a condition of one row; it replaces a share `label_dropout` of the conditions. ema and
     teacher_ema are the decays of the two averages (Table 6: 0.99 for the teacher). accumulate: the batch is worked
-    through in so many equal parts. clip_norm: longest gradient, or None. precision "bf16": the networks run under
-    autocast.
+    through in so many equal parts. clip_norm: longest gradient, or None. precision: see PRECISIONS, `autocast`.
     world: the processes that train together, each on its part of the batch, see `distributed`.
-    Raises ValueError for an option out of its range in OPTIONS, and FloatingPointError, before the weights are touched,
-    if data or a loss term are not finite, or a term is so large that training plainly diverges: more than ASTRAY times
-    1 + the mean of x^2, what the square of a velocity is about.
+    read_every: the terms of so many steps, and those left at the last, are read at once, for to read them is to wait
+    for the device; records of other steps have none, see `read_terms`.
+    Raises ValueError for an option out of its range in OPTIONS, and FloatingPointError if data or a loss term are not
+    finite, or a term is so large that training plainly diverges: more than ASTRAY times 1 + the mean of x^2, what the
+    square of a velocity is about. The step at which terms are read has not touched the weights then.
     """
     given = locals()
     for name, option in OPTIONS.items():
@@ -73,13 +97,12 @@ def train(
     base = loss if peer else dataclasses.replace(loss, share=0.0)
     device = next(state.net.parameters()).device
     null = as_null(null, device)
-    together = None
     while state.step < steps:
         i = state.step
-        if world is not None:
-            together = world.reseed(state.generator, i)
+        # of noise on an accelerator the host would have to wait for what decides which parts a small batch has
+        turns = world.reseed(state.generator, i) if world else seeded(state.generator.initial_seed(), 5, i)
         x, cond = as_pair(batch(i))
-        x, cond = torch.as_tensor(x, device=device), move(cond, device)
+        x, cond = place(x, device), move(cond, device)
         check_rows(cond, len(x))
         if null is not None and label_dropout:
             drop = torch.rand(len(x), generator=state.generator, device=device) < label_dropout
@@ -99,20 +122,14 @@ def train(
                 world.sync(state.call or state.net, last=k == accumulate - 1)
             some = x[part]
             with autocast(device, precision):
-                out = loss_of_batch(current, state, some, take(cond, part), null, done / max(total, 1), together)
-            (out.total / accumulate).backward()
+                out = loss_of_batch(current, state, some, take(cond, part), null, done / max(total, 1), turns)
+            with matrix_units(precision):
+                (out.total / accumulate).backward()
             terms = terms + torch.stack([*out, some.float().square().mean()]).detach() / accumulate
         if world is not None:
             terms = world.mean(terms)
-        *values, size = terms.tolist()
-        if not math.isfinite(size):
-            raise FloatingPointError(f"step {i + 1}: the data of its batch are not finite")
-        record = dict(zip(out._fields, values))
-        for name in sorted(record, key=lambda name: name == "total"):  # a term first, then what they sum to
-            if not abs(value := record[name]) <= ASTRAY * (1 + size):
-                raise FloatingPointError(
-                    f"step {i + 1}: the {name} loss is {value:.3g}; lower lr (muon_lr too) or the term's weight"
-                )
+        state.unread.append((i + 1, out._fields, terms))
+        record = read_terms(state) if (i + 1) % read_every == 0 or i + 1 == steps else {}
         if clip_norm is not None:
             for network in (state.net, *state.helpers.values()):
                 torch.nn.utils.clip_grad_norm_(network.parameters(), clip_norm, foreach=True)
@@ -122,14 +139,32 @@ def train(
         yield {"step": state.step, "lr": state.optimizer.param_groups[0]["lr"], **record}
 
 
-def loss_of_batch(loss, state, x, cond=None, null=None, progress=0.0, together=None):
+def read_terms(state):
+    """Read the loss terms that are still on the device, and the optimiser's check.  -> those of the last step, by name
+
+    Raises FloatingPointError for the first step with terms that are not finite or plainly astray.
+    """
+    unread, state.unread = state.unread, []
+    values, record = iter(torch.cat([terms for *_, terms in unread]).tolist() if unread else ()), {}
+    for step, names, _ in unread:
+        record, size = dict(zip(names, values, strict=False)), next(values)
+        if not math.isfinite(size):
+            raise FloatingPointError(f"step {step}: the data of its batch are not finite")
+        for name in sorted(record, key=lambda name: name == "total"):  # a term first, then what they sum to
+            if not abs(value := record[name]) <= ASTRAY * (1 + size):
+                raise FloatingPointError(
+                    f"step {step}: the {name} loss is {value:.3g}; lower lr (muon_lr too) or the term's weight"
+                )
+    if hasattr(state.optimizer, "check"):
+        state.optimizer.check()
+    return record
+
+
+def loss_of_batch(loss, state, x, cond=None, null=None, progress=0.0, turns=None):
     """Call a loss with the networks that it needs; progress counts from the end of flow matching."""
-    if isinstance(loss, TwinFlowLoss):
-        more = {"original": state.original, "together": together}
-    else:
-        more = {"progress": progress, **state.helpers}
+    more = {"original": state.original} if isinstance(loss, TwinFlowLoss) else {"progress": progress, **state.helpers}
     net = state.call or state.net
-    return loss(net, x, cond=cond, teacher=state.teacher, null=null, generator=state.generator, **more)
+    return loss(net, x, cond=cond, teacher=state.teacher, null=null, generator=state.generator, turns=turns, **more)
 
 
 def fill_helpers(state, loss, done, total):

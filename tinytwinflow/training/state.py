@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,7 +18,8 @@ class State:
 
     `average`, the slow one, is the model to sample from; `teacher`, the fast one, is F^-. `helpers`: the networks
     that a peer's loss needs beside these, by name. `call` is net as the loss calls it, where something stands around
-    it, and `original` the frozen network of guidance and data-free training, where there is one.
+    it, and `original` the frozen network of guidance and data-free training, where there is one. `unread`: of the steps
+    whose loss terms are still on the device, the step, the terms' names and the terms; see `loop.read_terms`.
     """
 
     net: torch.nn.Module
@@ -30,6 +31,7 @@ class State:
     step: int = 0
     call: Callable | None = None
     original: Callable | None = None
+    unread: list = field(default_factory=list)
 
     def restart(self):
         """Set the averages to the network."""
