@@ -103,7 +103,7 @@ def test_pieces_that_end_badly_are_named_and_the_others_run(tmp_path, capfd):
         "endless": (9, 0, partial(endless, path=dots)),
         "late": (9, 0.001, partial(measured, path=tmp_path / "late")),
     }
-    report("cpu", 0.12, out, todo)
+    report("cpu", 0.1, out, todo)
     length = dots.stat().st_size
     found = {name: entry["outcome"] for name, entry in json.loads(out.read_text())["pieces"].items()}
     assert found["endless"].startswith("no time left (needs more than 0.")

@@ -122,7 +122,7 @@ def fashion_steps(device, seconds):
     kinds += [("bf16", "default"), *([("bf16", "graphs")] if on_gpu(device) else [])]
     for precision, compile in kinds:
         runs = fashion_runs(device, precision=precision, compile=compile)
-        times, compiling = median_seconds(runs, device, rounds=5, repeats=2)
+        times, compiling = median_seconds(runs, device, rounds=3, repeats=6)
         kind = f"{precision}, {'eager' if compile == 'none' else f'compile {compile}'}"
         beside = {"": f"batch {fashion(device)['batch_size']}"}
         beside |= {} if compile == "none" else {"seconds to compile": compiling}
