@@ -426,7 +426,8 @@ def test_bench_prints_ratios(capsys):
     figures = bench.bench_steps(batch_size=32, points=100, rounds=1)
     printed = capsys.readouterr().out
     assert "x flow matching" in printed and "matrix peak" in printed
-    assert {"steps", "sampling", "peak", "share_of_peak", "memory"} == figures.keys()
+    measured = {"steps", "sampling", "peak", "share_of_peak", "memory", "compile_seconds", "graphs"}
+    assert measured == figures.keys() and figures["graphs"] == 0 and "compiled" not in printed
 
 
 def test_bench_of_a_dit_runs_a_small_one_on_a_cpu(capsys, monkeypatch):

@@ -256,6 +256,7 @@ def test_what_inductor_builds_equals_eager():
     assert torch._dynamo.utils.counters["inductor"], "inductor was at work"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs are recorded on a GPU alone")
 def test_cuda_graphs_train_as_eager_does():
     """All phases of training, replayed often enough that every graph has been recorded, and sampling after them."""

@@ -103,7 +103,7 @@ def costs_in_two_dimensions(configs, rounds=5, repeats=6):
         net = net_of(config, points.shape, 0)
         found[name], records = step_cost(loss_of(config), net, points.batch(0)[0])
         steps[name] = partial(next, records)
-    times = median_seconds(steps, "cpu", rounds, repeats)
+    times, _ = median_seconds(steps, "cpu", rounds, repeats)
     for name, seconds in times.items():
         found[name]["seconds_ratio"] = seconds / times["flow matching"]
     return found

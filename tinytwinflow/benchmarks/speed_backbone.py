@@ -103,13 +103,14 @@ def fits_in_memory(steps, rows):
     return True
 
 
-def bench_backbone(name, training="adapters", batch_size=1, device="cpu", method="twinflow"):
-    """Train a backbone of its real configuration for some steps, sample from it, and print what it takes.
+def measure_backbone(name, training="adapters", batch_size=1, device="cpu", method="twinflow", nfes=(1, 2, 100)):
+    """Train a backbone of its real configuration for some steps, and sample from it at some numbers of calls.
 
     method: as in `compare`; a peer that needs networks beside the one that learns is for training "float32".
     batch_size: rows, or "largest": as many as the GPU's memory holds. On a CPU one layer of two heads stands for the
-    backbone, on latents of 16 x 16. -> dict of the figures. Raises ValueError for an unknown backbone, training or
-    method, for what does not go together, and if the memory does not suffice.
+    backbone, on latents of 16 x 16. -> dict: rows, shape of a latent; step: seconds of each; memory: bytes; sampling:
+    seconds by NFE; parameters: those that learn. Raises ValueError for an unknown backbone, training or method, for
+    what does not go together, and if the memory does not suffice.
     """
     on_gpu = torch.device(device).type == "cuda"
     published_backbone(name)
@@ -124,14 +125,14 @@ def bench_backbone(name, training="adapters", batch_size=1, device="cpu", method
         release_memory()
         records, times, (x, cond) = steps(rows), [], batch(rows)
         next(records)
-        some = 24 if on_gpu else 2  # taken twice. A step of one row has one part of the loss, the rarest 1 in 6
+        some = 3 if not on_gpu else 24 if rows < 6 else 6  # a step of few rows has not all parts, the rarest 1 in 6
         memory = peak_memory(
             lambda: times.extend(seconds_a_call(partial(next, records), device) for _ in range(some)), device
         )
         with autocast(device, config["precision"]):
             draw = partial(sample, state.average, x, cond=cond)
             draw(1)
-            sampling = {calls: seconds_a_call(partial(draw, calls), device) for calls in (1, 2, 100)}
+            sampling = {calls: seconds_a_call(partial(draw, calls), device) for calls in nfes}
         if training == "in backward":
             state.optimizer.stop()
     except torch.OutOfMemoryError as error:
@@ -142,11 +143,20 @@ def bench_backbone(name, training="adapters", batch_size=1, device="cpu", method
             f"({asked[1] if asked else 'more'} was asked for): "
             f"try {smaller}--training {' or '.join(other for other in TRAININGS if other != training)}"
         ) from None
-    what = name if on_gpu else f"one layer of two heads (on a CPU in place of {name})"
     count = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
-    print(f"{what}, {training}, {method}: {count / 1e6:,.1f} M parameters learn, ", end="")
-    print(f"latents {' x '.join(map(str, x.shape[1:]))}, batch {rows}, {device}, torch {torch.__version__}")
+    figures = {"rows": rows, "shape": tuple(x.shape[1:]), "step": times, "memory": memory, "sampling": sampling}
+    return figures | {"parameters": count}
+
+
+def bench_backbone(name, training="adapters", batch_size=1, device="cpu", method="twinflow"):
+    """Measure as `measure_backbone` does, and print. Returns its figures."""
+    found = measure_backbone(name, training, batch_size, device, method)
+    on_gpu, times = torch.device(device).type == "cuda", found["step"]
+    what = name if on_gpu else f"one layer of two heads (on a CPU in place of {name})"
+    print(f"{what}, {training}, {method}: {found['parameters'] / 1e6:,.1f} M parameters learn, ", end="")
+    shape = " x ".join(map(str, found["shape"]))
+    print(f"latents {shape}, batch {found['rows']}, {device}, torch {torch.__version__}")
     print(f"training step: mean {sum(times) / len(times):.3f} s of {len(times)}, longest {max(times):.3f} s, ", end="")
-    print(f"peak memory {memory / 2**30:.1f} GiB{'' if on_gpu else ' of the whole process'}")
-    print("sampling: " + ", ".join(f"{calls} NFE {value:.3f} s" for calls, value in sampling.items()))
-    return {"rows": rows, "step": times, "memory": memory, "sampling": sampling, "parameters": count}
+    print(f"peak memory {found['memory'] / 2**30:.1f} GiB{'' if on_gpu else ' of the whole process'}")
+    print("sampling: " + ", ".join(f"{calls} NFE {value:.3f} s" for calls, value in found["sampling"].items()))
+    return found

@@ -9,7 +9,7 @@ import torch
 
 from ..backbones import captions, lora_files, painting, prompts, velocity_files
 from ..backbones.families import published_names
-from ..benchmarks import compare, memory, pays, plan, speed, speed_backbone
+from ..benchmarks import compare, memory, pays, plan, report, speed, speed_backbone
 from ..data.given import in_units
 from ..data.latents import autoencoder, decode, encode
 from ..data.readers import Folder
@@ -253,6 +253,10 @@ def run_bench(args):
         speed.bench_steps(device, args.net, args.batch_size, compile=args.compile or "none")
 
 
+def run_report(args):
+    report.report(device_of(args.device), args.minutes, args.out)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
@@ -273,6 +277,9 @@ def main(argv=None):
         print(f"tinytwinflow: training stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("tinytwinflow: stopped; `train ... --resume` or the same `compare` goes on from here", file=sys.stderr)
+        print(
+            "tinytwinflow: stopped; `train ... --resume` or the same `compare` or `report` goes on from here",
+            file=sys.stderr,
+        )
         return 130
     return 0
