@@ -632,6 +632,28 @@ def test_nothing_in_a_step_waits_for_the_device_but_the_reading_of_its_terms(nam
         assert each == ([] if step % 5 else [("tolist", "read_terms")]), (step, each)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="nobody waits for a GPU that is not there")
+@pytest.mark.parametrize("name", [*TWINFLOW, *peers.PEERS])
+def test_nothing_in_a_step_waits_for_the_gpu(name):
+    """torch raises an error where it would."""
+    loss = TwinFlowLoss(**TWINFLOW[name]) if name in TWINFLOW else peers.PEERS[name]()
+    torch.manual_seed(0)
+    net = MLP(2, 16, 2, classes=3).cuda()
+    state = new_state(net, helpers=getattr(loss, "helpers", None), muon_lr=1e-2)
+    x, label = torch.randn(24, 2), torch.arange(24) % 3
+    options = {"null": 3, "label_dropout": 0.5, "clip_norm": 1.0, "accumulate": 2, "base_steps": 2, "read_every": 100}
+    taken = train(state, loss, lambda i: (x, label), 20, **options)
+    for _ in range(4):
+        next(taken)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(10):
+            next(taken)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("precision, device, wanted", [
     ("tf32", "cuda", "high"), ("tf32", "cpu", "highest"), ("float32", "cuda", "highest"), ("bf16", "cuda", "highest"),
 ])  # fmt: skip
