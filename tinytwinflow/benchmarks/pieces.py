@@ -132,9 +132,9 @@ def fashion_steps(device, seconds):
         torch.compiler.reset()
 
 
-def backbone(device, seconds, name, training, rows):
+def backbone(device, seconds, name, training, rows, compile="none"):
     """A step of a large backbone and samples of it, and the bytes that were counted for such a step."""
-    found = measure_backbone(name, training, rows, device, nfes=(1, 10))
+    found = measure_backbone(name, training, rows, device, nfes=(1, 10), compile=compile)
     shape, times = " x ".join(map(str, found["shape"])), found["step"]
     what = "" if on_gpu(device) else "one layer of two heads, "
     beside = {"": f"{what}latents {shape}, batch {rows}", "million parameters learn": found["parameters"] / 1e6}

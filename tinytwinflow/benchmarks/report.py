@@ -24,14 +24,16 @@ from ..evaluation.tables import markdown
 from ..files import read_json, reason, write_json
 from . import pieces
 
+QWEN = partial(pieces.backbone, name="qwen-image", rows=1)
 PIECES = {  # name: minutes that it takes on a GPU; those of its stand-in on a CPU; what it does
     "tests": (0.7, 0.1, pieces.gpu_tests),
     "dit-xl-2, eager": (0.7, 0.4, pieces.dit_steps),
     "dit-xl-2, compiled": (1.8, 0.7, partial(pieces.dit_steps, compile="default")),
     "recipe fashion": (1.3, 0.5, pieces.fashion_steps),
     "casts of dit-xl-2": (0.4, 0.1, pieces.casts),
-    "qwen-image, adapters": (1.6, 0.3, partial(pieces.backbone, name="qwen-image", training="adapters", rows=1)),
-    "qwen-image, in backward": (2.2, 0.3, partial(pieces.backbone, name="qwen-image", training="in backward", rows=1)),
+    "qwen-image, adapters": (1.6, 0.3, partial(QWEN, training="adapters")),
+    "qwen-image, adapters, compiled": (2.4, 0.6, partial(QWEN, training="adapters", compile="default")),
+    "qwen-image, in backward": (2.2, 0.3, partial(QWEN, training="in backward")),
     "sana-1.6b, adapters": (0.8, 0.3, partial(pieces.backbone, name="sana-1.6b", training="adapters", rows=32)),
     "recipe fashion, trained": (2.0, 0.6, pieces.fashion_trained),
 }

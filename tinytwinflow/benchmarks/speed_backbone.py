@@ -19,7 +19,7 @@ from ..training.loop import autocast, train
 from ..training.state import WEIGHT_DTYPES
 from .calls import condition_for, named_structure
 from .plan import TRAININGS
-from .speed import peak_memory, seconds_a_call
+from .speed import peak_memory, seconds_a_call, settle
 
 LARGEST = "largest"  # in place of a batch size
 
@@ -61,7 +61,7 @@ def largest_that_fits(fits):
     return low
 
 
-def backbone_in_training(name, training, device, method):
+def backbone_in_training(name, training, device, method, compile="none"):
     """A backbone in training.  -> State, settings, batch: rows -> x, cond, and steps: rows -> records without end."""
     loss, on_gpu = loss_for(method, training), torch.device(device).type == "cuda"
     config = configured("text", TRAININGS[training][1])
@@ -71,7 +71,8 @@ def backbone_in_training(name, training, device, method):
     with_random_weights(net, WEIGHT_DTYPES[config["weights"]], device)
     if config["lora_rank"]:
         states.adapt(net, config["lora_rank"])
-    state = states.backbone_state(net, config, partial(prepare, recompute=True), getattr(loss, "helpers", None))
+    place = partial(prepare, recompute=True, compile=compile)
+    state = states.backbone_state(net, config, place, getattr(loss, "helpers", None))
 
     def batch(rows):
         x = normal(torch.empty(rows, *shape, device=device), torch.Generator(device).manual_seed(0))
@@ -96,21 +97,23 @@ def fits_in_memory(steps, rows):
     """Whether some steps of so many rows find the memory that they need; many of few, which have not all parts."""
     release_memory()
     try:
-        for _ in islice(steps(rows), 24 if rows < 6 else 3):
+        for _ in islice(steps(rows), 24 if rows < 4 else 3):
             pass
     except torch.OutOfMemoryError:
         return False
     return True
 
 
-def measure_backbone(name, training="adapters", batch_size=1, device="cpu", method="twinflow", nfes=(1, 2, 100)):
+def measure_backbone(
+    name, training="adapters", batch_size=1, device="cpu", method="twinflow", nfes=(1, 2, 100), compile="none"
+):
     """Train a backbone of its real configuration for some steps, and sample from it at some numbers of calls.
 
     method: as in `compare`; a peer that needs networks beside the one that learns is for training "float32".
-    batch_size: rows, or "largest": as many as the GPU's memory holds. On a CPU one layer of two heads stands for the
-    backbone, on latents of 16 x 16. -> dict: rows, shape of a latent; step: seconds of each; memory: bytes; sampling:
-    seconds by NFE; parameters: those that learn. Raises ValueError for an unknown backbone, training or method, for
-    what does not go together, and if the memory does not suffice.
+    batch_size: rows, or "largest": as many as the GPU's memory holds. compile: see `compile_as`. On a CPU one layer of
+    two heads stands for the backbone, on latents of 16 x 16. -> dict: rows, shape of a latent; step: seconds of each;
+    memory: bytes; sampling: seconds by NFE; parameters: those that learn. Raises ValueError for an unknown backbone,
+    training or method, for what does not go together, and if the memory does not suffice.
     """
     on_gpu = torch.device(device).type == "cuda"
     published_backbone(name)
@@ -119,13 +122,14 @@ def measure_backbone(name, training="adapters", batch_size=1, device="cpu", meth
     release_memory()
     rows = batch_size
     try:
-        state, config, batch, steps = backbone_in_training(name, training, device, method)
+        state, config, batch, steps = backbone_in_training(name, training, device, method, compile)
         if batch_size == LARGEST:
             rows = max(1, largest_that_fits(partial(fits_in_memory, steps)))
         release_memory()
         records, times, (x, cond) = steps(rows), [], batch(rows)
-        next(records)
-        some = 3 if not on_gpu else 24 if rows < 6 else 6  # a step of few rows has not all parts, the rarest 1 in 6
+        few = rows < 4  # such steps have not all parts, the rarest 1 in 6
+        settle(partial(next, records), device, quiet=1 if compile == "none" else 24 if few else 3)
+        some = 3 if not on_gpu else 24 if few else 6
         memory = peak_memory(
             lambda: times.extend(seconds_a_call(partial(next, records), device) for _ in range(some)), device
         )
@@ -148,14 +152,14 @@ def measure_backbone(name, training="adapters", batch_size=1, device="cpu", meth
     return figures | {"parameters": count}
 
 
-def bench_backbone(name, training="adapters", batch_size=1, device="cpu", method="twinflow"):
+def bench_backbone(name, training="adapters", batch_size=1, device="cpu", method="twinflow", compile="none"):
     """Measure as `measure_backbone` does, and print. Returns its figures."""
-    found = measure_backbone(name, training, batch_size, device, method)
+    found = measure_backbone(name, training, batch_size, device, method, compile=compile)
     on_gpu, times = torch.device(device).type == "cuda", found["step"]
     what = name if on_gpu else f"one layer of two heads (on a CPU in place of {name})"
     print(f"{what}, {training}, {method}: {found['parameters'] / 1e6:,.1f} M parameters learn, ", end="")
     shape = " x ".join(map(str, found["shape"]))
-    print(f"latents {shape}, batch {found['rows']}, {device}, torch {torch.__version__}")
+    print(f"latents {shape}, batch {found['rows']}, {device}, torch {torch.__version__}, compile {compile}")
     print(f"training step: mean {sum(times) / len(times):.3f} s of {len(times)}, longest {max(times):.3f} s, ", end="")
     print(f"peak memory {found['memory'] / 2**30:.1f} GiB{'' if on_gpu else ' of the whole process'}")
     print("sampling: " + ", ".join(f"{calls} NFE {value:.3f} s" for calls, value in found["sampling"].items()))

@@ -167,7 +167,7 @@ def parser():
     speed.add_argument(
         "--batch-size", type=rows, metavar="B", help="rows, of a backbone 1 by default; or largest: what the GPU holds"
     )
-    speed.add_argument("--compile", help=f"of another net: {', '.join(COMPILE)}: how torch.compile is called")
+    speed.add_argument("--compile", help=f"{', '.join(COMPILE)}: how torch.compile is called")
     speed.add_argument("--device", default="cpu")
     speed.add_argument("--threads", type=int, help="CPU threads")
 

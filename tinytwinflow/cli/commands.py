@@ -236,11 +236,14 @@ def run_bench(args):
         torch.set_num_threads(args.threads)
     if args.compile not in (None, *COMPILE):
         raise ValueError(f"--compile must be one of {', '.join(COMPILE)}, got {args.compile!r}")
-    refuse_graphs(args.compile, args.device)
-    of_backbone, device = is_backbone(args.net, ("mlp", "dit-")), device_of(args.device)
-    for name in ("compile",) if of_backbone else ("training", "methods"):
+    of_backbone, compile = is_backbone(args.net, ("mlp", "dit-")), args.compile or "none"
+    for name in () if of_backbone else ("training", "methods"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} is not for {args.net}")
+    if of_backbone and compile == "graphs":
+        raise ValueError("--compile graphs is for small networks: choose default")
+    refuse_graphs(compile, args.device)
+    device = device_of(args.device)
     if args.batch_size == speed_backbone.LARGEST and not of_backbone:
         raise ValueError(f"--batch-size {speed_backbone.LARGEST} is not for {args.net}")
     if of_backbone:
@@ -248,9 +251,9 @@ def run_bench(args):
         for method in methods:
             speed_backbone.loss_for(method, training)  # all are known before the first takes its time
         for method in methods:
-            speed_backbone.bench_backbone(args.net, training, args.batch_size or 1, device, method)
+            speed_backbone.bench_backbone(args.net, training, args.batch_size or 1, device, method, compile)
     else:
-        speed.bench_steps(device, args.net, args.batch_size, compile=args.compile or "none")
+        speed.bench_steps(device, args.net, args.batch_size, compile=compile)
 
 
 def run_report(args):
