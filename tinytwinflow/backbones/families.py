@@ -91,7 +91,7 @@ def _places(mask):
 def _z_image(model, x, t, cond):
     prompt = cond["prompt_embeds"]
     # the model takes texts of their own lengths, so these must be known: one wait for the GPU a call
-    masks = torch.ones(prompt.shape[:2]) if prompt.is_meta else cond["prompt_mask"].cpu()
+    masks = torch.ones(prompt.shape[:2], device="cpu") if prompt.is_meta else cond["prompt_mask"].cpu()
     texts = [row[: len(on)] if on == [*range(len(on))] else row[on] for row, on in zip(prompt, map(_places, masks))]
     return {"x": list(x[:, :, None]), "t": t, "cap_feats": texts}
 
