@@ -127,6 +127,14 @@ def test_a_batch_with_a_row_for_every_part_is_always_divided_alike(weights, n, s
     assert all(-1 - lifted < rows - n * share < 1 for rows, share in zip(counts, shares))
 
 
+def test_no_part_of_a_small_batch_is_without_a_row():
+    """All shares and small batches of a grid, in which some parts get their only row from others."""
+    for share, flow_share in itertools.product((0.02, 0.05, 0.2, 1 / 3, 0.9), (0.02, 0.05, 0.5, 0.95)):
+        for n in range(4, 40):
+            counts, divisors = draws.split(n, printed(share=share, flow_share=flow_share).shares())
+            assert sum(counts) == n and min(counts) > 0 and counts == divisors
+
+
 @given(st.integers(1, 30))
 def test_whole_shares_of_a_batch_are_the_counts(n):
     assert draws.split(6 * n, (1 / 3, 1 / 3, 1 / 6, 1 / 6))[0] == (2 * n, 2 * n, n, n)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import types
 
 import pytest
 import torch
@@ -228,6 +229,42 @@ def test_nothing_is_compiled_after_the_fifth_step_of_a_phase(kind, rows, loss, g
             with autocast("cpu", "float32"):
                 ttf.sample(state.average, batch(kind, 5), 4, cond=torch.zeros(5).long())
     assert found[4] == found[39] and found[44] == found[79] and found[84] == found[199] and 0 < found[199], found
+
+
+def test_a_time_that_is_given_twice_is_no_other_code(graphs):
+    """As velocity, r is t, one tensor; as jump it is another. A part of a tensor is as good as one of its own."""
+    net, x, t = awake(KINDS["mlp"][0](3)), batch("mlp", 9), torch.linspace(0.1, 1, 9)
+    wanted = [net(x[:n], t[:n], r[:n], torch.zeros(n).long()) for n, r in ((9, t), (9, t / 2), (4, t), (5, t / 2))]
+    compile_as(net, "default")
+    found = [net(x, t, t, torch.zeros(9).long()), net(x, t, t / 2, torch.zeros(9).long())]
+    found.append(net(x[:4], t[:4], t[:4], torch.zeros(4).long()))
+    found.append(net(x[:5], t[:5], t[:5] / 2, torch.zeros(5).long()))
+    for a, b in zip(found, wanted):
+        close(a, b)
+    assert len(graphs) == 1
+
+
+def test_a_compiled_network_is_kept_whole_and_read_as_it_was(graphs, tmp_path):
+    """torch.save of the network itself, not of its weights: read again it is the same function, not compiled."""
+    net, x, t = awake(KINDS["dit"][0](3)), batch("dit", 4), torch.rand(4)
+    prepare(net, compile="default")
+    same = net(x, t, t, torch.zeros(4).long())
+    torch.save(net, tmp_path / "net.pt")
+    again = torch.load(tmp_path / "net.pt", weights_only=False)
+    made = len(graphs)
+    close(again(x, t, t, torch.zeros(4).long()), same)
+    assert len(graphs) == made
+
+
+def test_a_forward_that_is_no_method_is_not_passed_by():
+    """One that somebody put on a network is compiled if it is a method of it, and refused if not."""
+    net = KINDS["mlp"][0]()
+    net.forward = types.MethodType(lambda self, x, t, r, cond=None: 7 * x, net)
+    compile_as(net, "default")
+    assert torch.equal(net(torch.ones(3, 2), torch.ones(3), torch.ones(3)), torch.full((3, 2), 7.0))
+    net.forward = lambda x, t, r, cond=None: 7 * x
+    with pytest.raises(ValueError, match="MLP.forward is no method of its own: choose compile none"):
+        compile_as(net, "default")
 
 
 def test_a_copy_of_a_compiled_network_has_weights_of_its_own(graphs):

@@ -205,15 +205,15 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path):
         assert any(not torch.equal(mine["fsdp bf16"][name], mine["fsdp"][name]) for name in expected)
 
 
-def test_processes_have_their_own_noise():
-    """z differs between processes and between steps."""
-    noise = []
+def test_processes_have_their_own_noise_and_the_same_turns():
+    """z differs between processes and between steps, the turns that parts take only between steps."""
+    noise, turns = [], set()
     for rank in range(3):
         for step in range(4):
             generator = torch.Generator()
-            scale.World(rank, 3, "cpu", seed=1).reseed(generator, step)
+            turns.add((step, scale.World(rank, 3, "cpu", seed=1).reseed(generator, step).initial_seed()))
             noise.append(tuple(draw_for(LOSS, torch.zeros(2, 2), generator).z.flatten().tolist()))
-    assert len(set(noise)) == 12
+    assert len(set(noise)) == 12 and len(turns) == len({seed for _, seed in turns}) == 4
 
 
 def trained_in_pieces(world):

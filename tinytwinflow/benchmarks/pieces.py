@@ -111,7 +111,7 @@ def fashion_runs(device, **changes):
     state = state_of(config, SimpleNamespace(shape=shape, classes=10), device)
     x = torch.randn(config["batch_size"], *shape, device=device)
     label = torch.randint(10, (len(x),), device=device)
-    options = {name: config[name] for name in OPTIONS} | {"steps": 10**6, "null": 10}
+    options = {name: config[name] for name in OPTIONS} | {"steps": 10**6, "null": 10, "read_every": config["log_every"]}
     losses = {method: loss_of(config | own) for method, own in METHODS.items()}
     return {name: partial(next, train(state, loss, lambda _: (x, label), **options)) for name, loss in losses.items()}
 

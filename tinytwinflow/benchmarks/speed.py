@@ -14,7 +14,7 @@ from ..method.samplers import sample
 from ..nets import MLP, dit
 from ..training.distributed import compile_as
 from ..training.ema import average_of, update
-from ..training.loop import autocast
+from ..training.loop import autocast, matrix_units
 from ..training.optimizers import optimizer_of
 
 
@@ -105,7 +105,8 @@ def training_steps(net, shape, batch_size, device, precision):
         optimizer.zero_grad()
         with autocast(device, precision):
             total = loss(net, x, cond, average, null).total
-        total.backward()
+        with matrix_units(device, precision):
+            total.backward()
         optimizer.step()
         update(average, net, 0.999)
 
@@ -147,7 +148,8 @@ def measure_steps(net, shape, batch_size, points, device, precision, compile="no
     compile_as(average, compile)
     times, compiling = median_seconds(steps, device, rounds, repeats)
     memory = {name: peak_memory(step, device) for name, step in steps.items()}
-    peak = matrix_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    with matrix_units(device, precision):
+        peak = matrix_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     share = counter.get_total_flops() / times["flow matching"] / peak
 
     z = torch.randn(points, *shape, device=device)

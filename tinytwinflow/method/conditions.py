@@ -65,7 +65,8 @@ def place(value, device):
     """A tensor, array or list as a tensor on a device; nobody waits until a GPU has got it.  -> tensor"""
     value, device = torch.as_tensor(value), torch.device(device)
     if device.type == "cuda" and value.device.type == "cpu":
-        return value.pin_memory().to(device, non_blocking=True)  # from other memory the copy waits for all work before
+        # from ordinary memory a copy waits for all work before it; what its owner pinned he may soon write over
+        return value.pin_memory().to(device, non_blocking=not value.is_pinned())
     return value.to(device)
 
 

@@ -35,7 +35,7 @@ def split(n, shares, turns=None):
     while (left := n - sum(counts)) > 0:
         counts[max(live, key=lambda i: due[i] - counts[i])] += 1
     for _ in range(-left):
-        counts[max(live, key=lambda i: counts[i] - due[i] if counts[i] > 1 else -1)] -= 1
+        counts[max((i for i in live if counts[i] > 1), key=lambda i: counts[i] - due[i])] -= 1
     return tuple(counts), tuple(counts)
 
 

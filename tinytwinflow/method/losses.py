@@ -112,7 +112,9 @@ class TwinFlowLoss:
     guidance: float = as_field(
         0.0, "w: u becomes u + w (v(x_t, t, c) - v(x_t, t, null)) in base rows; it rests at w / (1 - w)", "[0, inf)"
     )
-    guidance_range: tuple = as_field((0.0, 1.0), "times t where guidance acts", "[0, 1]", length=2)
+    guidance_range: tuple = as_field(
+        (0.0, 1.0), "times t where guidance acts; it is computed at all, for shapes that stay", "[0, 1]", length=2
+    )
     data_free: bool = as_field(False, "never read x, only its shape: see `_base_pairs`")
 
     @classmethod
@@ -213,7 +215,7 @@ class TwinFlowLoss:
             both = join(cond, take(repeat(null, len(x)), draws.rows[base]))
             twice, times = torch.cat([x_t, x_t]), t.repeat(2)
             v, v_null = same_shape(original(twice, times, times, both), twice, "original's answer and x").chunk(2)
-            u = u + self.guidance * expand((low <= t) & (t <= high), v) * (v - v_null)
+            u = torch.where(expand((low <= t) & (t <= high), u) > 0, u + self.guidance * (v - v_null), u)
         return x_t, u
 
     def _fakes(self, draws, rows, net, cond):

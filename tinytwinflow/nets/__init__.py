@@ -3,8 +3,8 @@
 The contract of a network: a callable net(x, t, r, cond=None) that returns the average velocity from t to r in the
 shape of x. x (B, *D) float; t, r (B,) in [-1, 1], negative for the twin; cond None, a tensor or a dict of tensors of B
 rows; labels are 0 ... classes, the last of which says "no class". No base class, no registry. To be trained it is an
-nn.Module. A list `blocks` of the layers that repeat, if it has one, lets them be recomputed, sharded and compiled one
-at a time. One of your own, which `fit(x, net=Own())` takes:
+nn.Module. A list `blocks` of the layers that repeat, modules that are called, if it has one, lets them be recomputed,
+sharded and compiled one at a time. One of your own, which `fit(x, net=Own())` takes:
 
 >>> class Own(torch.nn.Module):
 ...     def __init__(self, dim=2):

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from ..method.conditions import take
-from ..method.draws import normal, uniform
+from ..method.draws import mean, normal, split, uniform
 from ..method.losses import squared_error
 from ..method.path import interpolate
 from .common import grid_neighbours, terms
@@ -30,9 +30,11 @@ class Progressive:
     refill: ClassVar = tuple(stage / STAGES for stage in range(1, STAGES))
     mode: ClassVar = "any"
 
-    def __call__(self, net, x, original, cond=None, generator=None, progress=0.0, **_):
+    def __call__(self, net, x, original, cond=None, generator=None, progress=0.0, turns=None, **_):
         stage = min(int(progress * STAGES + 1e-9), STAGES - 1)
-        old, new = slice(0, k := round(self.rehearse * len(x)) if stage else 0), slice(k, None)
+        shares = (self.rehearse, 1 - self.rehearse) if stage else (0.0, 1.0)
+        (k, _), divisors = split(len(x), shares, generator if turns is None else turns)
+        old, new = slice(0, k), slice(k, None)
         u = uniform(x, generator)
         intervals = torch.full_like(u, 2.0 ** (STAGES - 1 - stage))
         intervals[old] = 2.0 ** (STAGES - 1 - (u[old] * stage).floor())
@@ -46,4 +48,6 @@ class Progressive:
                 shortest = intervals[new] == 2 ** (STAGES - 1)
                 target[new] = two_jumps(original, x_t[new], t[new], r[new], shortest, take(cond, new))
         weight = t**2 * torch.maximum(torch.ones_like(t), ((1 - t) / t) ** 2) if self.truncated else 1.0
-        return terms(distillation=(weight * squared_error(net(x_t, t, r, cond), target)).mean())
+        d = weight * squared_error(net(x_t, t, r, cond), target)
+        parts = zip(shares, (old, new), divisors)
+        return terms(distillation=sum(share * mean(d[rows], divisor) for share, rows, divisor in parts))

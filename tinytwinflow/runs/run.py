@@ -2,7 +2,7 @@
 
     run = begin(configured("toy", steps=500), folder="runs/mine")
     for record in steps(run):
-        print(record["step"], record["total"])
+        print(record["step"], record.get("total"))  # see `train`: terms are there when a line of the log is due
 
 The folder holds config.json, log.jsonl, the checkpoint, pictures and, once it is measured, metrics.json.
 """
@@ -55,12 +55,13 @@ class Run:
         return self.config["parallel"] != "ddp"
 
     def keep(self, x=None):
-        """Write a checkpoint. Raises FloatingPointError, and leaves the last one, if the samples are plainly astray.
+        """Write a checkpoint, if there is a folder. Raises FloatingPointError, and leaves the last one, if a loss term
+        that was not read yet or the samples are plainly astray.
 
         x: the samples of `look`, where they have been made.
         """
+        read_terms(self.state)
         if self.folder is not None:
-            read_terms(self.state)
             if self.state.step and not (width := (look(self) if x is None else x).square().mean()) < ASTRAY:
                 raise FloatingPointError(
                     f"step {self.state.step}: samples have spread {width.sqrt():.3g}, data have 1; lower lr"

@@ -12,7 +12,7 @@ import os
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 
 import torch
@@ -157,29 +157,34 @@ def compile_as(net, how):
     if how == "none":
         return
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
-    for module in how == "default" and blocks_of(net) or [net]:
+    blocks = blocks_of(net) if how == "default" else []
+    for module in blocks or [net]:
+        forward = module.forward
+        if getattr(forward, "__self__", None) is not module:
+            raise ValueError(f"{type(module).__name__}.forward is no method of its own: choose compile none")
         # a method: in a deep copy of the network it is the copy's
-        module.forward = MethodType(compiled(type(module).forward, how), module)
+        module.forward = MethodType(compiled(forward.__func__, how), module)
 
 
 def compiled(forward, how):
     """A module's forward, compiled so that other calls do not make it compile again.
 
-    Rows are marked as what varies; a tensor that comes twice, or is a part of another, is copied. So is the answer of a
-    CUDA graph, for its next call writes over it.
+    Rows are marked as what varies; a tensor that comes twice, or is a part of another, is given as a copy. So is the
+    answer of a CUDA graph, for its next call writes over it.
     """
     fast = torch.compile(forward, mode="reduce-overhead") if how == "graphs" else torch.compile(forward)
 
+    @wraps(forward)  # whose name a file of the whole network keeps
     def call(module, *args, **kwargs):
-        seen, (leaves, kind) = set(), tree_flatten((args, kwargs))
+        leaves, kind = tree_flatten((args, kwargs))
         rows = next((len(leaf) for leaf in leaves if torch.is_tensor(leaf) and leaf.ndim), 0)
         for i, leaf in enumerate(leaves):
             if torch.is_tensor(leaf):
-                apart = id(leaf) not in seen and not leaf._is_view() and not leaf.storage_offset()
-                seen.add(id(leaf))
-                leaves[i] = leaf = leaf if apart else leaf.clone()
+                twice = any(leaf is before for before in leaves[:i])
+                if twice or leaf._is_view() or leaf.storage_offset():
+                    leaves[i] = leaf.clone()
                 if how == "default" and leaf.ndim and len(leaf) == rows:
-                    torch._dynamo.maybe_mark_dynamic(leaf, 0)
+                    torch._dynamo.maybe_mark_dynamic(leaves[i], 0)
         args, kwargs = tree_unflatten(leaves, kind)
         answer = fast(module, *args, **kwargs)
         return answer.clone() if how == "graphs" else answer

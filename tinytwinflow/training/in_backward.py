@@ -71,7 +71,7 @@ class InBackward:
         self.seed, self.steps, self.hooks = seed, [0] * len(everything), []
         self.generators = {p.device: torch.Generator(p.device) for p in everything}
         self.keys = self.keys_of_rounding()
-        self.finite = [True] * len(everything)  # whether its gradients since the last check were, a tensor of one bool
+        self.finite = [True] * len(everything)  # whether all its gradients were, a tensor of one bool
 
     @torch.no_grad()
     def update(self, number, p):
@@ -94,13 +94,12 @@ class InBackward:
         p.grad = None
 
     def check(self):
-        """Raise FloatingPointError if a gradient since the last check was not finite. It waits for all steps."""
-        known = [number for number, finite in enumerate(self.finite) if torch.is_tensor(finite)]
-        answers = torch.stack([self.finite[number] for number in known]).tolist() if known else []
-        self.finite = [True] * len(self.names)
-        for number, finite in zip(known, answers):
-            if not finite:
-                raise FloatingPointError(f"the gradient of {self.names[number]} is not finite; lower lr")
+        """Raise FloatingPointError if a gradient was not finite since the last state was loaded. It waits for steps."""
+        known = {name: finite for name, finite in zip(self.names, self.finite) if torch.is_tensor(finite)}
+        if known:
+            answers = torch.stack([finite.to(self.stand_ins[0].device) for finite in known.values()]).tolist()
+            for name in (name for name, finite in zip(known, answers) if not finite):
+                raise FloatingPointError(f"the gradient of {name} is not finite; lower lr")
 
     def reseeded(self, number, device):
         return self.generators[device].manual_seed((self.keys[number] + self.steps[number]) % 2**63)
@@ -133,7 +132,7 @@ class InBackward:
         for name, optimizer in zip(self.names, self.optimizers):
             optimizer.load_state_dict(saved["states"][name])
         self.steps, self.seed = list(saved["steps"]), saved["seed"]
-        self.keys = self.keys_of_rounding()
+        self.keys, self.finite = self.keys_of_rounding(), [True] * len(self.names)
         self.param_groups[0].update(lr=saved["lr"], initial_lr=saved["initial_lr"])
 
 

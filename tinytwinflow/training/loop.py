@@ -11,6 +11,7 @@ bit for bit as if it had never stopped.
 import dataclasses
 import math
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 
@@ -44,9 +45,11 @@ def matrix_units(device, precision):
 
     Forward and backward pass alike. Other precisions, and devices other than cuda, compute as they did.
     """
+    if precision != "tf32" or torch.device(device).type != "cuda":
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    on = precision == "tf32" and torch.device(device).type == "cuda"
-    torch.set_float32_matmul_precision("high" if on else before)
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
@@ -85,7 +88,8 @@ def train(
     for the device; records of other steps have none, see `read_terms`.
     Raises ValueError for an option out of its range in OPTIONS, and FloatingPointError if data or a loss term are not
     finite, or a term is so large that training plainly diverges: more than ASTRAY times 1 + the mean of x^2, what the
-    square of a velocity is about. The step at which terms are read has not touched the weights then.
+    square of a velocity is about. The step at which terms are read has not touched the weights then, but steps that
+    were not read have, and so has one whose optimiser works inside the backward pass.
     """
     given = locals()
     for name, option in OPTIONS.items():
@@ -142,12 +146,15 @@ def train(
 def read_terms(state):
     """Read the loss terms that are still on the device, and the optimiser's check.  -> those of the last step, by name
 
-    Raises FloatingPointError for the first step with terms that are not finite or plainly astray.
+    Raises FloatingPointError for the first step with terms that are not finite or plainly astray; and again if it is
+    called again, once that step has moved the weights.
     """
-    unread, state.unread = state.unread, []
-    values, record = iter(torch.cat([terms for *_, terms in unread]).tolist() if unread else ()), {}
-    for step, names, _ in unread:
-        record, size = dict(zip(names, values, strict=False)), next(values)
+    unread, record = state.unread, {}
+    state.unread = [taken for taken in unread if taken[0] <= state.step]
+    values = iter(torch.cat([terms for *_, terms in unread]).tolist() if unread else ())
+    for step, names, terms in unread:
+        *own, size = islice(values, len(terms))
+        record = dict(zip(names, own))
         if not math.isfinite(size):
             raise FloatingPointError(f"step {step}: the data of its batch are not finite")
         for name in sorted(record, key=lambda name: name == "total"):  # a term first, then what they sum to
@@ -157,6 +164,7 @@ def read_terms(state):
                 )
     if hasattr(state.optimizer, "check"):
         state.optimizer.check()
+    state.unread = []
     return record
 
 

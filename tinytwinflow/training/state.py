@@ -70,6 +70,7 @@ class State:
         except RuntimeError as error:
             raise ValueError("the run was trained on another kind of device: go on with it there") from error
         self.step = saved["step"]
+        self.unread.clear()
 
 
 def new_state(
