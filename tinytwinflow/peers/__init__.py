@@ -6,7 +6,8 @@
     out = loss(net, x, original=flow_model, fake=fake, critic=critic)
 
 The contract of a loss: it is called with net, the data x (B, *D), cond (None or a tensor of B rows), a generator,
-progress (how far training is, 0 to 1), and the networks that it needs beside net, by name. `helpers` says which:
+turns (another one, on the CPU, for what decides which calls are made, see `draws.split`), progress (how far training
+is, 0 to 1), and the networks that it needs beside net, by name. `helpers` says which:
 "average", the moving average of net; "frozen", the flow model that training began with; "trained", an auxiliary one
 that begins as that flow model; "critic", an auxiliary one that begins anew. All get gradient from their own terms only.
 `refill`, if it has one, says at which progress the frozen ones are filled anew. It returns a named tuple of scalars,
