@@ -127,15 +127,19 @@ def test_dmd2_moves_the_generator_in_one_of_so_many_steps(seed):
 
 
 def test_processes_with_the_same_turns_move_the_generator_of_dmd2_in_the_same_steps():
-    """Whatever their noise is; else one would wait for the other's call."""
+    """Whatever their noise is; else one would wait for the other's call. Without turns it is the noise's generator that
+    says so, not torch's own."""
     loss, net = made("dmd2", every=2), network(0)
     helpers, x = {name: network(1) for name in loss.helpers}, torch.randn(4, 2).double()
-    moved = [
-        [loss(net, x, **helpers, generator=torch.Generator().manual_seed(rank * 100 + step),
-              turns=torch.Generator().manual_seed(step)).generator.requires_grad for step in range(12)]
-        for rank in range(2)
-    ]  # fmt: skip
-    assert moved[0] == moved[1] and len(set(moved[0])) == 2
+
+    def moved(noise, turns=None):
+        draws = [torch.Generator().manual_seed(seed) if seed is not None else None for seed in (noise, turns)]
+        out = loss(net, x, **helpers, generator=draws[0], turns=draws[1])
+        return out.generator.requires_grad
+
+    alike = [(moved(step, step), moved(100 + step, step)) for step in range(12)]
+    assert all(a == b for a, b in alike) and len(set(alike)) == 2
+    assert all(moved(step) == moved(step) for step in range(12)) and len({moved(step) for step in range(12)}) == 2
 
 
 def test_the_settings_are_those_of_the_papers_or_as_each_page_says():
