@@ -142,6 +142,21 @@ def test_processes_with_the_same_turns_move_the_generator_of_dmd2_in_the_same_st
     assert all(moved(step) == moved(step) for step in range(12)) and len({moved(step) for step in range(12)}) == 2
 
 
+def test_whether_a_single_row_rehearses_is_said_by_the_turns():
+    """A row alone does in a share of the steps, on all processes alike; without turns the noise says so."""
+    loss, original, x = made("progressive distillation", rehearse=0.5), network(1), torch.randn(1, 2).double()
+
+    def rehearses(noise, turns=None):
+        draws = [torch.Generator().manual_seed(seed) if seed is not None else None for seed in (noise, turns)]
+        spy = Spy(original)
+        loss(network(0), x, original=spy, progress=0.5, generator=draws[0], turns=draws[1])
+        return len(spy.calls) == 1
+
+    found = [(rehearses(step, step), rehearses(100 + step, step)) for step in range(24)]
+    assert all(a == b for a, b in found) and 3 < sum(a for a, _ in found) < 21
+    assert all(rehearses(step) == rehearses(step) for step in range(24))
+
+
 def test_the_settings_are_those_of_the_papers_or_as_each_page_says():
     """And so are the networks that each needs, and how its model samples."""
     frozen, fake = {"original": "frozen"}, {"original": "frozen", "fake": "trained"}
@@ -548,6 +563,7 @@ def test_stages_of_progressive_distillation(seed, stage, rehearse, truncated):
     assert set(n.tolist()) == (sizes | {now} if rehearse < 1 or not stage else sizes)
     assert torch.equal((t * n).round(), t * n) and 0 <= r.min() and t.max() <= 1
     assert old.sum() == (200 * rehearse if stage else 0)  # as many at each step
+    assert all(len(asked) for asked, *_ in original.calls)
     target = original(x_t, t, r)
     if not old.all():
         (_, t_1, r_1, F_1), (x_2, t_2, r_2, F_2) = original.calls[-3:-1]

@@ -550,7 +550,7 @@ def test_terms_read_at_once_are_those_that_are_read_at_each_step(every, seed):
 
 @pytest.mark.parametrize("what", ["data", "term"])
 def test_a_step_astray_that_is_read_late_is_still_named_and_no_checkpoint_is_written_of_it(what, tmp_path):
-    """Step 6 of 12, read at 8, or when a checkpoint is asked for after step 7; the file is that of step 4."""
+    """Step 6 of 12, read at 8, or when a checkpoint is asked for before; the file is that of step 4."""
     run = begin(config("steps=12", "checkpoint_every=4", "log_every=4"), tmp_path / "run")
     fresh = run.data.batch
 
@@ -563,7 +563,7 @@ def test_a_step_astray_that_is_read_late_is_still_named_and_no_checkpoint_is_wri
     if what == "term":
         run.state.net.register_forward_hook(lambda net, args, F: F * 1e7 if args[0].abs().max() > 300 else F)
     taken = steps(run)
-    for _ in range(7):
+    for _ in range(6):
         next(taken)
     for _ in range(2):  # what was told once is not forgotten
         with pytest.raises(FloatingPointError, match=said if what == "data" else "step 6: the"):
