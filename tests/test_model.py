@@ -211,9 +211,16 @@ def test_saved_and_loaded_in_a_fresh_process_gives_the_same_samples(tmp_path):
     subprocess.run([sys.executable, "-c", code, tmp_path / "y.npy", *places], check=True)
 
 
-def test_ctrl_c_leaves_a_model_that_samples_and_goes_on_to_the_same_end(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def hears_ctrl_c():
+    """Where tests run in the background it is ignored.  -> what hears it"""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_a_model_that_samples_and_goes_on_to_the_same_end(hears_ctrl_c, monkeypatch, tmp_path, capsys):
     """Interrupted in the midst of a step it stops after it; going on ends with the weights of a quiet run."""
-    before = signal.getsignal(signal.SIGINT)  # it is another where tests run in the background
     x = np.random.default_rng(0).normal(0, 1, (200, 2))
     quiet = ttf.fit(x, **QUICK)
 
@@ -230,7 +237,7 @@ def test_ctrl_c_leaves_a_model_that_samples_and_goes_on_to_the_same_end(monkeypa
     assert model.sample(4).shape == (4, 2) and ttf.load(tmp_path / "run").saved["step"] == 3
     for again in (model.train(), kept.train()):
         assert np.array_equal(again.sample(20, seed=0), quiet.sample(20, seed=0))
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is hears_ctrl_c
 
 
 def test_fit_and_the_command_line_are_the_same_code(tmp_path):
