@@ -153,3 +153,18 @@ def vae(tmp_path_factory):
         block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4,
     ).save_pretrained(path)  # fmt: skip
     return path
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """How many graphs torch traces; they run as they are."""
+    made, own = [], torch.compile
+
+    def keep(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda forward, mode=None: own(forward, backend=keep))
+    torch._dynamo.reset()
+    yield made
+    torch._dynamo.reset()

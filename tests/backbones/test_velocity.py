@@ -325,13 +325,9 @@ def test_blocks_are_all_blocks_in_the_order_of_use(kind):
     assert used == list(range(len(net.blocks())))
 
 
-def test_blocks_of_a_backbone_are_compiled_once_whatever_their_adapters_are_switched_to(monkeypatch):
+def test_blocks_of_a_backbone_are_compiled_once_whatever_their_adapters_are_switched_to(graphs):
     """Student, average and original, with and without gradient, recomputed, data-free: 60 steps as without compiling,
     and nothing is compiled after the fifth."""
-    graphs, own = [], torch.compile
-    keep = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
-    monkeypatch.setattr(torch, "compile", lambda forward: own(forward, backend=keep))
-    torch._dynamo.reset()
 
     def trained(how):
         net = copy.deepcopy(net_of("QwenImageTransformer2DModel"))
@@ -345,7 +341,6 @@ def test_blocks_of_a_backbone_are_compiled_once_whatever_their_adapters_are_swit
     eager, compiled = trained("none"), trained("default")
     assert [total for total, _ in compiled] == pytest.approx([total for total, _ in eager], rel=1e-4)
     assert 0 < compiled[4][1] == compiled[-1][1] < MOST_GRAPHS
-    torch._dynamo.reset()
 
 
 @kinds

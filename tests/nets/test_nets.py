@@ -175,21 +175,6 @@ def test_compiled_equals_eager(kind, how, monkeypatch):
     assert len(backend.modes) == made
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """How many graphs torch traces; they run as they are."""
-    made, own = [], torch.compile
-
-    def keep(graph, inputs):
-        made.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda forward, mode=None: own(forward, backend=keep))
-    torch._dynamo.reset()
-    yield made
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 def test_blocks_of_one_kind_are_compiled_once(recompute, graphs):
     """As many graphs for twelve blocks as for two: with gradient, without, and without on the teacher, whose weights

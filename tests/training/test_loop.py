@@ -667,22 +667,28 @@ TWINFLOW = {"guided": {"guidance": 0.5}, "guided somewhere": {"guidance": 0.5, "
 TWINFLOW |= {"data-free": {"data_free": True}, "normalised": {"jump_c": 0.1, "rectify_clip": 1.0}, "as it is": {}}
 
 
+def labelled_steps(name, read_every, device="cpu"):
+    """Twenty steps of TwinFlow in one of its forms, or of a peer, with all that a step can have."""
+    loss = TwinFlowLoss(**TWINFLOW[name]) if name in TWINFLOW else peers.PEERS[name]()
+    torch.manual_seed(0)
+    net = MLP(2, 16, 2, classes=3).to(device)
+    state = new_state(net, helpers=getattr(loss, "helpers", None), muon_lr=1e-2)
+    x, label = torch.randn(24, 2), torch.arange(24) % 3
+    options = {"null": 3, "label_dropout": 0.5, "clip_norm": 1.0, "accumulate": 2, "base_steps": 2}
+    return train(state, loss, lambda i: (x, label), 20, read_every=read_every, **options)
+
+
 @pytest.mark.parametrize("name", [*TWINFLOW, *peers.PEERS])
 def test_nothing_in_a_step_waits_for_the_device_but_the_reading_of_its_terms(name, monkeypatch):
     """Of TwinFlow in all its forms and of every peer. What looks at times and labels does so on a CPU alone."""
     for room in (path, times):
         monkeypatch.setattr(room, "check_time", lambda *args, **kwargs: None)
     monkeypatch.setattr(mlp, "check_labels", lambda cond, n, classes: cond)
-    loss = TwinFlowLoss(**TWINFLOW[name]) if name in TWINFLOW else peers.PEERS[name]()
-    torch.manual_seed(0)
-    state = new_state(MLP(2, 16, 2, classes=3), helpers=getattr(loss, "helpers", None), muon_lr=1e-2)
-    x, label = torch.randn(24, 2), torch.arange(24) % 3
-    options = {"null": 3, "label_dropout": 0.5, "clip_norm": 1.0, "accumulate": 2, "base_steps": 2, "read_every": 5}
     waits, found = Waits(), []
     for copied in ("tolist", "cpu", "numpy"):  # these no dispatch sees
         own = getattr(torch.Tensor, copied)
         monkeypatch.setattr(torch.Tensor, copied, lambda x, own=own, name=copied: waits.note(name) or own(x))
-    for record in train(state, loss, lambda i: (x, label), 20, **options):
+    for record in labelled_steps(name, read_every=5):
         found.append(list(waits.found))
         waits.found.clear()
         if record["step"] == 1:  # what is made once, pairs for instance, may be waited for
@@ -697,13 +703,7 @@ def test_nothing_in_a_step_waits_for_the_device_but_the_reading_of_its_terms(nam
 @pytest.mark.parametrize("name", [*TWINFLOW, *peers.PEERS])
 def test_nothing_in_a_step_waits_for_the_gpu(name):
     """torch raises an error where it would."""
-    loss = TwinFlowLoss(**TWINFLOW[name]) if name in TWINFLOW else peers.PEERS[name]()
-    torch.manual_seed(0)
-    net = MLP(2, 16, 2, classes=3).cuda()
-    state = new_state(net, helpers=getattr(loss, "helpers", None), muon_lr=1e-2)
-    x, label = torch.randn(24, 2), torch.arange(24) % 3
-    options = {"null": 3, "label_dropout": 0.5, "clip_norm": 1.0, "accumulate": 2, "base_steps": 2, "read_every": 100}
-    taken = train(state, loss, lambda i: (x, label), 20, **options)
+    taken = labelled_steps(name, read_every=100, device="cuda")
     for _ in range(4):
         next(taken)
     try:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..backbones.families import diffusers_class, published_backbone
 from ..backbones.velocity import Velocity
-from ..method.draws import seeded
+from ..method.draws import turns_of
 from ..method.losses import TwinFlowLoss
 from ..training.distributed import without_weights
 from .memory import LiveBytes
@@ -87,7 +87,7 @@ def calls_of(loss, rows, seed=0, labels=True, steps=1):
     net = network("net")
     for step in range(steps):
         own = {} if isinstance(loss, TwinFlowLoss) else {"progress": (step + 0.5) / steps}
-        loss(net, x, cond=cond, generator=generator, turns=seeded(seed, 5, step), **more, **own)  # as `train` does
+        loss(net, x, cond=cond, generator=generator, turns=turns_of(seed, step), **more, **own)
     return made
 
 

@@ -23,15 +23,20 @@ from ..runs.settings import loss_of
 from ..training.loop import OPTIONS, PRECISIONS, train
 from .calls import calls_of
 from .plan import needs_of_step
-from .speed import STEPS, measure_steps, median_seconds, net_to_measure, peak_memory, training_steps, usual_precision
+from .speed import (
+    STEPS,
+    measure_steps,
+    median_seconds,
+    net_to_measure,
+    on_gpu,
+    peak_memory,
+    training_steps,
+    usual_precision,
+)
 from .speed_backbone import loss_for, measure_backbone
 
 SMALL = ("width=16", "depth=1", "heads=2", "size=16", "batch_size=6")  # recipe fashion on a CPU
 METHODS = {"flow matching": FLOW_MATCHING, "base alone": RCGM, "twinflow": {}}
-
-
-def on_gpu(device):
-    return str(device).startswith("cuda")
 
 
 def row(what, seconds=None, to=None, memory=None, beside=None):

@@ -23,6 +23,7 @@ from ..bars import bar
 from ..evaluation.tables import markdown
 from ..files import read_json, reason, write_json
 from . import pieces
+from .speed import on_gpu
 
 QWEN = partial(pieces.backbone, name="qwen-image", rows=1)
 PIECES = {  # name: minutes that it takes on a GPU; those of its stand-in on a CPU; what it does
@@ -43,7 +44,7 @@ HEADER = ("piece", "what", "ms", "ratio", "GiB", "beside it")
 
 def machine(device):
     """What the figures depend on: the card, or the processor and its threads, and the versions."""
-    if pieces.on_gpu(device):
+    if on_gpu(device):
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{_processor()}, {device}, threads: {torch.get_num_threads()}"
@@ -78,14 +79,14 @@ def report(device="cpu", minutes=8.0, out="report.json", todo=PIECES):
     for name, (needs, needs_on_cpu, run) in bar(todo.items(), "report", unit="pieces"):
         if kept.get(name, {}).get("outcome") == DONE:
             continue
-        left, needs = ends - time.monotonic(), needs if pieces.on_gpu(device) else needs_on_cpu
+        left, needs = ends - time.monotonic(), needs if on_gpu(device) else needs_on_cpu
         if left < 60 * needs:
             found = {"rows": kept.get(name, {}).get("rows", []), "outcome": f"no time left (needs about {needs:g} min)"}
         else:
             found = alone(run, device, left)
         kept[name] = found
         write_json(out, content)
-    text = shown(content, todo, pieces.on_gpu(device))
+    text = shown(content, todo, on_gpu(device))
     out.with_suffix(".md").write_text(text + "\n")
     print(f"{text}\n\n{out}  {out.with_suffix('.md')}")
 

@@ -18,6 +18,11 @@ from ..training.loop import autocast, matrix_units
 from ..training.optimizers import optimizer_of
 
 
+def on_gpu(device):
+    """Whether a device is a GPU of CUDA."""
+    return torch.device(device).type == "cuda"
+
+
 def synchronize(device):
     if torch.device(device).type != "cpu":
         torch.accelerator.synchronize(device)
@@ -64,7 +69,7 @@ def median_seconds(runs, device, rounds, repeats):
 
 def matrix_peak(device, dtype):
     """Floating-point operations per second of a large matrix product, the best of several."""
-    n = 8192 if str(device).startswith("cuda") else 2048
+    n = 8192 if on_gpu(device) else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
     return 2 * n**3 / min(seconds_a_call(lambda: a @ b, device) for _ in range(8))
@@ -74,11 +79,10 @@ def peak_memory(step, device):
     """Most memory held in a step that is not the first, in bytes: on CUDA by tensors, elsewhere by the process up to
     now.
     """
-    cuda = str(device).startswith("cuda")
-    if cuda:
+    if on_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
     step()
-    if cuda:
+    if on_gpu(device):
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -119,7 +123,7 @@ def net_to_measure(name, device):
         return MLP(2, classes=8), (2,), "MLP 4 x 256", 512, 10000
     if not name.startswith("dit-"):
         raise ValueError(f"unknown net {name!r}: choose mlp, or dit-s-2 ... dit-xl-8")
-    if str(device).startswith("cuda"):
+    if on_gpu(device):
         with torch.device(device):
             net = dit(name.removeprefix("dit-"))
         return net, (4, 32, 32), f"{name}, 32 x 32 x 4 latents", 64, 64
@@ -129,7 +133,7 @@ def net_to_measure(name, device):
 
 
 def usual_precision(device):
-    return "bf16" if str(device).startswith("cuda") else "float32"
+    return "bf16" if on_gpu(device) else "float32"
 
 
 def measure_steps(net, shape, batch_size, points, device, precision, compile="none", rounds=9, repeats=2):

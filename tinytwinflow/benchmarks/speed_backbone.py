@@ -19,7 +19,7 @@ from ..training.loop import autocast, train
 from ..training.state import WEIGHT_DTYPES
 from .calls import condition_for, named_structure
 from .plan import TRAININGS
-from .speed import peak_memory, seconds_a_call, settle
+from .speed import on_gpu, peak_memory, seconds_a_call, settle
 
 LARGEST = "largest"  # in place of a batch size
 
@@ -63,11 +63,11 @@ def largest_that_fits(fits):
 
 def backbone_in_training(name, training, device, method, compile="none"):
     """A backbone in training.  -> State, settings, batch: rows -> x, cond, and steps: rows -> records without end."""
-    loss, on_gpu = loss_for(method, training), torch.device(device).type == "cuda"
+    loss = loss_for(method, training)
     config = configured("text", TRAININGS[training][1])
-    small = {} if on_gpu else FAMILIES[published_backbone(name)[0]].small
+    small = {} if on_gpu(device) else FAMILIES[published_backbone(name)[0]].small
     net, about = named_structure(name, **small)
-    shape = about.latents if on_gpu else (about.latents[0], 16, 16)
+    shape = about.latents if on_gpu(device) else (about.latents[0], 16, 16)
     with_random_weights(net, WEIGHT_DTYPES[config["weights"]], device)
     if config["lora_rank"]:
         states.adapt(net, config["lora_rank"])
@@ -115,9 +115,8 @@ def measure_backbone(
     memory: bytes; sampling: seconds by NFE; parameters: those that learn. Raises ValueError for an unknown backbone,
     training or method, for what does not go together, and if the memory does not suffice.
     """
-    on_gpu = torch.device(device).type == "cuda"
     published_backbone(name)
-    if batch_size == LARGEST and not on_gpu:
+    if batch_size == LARGEST and not on_gpu(device):
         raise ValueError(f"the largest batch is looked for on a GPU, not on {device}: give --batch-size a number")
     release_memory()
     rows = batch_size
@@ -129,7 +128,7 @@ def measure_backbone(
         records, times, (x, cond) = steps(rows), [], batch(rows)
         few = rows < 4  # such steps have not all parts, the rarest 1 in 6
         settle(partial(next, records), device, quiet=1 if compile == "none" else 24 if few else 3)
-        some = 3 if not on_gpu else 24 if few else 6
+        some = 3 if not on_gpu(device) else 24 if few else 6
         memory = peak_memory(
             lambda: times.extend(seconds_a_call(partial(next, records), device) for _ in range(some)), device
         )
@@ -155,12 +154,12 @@ def measure_backbone(
 def bench_backbone(name, training="adapters", batch_size=1, device="cpu", method="twinflow", compile="none"):
     """Measure as `measure_backbone` does, and print. Returns its figures."""
     found = measure_backbone(name, training, batch_size, device, method, compile=compile)
-    on_gpu, times = torch.device(device).type == "cuda", found["step"]
-    what = name if on_gpu else f"one layer of two heads (on a CPU in place of {name})"
+    times = found["step"]
+    what = name if on_gpu(device) else f"one layer of two heads (on a CPU in place of {name})"
     print(f"{what}, {training}, {method}: {found['parameters'] / 1e6:,.1f} M parameters learn, ", end="")
     shape = " x ".join(map(str, found["shape"]))
     print(f"latents {shape}, batch {found['rows']}, {device}, torch {torch.__version__}, compile {compile}")
     print(f"training step: mean {sum(times) / len(times):.3f} s of {len(times)}, longest {max(times):.3f} s, ", end="")
-    print(f"peak memory {found['memory'] / 2**30:.1f} GiB{'' if on_gpu else ' of the whole process'}")
+    print(f"peak memory {found['memory'] / 2**30:.1f} GiB{'' if on_gpu(device) else ' of the whole process'}")
     print("sampling: " + ", ".join(f"{calls} NFE {value:.3f} s" for calls, value in found["sampling"].items()))
     return found

@@ -17,6 +17,11 @@ def coin(turns=None):
     return torch.rand((), generator=turns, device="cpu" if turns is None else turns.device).item()
 
 
+def turns_of(seed, step):
+    """What draws the turns of a step, on the CPU; the same on all processes."""
+    return seeded(seed, 5, step)
+
+
 def split(n, shares, turns=None):
     """How many of n rows each part has, and the number that divides the sum over them.  -> two tuples, a number a part
 
@@ -84,7 +89,7 @@ def draw_for(loss, x, generator=None, turns=None):
         return uniform(x[rows], generator)
 
     B = len(x)
-    counts, divisors = split(B, loss.shares(), generator if turns is None else turns)
+    counts, divisors = split(B, loss.shares(), turns or generator)
     any_step, twin = slice(0, counts[0]), slice(counts[0] + counts[1], B)
     a, b = loss.times
     t = (1 - rand(slice(B)) ** (1 / b)) ** (1 / a)

@@ -112,9 +112,7 @@ class TwinFlowLoss:
     guidance: float = as_field(
         0.0, "w: u becomes u + w (v(x_t, t, c) - v(x_t, t, null)) in base rows; it rests at w / (1 - w)", "[0, inf)"
     )
-    guidance_range: tuple = as_field(
-        (0.0, 1.0), "times t where guidance acts; it is computed at all, for shapes that stay", "[0, 1]", length=2
-    )
+    guidance_range: tuple = as_field((0.0, 1.0), "times t where guidance acts, computed at all t", "[0, 1]", length=2)
     data_free: bool = as_field(False, "never read x, only its shape: see `_base_pairs`")
 
     @classmethod

@@ -30,7 +30,7 @@ class DMD2:
 
     def __call__(self, net, x, original, fake, critic, cond=None, generator=None, turns=None, **_):
         z, t = normal(x, generator), uniform(x, generator, 0.02, 0.98)
-        on = coin(generator if turns is None else turns) * self.every < 1
+        on = coin(turns or generator) * self.every < 1
         with torch.set_grad_enabled(on):
             x_fake = generate(net, z, cond)
         x_t, u = renoise(x_fake.detach(), t, generator)

@@ -33,7 +33,7 @@ class Progressive:
     def __call__(self, net, x, original, cond=None, generator=None, progress=0.0, turns=None, **_):
         stage = min(int(progress * STAGES + 1e-9), STAGES - 1)
         shares = (self.rehearse, 1 - self.rehearse) if stage else (0.0, 1.0)
-        (k, _), divisors = split(len(x), shares, generator if turns is None else turns)
+        (k, _), divisors = split(len(x), shares, turns or generator)
         old, new = slice(0, k), slice(k, None)
         u = uniform(x, generator)
         intervals = torch.full_like(u, 2.0 ** (STAGES - 1 - stage))

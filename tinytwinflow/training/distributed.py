@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ..files import reason
-from ..method.draws import seeded
+from ..method.draws import seeded, turns_of
 
 PARALLEL = ("ddp", "fsdp", "hsdp")
 COMPILE = ("none", "default", "graphs")  # graphs: of CUDA, for small networks, whose kernels are waited for
@@ -69,7 +69,7 @@ class World:
     def reseed(self, generator, step):
         """The noise of a step is each process's own. -> turns, a generator on the CPU in the same state on all."""
         generator.manual_seed(seeded(self.seed, 4, step, self.rank, self.size).initial_seed())
-        return seeded(self.seed, 5, step)
+        return turns_of(self.seed, step)
 
     def sync(self, network, last):
         """Send gradients only after the last part of an accumulated batch."""

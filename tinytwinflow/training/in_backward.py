@@ -98,7 +98,8 @@ class InBackward:
         known = {name: finite for name, finite in zip(self.names, self.finite) if torch.is_tensor(finite)}
         if known:
             answers = torch.stack([finite.to(self.stand_ins[0].device) for finite in known.values()]).tolist()
-            for name in (name for name, finite in zip(known, answers) if not finite):
+            if not all(answers):
+                name = list(known)[answers.index(False)]
                 raise FloatingPointError(f"the gradient of {name} is not finite; lower lr")
 
     def reseeded(self, number, device):

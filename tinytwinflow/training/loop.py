@@ -16,7 +16,7 @@ from itertools import islice
 import torch
 
 from ..method.conditions import as_null, as_pair, check_rows, move, place, replace, take
-from ..method.draws import seeded
+from ..method.draws import turns_of
 from ..method.losses import TwinFlowLoss
 from ..ranges import plain, setting
 
@@ -104,7 +104,7 @@ def train(
     while state.step < steps:
         i = state.step
         # of noise on an accelerator the host would have to wait for what decides which parts a small batch has
-        turns = world.reseed(state.generator, i) if world else seeded(state.generator.initial_seed(), 5, i)
+        turns = world.reseed(state.generator, i) if world else turns_of(state.generator.initial_seed(), i)
         x, cond = as_pair(batch(i))
         x, cond = place(x, device), move(cond, device)
         check_rows(cond, len(x))
