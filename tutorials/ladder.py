@@ -24,8 +24,8 @@ from tinytwinflow.data.toys import mixture
 from tinytwinflow.evaluation.metrics import deviations, off_data, sliced_wasserstein, strays
 from tinytwinflow.evaluation.tables import markdown
 from tinytwinflow.files import aside, read_json, write_json
+from tinytwinflow.method.distances import squared_error
 from tinytwinflow.method.draws import normal, seeded, uniform
-from tinytwinflow.method.losses import squared_error
 from tinytwinflow.method.path import expand, interpolate
 from tinytwinflow.peers.common import fake_score, renoise, terms
 from tinytwinflow.runs.build import data_of, first_net

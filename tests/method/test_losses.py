@@ -16,8 +16,8 @@ from scipy.stats import kstest
 
 from tinytwinflow import GaussianMixture, TwinFlowLoss, Twins, generate
 from tinytwinflow.method import path, reference
+from tinytwinflow.method.distances import DISTANCES
 from tinytwinflow.method.draws import Draws, draw_for, split
-from tinytwinflow.method.losses import DISTANCES
 from tinytwinflow.nets import MLP
 
 close = torch.testing.assert_close

@@ -11,33 +11,18 @@ Every row of the batch carries one part of the loss, and one forward with gradie
 `reference.py` computes the same numbers with one forward per symbol; the tests hold the two together.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from ..ranges import as_field, plain, settings_of
 from .conditions import as_null, check_rows, join, repeat, take
-from .draws import draw_for, mean
+from .distances import DISTANCES, normalised_error, squared_error
+from .draws import draw_for, mean, split
 from .path import check_batch, expand, interpolate, jump, same_shape, velocity
 from .twin import check_field, gap, generate
-
-
-def squared_error(a, b):
-    """Mean over a sample's elements of (a - b)^2, the default metric.  (B, *D), (B, *D) -> (B,)."""
-    return (a - b).square().flatten(1).mean(1)
-
-
-def normalised_error(a, b, c=1e-3):
-    """The released code's metric: d / sqrt(d + c^2), d the squared metric, without gradient through the root.
-
-    Its gradient has the length of a root-mean-square error's, so a step does not vanish with the error.
-    """
-    d = squared_error(a, b)
-    return d / (d.detach() + c**2).sqrt()
-
-
-DISTANCES = {"squared": squared_error, "normalised": normalised_error}
 
 
 class Losses(NamedTuple):
@@ -114,6 +99,7 @@ class TwinFlowLoss:
     )
     guidance_range: tuple = as_field((0.0, 1.0), "times t where guidance acts, computed at all t", "[0, 1]", length=2)
     data_free: bool = as_field(False, "never read x, only its shape: see `_base_pairs`")
+    base: Callable | None = None  # another base loss for Eq. 1, of the contract in `peers`, which needs no helpers
 
     @classmethod
     def paper(cls, **changes):
@@ -129,20 +115,28 @@ class TwinFlowLoss:
         low, high = self.guidance_range
         if low > high:
             raise ValueError(f"guidance_range must be two times low <= high, got {low}, {high}")
+        if set(getattr(self.base, "helpers", {}).values()) - {"average"}:
+            raise ValueError(f"a base needs no network beside the average, {self.base} needs {self.base.helpers}")
+        if self.base is not None and (self.guidance or self.data_free):
+            raise ValueError(
+                "guidance and data_free are of the any-step base: guidance=0, data_free=False with another"
+            )
 
     def shares(self):
         """Expected share of the batch in each part: any-step, flow, adversarial, rectify."""
         flow = 1.0 if self.order == 0 else self.flow_share
         return ((1 - self.share) * (1 - flow), (1 - self.share) * flow, self.share / 2, self.share / 2)
 
-    def __call__(self, net, x, cond=None, teacher=None, null=None, original=None, generator=None, turns=None):
+    def __call__(
+        self, net, x, cond=None, teacher=None, null=None, original=None, generator=None, turns=None, progress=1.0
+    ):
         """Draw the random numbers and compute the loss of a batch.
 
         net, teacher, original: velocity fields net(x, t, r, cond). teacher is F^-, used without gradient (default: net
         itself; in practice its EMA). original gives the velocities of guidance and of data-free training (default:
         teacher). x (B, *D). cond: None, tensor or dict, leading dimension B; null: the same for "no condition",
         leading dimension 1 or B, or a label, needed for guidance. generator: on the device of x. turns: see
-        `draws.draw_for`.
+        `draws.draw_for`. progress: how far training is, 0 to 1, for a base that asks for it.
         Returns Losses. Raises ValueError if x is not a floating-point batch, cond or null has another length, null is
         missing, or an answer of net, teacher or original has another shape than x.
         """
@@ -154,6 +148,8 @@ class TwinFlowLoss:
         if self.data_free and original is None and teacher is None:
             raise ValueError("data_free needs original, the frozen network whose velocity is learnt from")
         null = as_null(null, x.device)
+        if self.base is not None:
+            return self._on_base(net, x, cond, teacher, null, generator, turns, progress)
         return self.evaluate(draw_for(self, x, generator, turns), net, x, cond, teacher, null, original)
 
     def evaluate(self, draws, net, x, cond=None, teacher=None, null=None, original=None):
@@ -195,6 +191,23 @@ class TwinFlowLoss:
         total = base_loss + adversarial_loss + rectify_loss
         gap_size = mean(squared_error(dv, torch.zeros_like(dv)), draws.divisors[3])
         return Losses(total, base_loss.detach(), adversarial_loss.detach(), rectify_loss.detach(), gap_size)
+
+    def _on_base(self, net, x, cond, teacher, null, generator, turns, progress):
+        """The twin parts on their share of the rows, the loss of another base on the others."""
+        (n, _), divisors = split(len(x), (1 - self.share, self.share), turns or generator)
+        rows = torch.randperm(len(x), generator=generator, device=x.device)
+        x, cond = x[rows], take(cond, rows)
+        base = adversarial = rectify = gap_size = torch.zeros((), device=x.device)
+        more = {"teacher": teacher, "null": null, "generator": generator, "turns": turns}
+        if n:
+            base = n / divisors[0] * self.base(net, x[:n], take(cond, slice(n)), progress=progress, **more).total
+        total = base
+        if n < len(x):
+            twin = replace(self, base=None, share=1.0)(net, x[n:], take(cond, slice(n, None)), **more)
+            weight = (len(x) - n) / divisors[1]
+            total = base + weight * twin.total
+            adversarial, rectify, gap_size = weight * twin.adversarial, weight * twin.rectify, weight * twin.gap
+        return Losses(total, base.detach(), adversarial, rectify, gap_size)
 
     def _base_pairs(self, draws, base, net, x, cond, null, original):
         """Points x_t and velocities u of the base rows.

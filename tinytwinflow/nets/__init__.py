@@ -14,12 +14,14 @@ sharded and compiled one at a time. One of your own, which `fit(x, net=Own())` t
 ...         times = torch.stack([t.abs(), t - r, torch.signbit(t).float()], dim=1)
 ...         return self.f(torch.cat([x, times], dim=1))
 
-Rooms, in reading order: times, mlp, dit, unet.
+Rooms, in reading order: times, mlp, dit, unet, predicts_data, shifted.
 May import: method, files, ranges.
 """
 
 from .dit import DiT, dit, load_published
 from .mlp import MLP
+from .predicts_data import PredictsData
+from .shifted import Shifted
 from .unet import UNet
 
-__all__ = ["MLP", "DiT", "UNet", "dit", "load_published"]
+__all__ = ["MLP", "DiT", "PredictsData", "Shifted", "UNet", "dit", "load_published"]

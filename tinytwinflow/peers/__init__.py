@@ -10,6 +10,8 @@ turns (another one, on the CPU, for what decides which calls are made, see `draw
 is, 0 to 1), and the networks that it needs beside net, by name. `helpers` says which:
 "average", the moving average of net; "frozen", the flow model that training began with; "trained", an auxiliary one
 that begins as that flow model; "critic", an auxiliary one that begins anew. All get gradient from their own terms only.
+"features", what images are compared by, is no network of that kind: a classifier of another seed than the one that
+judges, with a function features(x); for points there is none. `needs`, if it has one, are settings of the network.
 `refill`, if it has one, says at which progress the frozen ones are filled anew. It returns a named tuple of scalars,
 `total` and its terms. `mode` is how its model samples in several steps: "any", "few" or "multi", see `samplers`, None
 where it learns the step from noise to data alone. One of your own, which `training.train` takes as it takes these; as
@@ -25,21 +27,32 @@ an entry of PEERS it has a name too, for `fit(x, method="halfway")` and, written
 ...         error = net(interpolate(x, z, t), t, t, cond) - velocity(x, z)
 ...         return terms(flow=error.square().mean())
 
-Rooms, in reading order: common, consistency, scm, meanflow, shortcut, progressive, vsd, dmd, dmd2, sid, sana_sprint.
+Rooms, in reading order: common, consistency, scm, meanflow, improved_meanflow, pixel_meanflow, euler_mean_flow,
+alpha_flow, soflow, shortcut, progressive, vsd, dmd, dmd2, self_distillation, sid, sana_sprint, freeflow, drifting,
+apex.
 May import: method.
 """
 
 from functools import partial
 
+from .alpha_flow import AlphaFlow
+from .apex import APEX
 from .consistency import ConsistencyDistillation, ConsistencyTraining
 from .dmd import DMD
 from .dmd2 import DMD2
+from .drifting import Drifting
+from .euler_mean_flow import EulerMeanFlow
+from .freeflow import FreeFlow
+from .improved_meanflow import ImprovedMeanFlow
 from .meanflow import MeanFlow
+from .pixel_meanflow import PixelMeanFlow
 from .progressive import Progressive
 from .sana_sprint import SanaSprint
 from .scm import SCM
+from .self_distillation import SelfDistillation
 from .shortcut import Shortcut
 from .sid import SiD
+from .soflow import SoFlow
 from .vsd import VSD
 
 PEERS = {
@@ -48,11 +61,27 @@ PEERS = {
     "scm": SCM,
     "scm by differences": partial(SCM, derivative="differences"),
     "meanflow": MeanFlow,
+    "improved meanflow": ImprovedMeanFlow,
+    "pixel meanflow": PixelMeanFlow,
+    "euler mean flow": EulerMeanFlow,
+    "alpha-flow": AlphaFlow,
+    "soflow": SoFlow,
     "shortcut": Shortcut,
     "progressive distillation": Progressive,
     "vsd": VSD,
     "dmd": DMD,
+    "dmd with own fakes": partial(DMD, own_fakes=True),
     "dmd2": DMD2,
+    "adversarial self-distillation": SelfDistillation,
     "sid": SiD,
     "sana-sprint": SanaSprint,
+    "freeflow": FreeFlow,
+    "drifting": Drifting,
+    "apex": APEX,
 }
+# what the twin can stand on in place of the any-step base: those that need no network beside the average, nor another
+BASES = tuple(
+    name
+    for name, make in PEERS.items()
+    if not set(make().helpers.values()) - {"average"} and not hasattr(make(), "needs")
+)

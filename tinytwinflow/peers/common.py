@@ -8,8 +8,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..method.draws import normal
-from ..method.losses import squared_error
+from ..method.distances import squared_error
+from ..method.draws import normal, uniform
 from ..method.path import denoise, expand, interpolate, velocity
 
 
@@ -27,6 +27,18 @@ def _named(*names):
 def terms(**parts):
     """The terms of a loss and their sum: a named tuple (total, ...) of scalars, each with its graph."""
     return _named("total", *parts)(sum(parts.values()), *parts.values())
+
+
+def two_times(x, flow_share=0.0, generator=None):
+    """Times t >= r, the larger and the smaller of two uniform ones; in a share of the rows r = t.  -> two (B,)."""
+    times = torch.stack([uniform(x, generator), uniform(x, generator)])
+    (r, t), flow = times.sort(0)[0], uniform(x, generator) < flow_share
+    return t, torch.where(flow, t, r)
+
+
+def weighed(d, power, floor=1e-3):
+    """Errors (B,), each divided by its own sg(d + floor)^power: 0 leaves them, 1/2 and 1 bound what one row can do."""
+    return d / (d.detach() + floor) ** power
 
 
 def clean(net, x_t, t, cond=None):
@@ -65,6 +77,11 @@ def fixed(net):
     return partial(_Fixed.apply, net) if isinstance(net, nn.Module) else net
 
 
+def twin_of(net):
+    """The fakes' velocity field that a network holds at negative times, asked at positive ones."""
+    return lambda x, t, r, cond=None: net(x, -t, -r, cond)
+
+
 def fake_score(fake, x_t, t, u, cond=None):
     """Flow matching of the auxiliary network on fakes, which makes it the fakes' velocity field."""
     return squared_error(fake(x_t, t, t, cond), u).mean()
@@ -75,15 +92,22 @@ def moved(x, gradient):
     return 0.5 * squared_error(x, (x - gradient).detach()).mean()
 
 
-def along(net, x_t, t, r, u, cond=None):
-    """F and its derivative along the path, dF/dt = u dF/dx + dF/dt, in forward mode, without gradient.
+def derivative(net, x_t, t, r, cond=None, dx=None, dt=None, dr=None):
+    """F and its derivative in the direction (dx, dt, dr), in forward mode, without gradient.
 
-    x_t, u (B, *D), t, r (B,).  -> two (B, *D). Attention's fused kernels have no forward mode, so the plain one runs.
+    x_t, dx (B, *D), t, r, dt, dr (B,).  -> two (B, *D). Attention's fused kernels have no forward mode, so the plain
+    one runs.
     """
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-        moving = forward_ad.make_dual(x_t, u), forward_ad.make_dual(t, torch.ones_like(t))
-        F, dF = forward_ad.unpack_dual(net(*moving, r, cond))
+        pairs = zip((x_t, t, r), (dx, dt, dr))
+        moving = [a if da is None else forward_ad.make_dual(a, da) for a, da in pairs]
+        F, dF = forward_ad.unpack_dual(net(*moving, cond))
     return F, torch.zeros_like(F) if dF is None else dF
+
+
+def along(net, x_t, t, r, u, cond=None):
+    """F and its derivative along the path, dF/dt = u dF/dx + dF/dt, see `derivative`."""
+    return derivative(net, x_t, t, r, cond, dx=u, dt=torch.ones_like(t))
 
 
 @torch.no_grad()

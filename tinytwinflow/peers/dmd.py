@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 
 from ..method.conditions import take
+from ..method.distances import squared_error
 from ..method.draws import normal, uniform
-from ..method.losses import squared_error
 from ..method.path import denoise, expand
 from ..method.samplers import sample
 from ..method.twin import generate
-from .common import fake_score, moved, renoise, terms
+from .common import fake_score, moved, renoise, terms, twin_of
 
 
 @torch.no_grad()
@@ -28,15 +28,20 @@ class DMD:
 
     regression: its weight; a squared error stands in for LPIPS. pairs: how many (z, x) are made, with `steps` Euler
     steps, when distillation begins; with labels they are made as they are needed. share: pairs per row of the batch.
+    own_fakes: the network's own negative times learn the fakes' velocity, in place of another network.
     """
 
     regression: float = 0.25
     pairs: int = 16384
     steps: int = 64
     share: float = 0.25
+    own_fakes: bool = False
     kept: tuple | None = field(default=None, init=False, repr=False)
-    helpers: ClassVar = {"original": "frozen", "fake": "trained"}
     mode: ClassVar = None
+
+    @property
+    def helpers(self):
+        return {"original": "frozen"} | ({} if self.own_fakes else {"fake": "trained"})
 
     def some_pairs(self, x, cond, original, generator):
         """Rows of the pairs. They follow from the frozen network alone, so a resumed run makes the same again."""
@@ -50,7 +55,8 @@ class DMD:
         rows = (uniform(x, generator) * self.pairs).long()
         return tuple(known[rows] for known in self.kept[1:])
 
-    def __call__(self, net, x, original, fake, cond=None, generator=None, **_):
+    def __call__(self, net, x, original, fake=None, cond=None, generator=None, **_):
+        fake = twin_of(net) if self.own_fakes else fake
         x_fake, t = generate(net, normal(x, generator), cond), uniform(x, generator, 0.02, 0.98)
         x_t, u = renoise(x_fake.detach(), t, generator)
         part = slice(0, max(1, round(self.share * len(x))))

@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from ..method.draws import normal, uniform
-from ..method.losses import squared_error
+from ..method.distances import squared_error
+from ..method.draws import normal
 from ..method.path import expand, interpolate, velocity
-from .common import along, terms
+from .common import along, terms, two_times, weighed
 
 
 @dataclass
@@ -25,10 +23,8 @@ class MeanFlow:
     mode: ClassVar = "any"
 
     def __call__(self, net, x, cond=None, generator=None, **_):
-        z, times = normal(x, generator), torch.stack([uniform(x, generator), uniform(x, generator)])
-        (r, t), flow = times.sort(0)[0], uniform(x, generator) < self.flow_share
-        r = torch.where(flow, t, r)
+        z, (t, r) = normal(x, generator), two_times(x, self.flow_share, generator)
         x_t, u = interpolate(x, z, t), velocity(x, z)
         _, dF = along(net, x_t, t, r, u, cond)
         d = squared_error(net(x_t, t, r, cond), u - expand(t - r, x) * dF)
-        return terms(average_velocity=(d / (d.detach() + 1e-3) ** self.power).mean())
+        return terms(average_velocity=weighed(d, self.power).mean())

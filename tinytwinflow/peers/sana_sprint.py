@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import relu
 
 from ..method.conditions import join
+from ..method.distances import squared_error
 from ..method.draws import normal, uniform
-from ..method.losses import squared_error
 from ..method.path import denoise, interpolate
 from .common import fixed, renoise, terms
 from .scm import bounded, tangent

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import torch
 
+from ..method.distances import squared_error
 from ..method.draws import normal, uniform
-from ..method.losses import squared_error
 from ..method.path import expand, interpolate, velocity
 from .common import along, along_differences, terms
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 
 from ..method.conditions import take
+from ..method.distances import squared_error
 from ..method.draws import normal, uniform
-from ..method.losses import squared_error
 from ..method.path import interpolate, jump, velocity
 from .common import grid_neighbours, terms
 

@@ -10,11 +10,12 @@ from ..backbones.captions import LATENTS, Texts
 from ..backbones.states import backbone_state, build_backbone
 from ..data.images import Images
 from ..data.points import Points
+from ..evaluation.features import Classifier, train_classifier
 from ..files import load_weights, read_weights
-from ..nets import MLP, DiT, UNet, dit, load_published
+from ..nets import MLP, DiT, PredictsData, Shifted, UNet, dit, load_published
 from ..training.distributed import as_copies, deal_out, prepare, without_weights
 from ..training.state import new_state
-from .settings import loss_of
+from .settings import loss_of, method_of
 
 OWN = "own"  # the setting `net` of a network that the user gave
 
@@ -41,7 +42,14 @@ def data_of(config, world=None):
 
 def net_of(config, shape, classes):
     """The network that a run's settings describe, for samples of a shape: (D,) or (C, H, H)."""
-    kind, classes = config["net"], classes if config["conditional"] else 0
+    classes, make = classes if config["conditional"] else 0, partial(bare_net, config, shape)
+    net = Shifted(make, classes) if config["shifted"] else make(classes)
+    return PredictsData(net) if config["predicts"] == "data" else net
+
+
+def bare_net(config, shape, classes):
+    """The network itself, whatever it answers with."""
+    kind = config["net"]
     if kind == OWN:
         raise ValueError("its network is of the user's own: tinytwinflow.load(path, net=...) takes it")
     if (kind == "mlp") != (len(shape) == 1):
@@ -106,6 +114,21 @@ def first_net(config, data, weights=True, fresh=True):
     return net
 
 
+def features_for(loss, config, data, device="cpu", fresh=True):
+    """What a loss compares images by, if it asks for it: a classifier of the data, of another seed than the judge's.
+
+    fresh=False: without weights. Raises ValueError for images without labels.
+    """
+    if "features" not in getattr(loss, "helpers", {}).values() or len(data.shape) == 1:
+        return None
+    if not data.classes:
+        raise ValueError(f"{config['method']} compares images by a classifier's features: the data need labels")
+    if not fresh:
+        return Classifier(data.shape[0], data.classes).to(device).requires_grad_(False).eval()
+    whole = {"seed": 1, "batch_size": 128, "subset": 0, "flip": False}
+    return train_classifier(data_of({**config, **whole}) if config["data"] else data, device=device, shown=True)
+
+
 def state_of(config, data, device="cpu", world=None, fresh=True, net=None):
     """The State of a run on this process's device; fresh=False leaves its weights for a checkpoint to fill.
 
@@ -113,8 +136,8 @@ def state_of(config, data, device="cpu", world=None, fresh=True, net=None):
     first one once more with them, which it deals out.
     """
     loss = loss_of(config)
-    if world is not None and config["method"] != "twinflow":
-        raise ValueError(f"method {config['method']} trains on one process: start it without torchrun")
+    if world is not None and (config["method"], config["base"]) != ("twinflow", "any-step"):
+        raise ValueError(f"{method_of(config)} trains on one process: start it without torchrun")
     if world is not None and config["parallel"] == "ddp" and config.get("optimizer") == "adafactor":
         raise ValueError("optimizer adafactor steps before ddp has averaged gradients: --set parallel=fsdp")
     in_pieces = world is not None and config["parallel"] != "ddp"
@@ -128,6 +151,7 @@ def state_of(config, data, device="cpu", world=None, fresh=True, net=None):
         state = backbone_state(net, config, place)
     else:
         more = {"helpers": getattr(loss, "helpers", None), "place": place, "muon_lr": config["muon_lr"]}
+        more["features"] = features_for(loss, config, data, device, fresh)
         state = new_state(net, config["lr"], seed=config["seed"], **more)
     if in_pieces and (fresh or config.get("lora_rank")):  # a checkpoint of adapters does not hold the backbone
         deal_out(state.net, first_net(config, data).state_dict() if world.rank == 0 else {})

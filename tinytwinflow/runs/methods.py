@@ -3,8 +3,11 @@
 from .. import peers
 from .recipes import configured
 
-FLOW_MATCHING = {"method": "twinflow", "peer": {}, "order": 0, "share": 0.0, "warmup_steps": 0, "base_steps": 0}
+OF_TWINFLOW = {"method": "twinflow", "base": "any-step", "peer": {}}
+FLOW_MATCHING = {**OF_TWINFLOW, "order": 0, "share": 0.0, "warmup_steps": 0, "base_steps": 0}
 RCGM = {"share": 0.0}
+TWIN_ALONE = {"share": 1.0, "base_steps": 0}  # after flow matching; no base holds the mass or the real velocity
+ON = "twin on "  # a base, of `peers.BASES`
 # the network is a smooth one, for sCM and MeanFlow differentiate it in time, and so learns at a higher rate
 EQUAL = ("steps=3000", "batch_size=256", "lr=4e-3", "eval_samples=20000", "checkpoint_every=1000", "sharp=false")
 EQUAL += ("muon_lr=None", "flow_share=0.5", "one_step_share=0.3", "jump_c=None", "time_shape=[1,1,1]")  # as in trials
@@ -26,7 +29,7 @@ TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutori
 
 def known_methods():
     """The names that a row of a table of methods may have, in the order of its rows."""
-    return ("flow matching", "rcgm", *peers.PEERS, "twinflow")
+    return ("flow matching", "rcgm", *peers.PEERS, "twin alone", *(ON + name for name in peers.BASES), "twinflow")
 
 
 def named(text):
@@ -49,12 +52,15 @@ def entry(text, changes=()):
     if name in peers.PEERS:
         given = [change for change in given if not change.startswith("base_steps=")]  # only TwinFlow has that phase
         return configured("toy", [f"method={name}", *given])
-    return configured("toy", given) | {"flow matching": FLOW_MATCHING, "rcgm": RCGM}.get(name, {})
+    if name.startswith(ON):
+        given = [f"base={name.removeprefix(ON)}", *given]
+    of_row = {"flow matching": FLOW_MATCHING, "rcgm": RCGM, "twin alone": TWIN_ALONE}
+    return configured("toy", given) | of_row.get(name, {})
 
 
 def tuned(name, steps):
     """The settings found for a method, with flow matching at its beginning for the same share of the steps."""
     of_trials = configured("toy", EQUAL)["steps"]
-    for change in TUNED.get(name, ()):
+    for change in TUNED.get(name.removeprefix(ON), ()):
         key, _, value = change.partition("=")
         yield f"{key}={round(int(value) * steps / of_trials)}" if key == "warmup_steps" else change

@@ -1,14 +1,16 @@
 """Named settings. A recipe is a flat dict of every setting that it has, see `settings`."""
 
 from ..method.losses import TwinFlowLoss
+from ..peers import PEERS
 from ..ranges import plain
 from .settings import BACKBONE, LOSS, PLACING, SETTINGS, TRAINING, check
 
 OF_LOSS = tuple(name for name in LOSS if name != "data_free")
 COMMON = ("data", "conditional", "init_from", *TRAINING, *PLACING, *OF_LOSS, "log_every", "checkpoint_every")
-OF_POINTS = (*COMMON, "net", "width", "depth", "sharp", "time_shape", "eval_samples")
+OF_POINTS = (*COMMON, "net", "width", "depth", "sharp", "predicts", "shifted", "time_shape", "eval_samples")
 OF_IMAGES = (
-    *COMMON, "net", "size", "data_dir", "flip", "subset", "features", "sample_every", "time_shape", "eval_samples",
+    *COMMON, "net", "predicts", "shifted", "size", "data_dir", "flip", "subset", "features", "sample_every",
+    "time_shape", "eval_samples",
 )  # fmt: skip
 OF_BACKBONES = (*(name for name in COMMON if name != "muon_lr"), *BACKBONE, "sample_every")
 FOR_IMAGES = {"conditional": True, "clip_norm": 1.0, "log_every": 10, "eval_samples": 10000}
@@ -74,6 +76,7 @@ def configured(recipe, texts=(), **changes):
     config = {"recipe": recipe, **own, **given}
     if config["method"] != "twinflow":
         config["base_steps"] = given.get("base_steps", 0)
+        config |= getattr(PEERS[config["method"]], "needs", {})
     for name in {"warmup_steps", "base_steps"} - given.keys():
         config[name] = round(config[name] * config["steps"] / own["steps"])
     check(config)

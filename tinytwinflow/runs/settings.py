@@ -26,6 +26,8 @@ NETWORK = {
     "heads": setting(4, "attention heads of the DiT", "[1, inf)"),
     "patch": setting(2, "side of a DiT's patch", "[1, inf)", unit="pixels"),
     "sharp": setting(True, "a steep MLP: x doubled, rectified units, residual layers that the times modulate"),
+    "predicts": setting("velocity", "what the network answers with", choices=("velocity", "data")),
+    "shifted": setting(False, "whether it knows each condition twice, see `nets.shifted`: the fakes of apex are there"),
     "epsilon": setting(False, "the DiT's published weights predict noise; its answer is translated"),
     "init_from": setting("", "first weights: a run's folder, a checkpoint, sit:FILE or dit:FILE, published ones"),
 }
@@ -41,7 +43,8 @@ TRAINING = {
         none=True,
     ),
     "method": setting("twinflow", "the loss", choices=lambda: ("twinflow", *peers.PEERS)),
-    "peer": setting({}, "settings of a method that is not twinflow, fields of its class in peers/"),
+    "base": setting("any-step", "what the twin stands on", choices=lambda: ("any-step", *peers.BASES)),
+    "peer": setting({}, "settings of a method or base that is a peer, fields of its class in peers/"),
     **OPTIONS,
 }
 PLACING = {
@@ -96,6 +99,11 @@ def check(config):
         raise ValueError(f"the method never starts: warmup_steps + base_steps = {before} of {config['steps']} steps")
     if config["method"] != "twinflow" and (config["guidance"] or config["base_steps"]):
         raise ValueError("guidance and base_steps are for method twinflow: --set guidance=0 base_steps=0")
+    for name, value in getattr(peers.PEERS.get(config["method"]), "needs", {}).items():
+        if config.get(name) != value:
+            raise ValueError(f"method {config['method']} needs {name}={value}")
+    if config["base"] != "any-step" and (config["method"] != "twinflow" or not config["share"]):
+        raise ValueError(f"a base is for the twin to stand on: --set method='{config['base']}' trains it alone")
     if config["guidance"] and not config["conditional"]:
         raise ValueError("guidance needs labels: --set conditional=true")
     if "model" in config:
@@ -116,36 +124,48 @@ def check_backbone(config):
         raise ValueError("optimizer adafactor steps inside the backward pass: --set accumulate=1 clip_norm=None")
     if config["data_free"] and not config["lora_rank"]:
         raise ValueError("data_free learns from the frozen original, which adapters keep: --set lora_rank=64")
-    if config["method"] != "twinflow" or config["init_from"]:
-        raise ValueError("a backbone begins as its model and has method twinflow: --set method=twinflow init_from=")
+    if (config["method"], config["base"]) != ("twinflow", "any-step") or config["init_from"]:
+        raise ValueError(
+            "a backbone begins as its model and has method twinflow: --set method=twinflow base=any-step init_from="
+        )
 
 
 def loss_of(config):
     """The loss that a run's settings describe."""
-    if config["method"] != "twinflow":
+    name, peer = config["base"] if config["method"] == "twinflow" else config["method"], None
+    if name != "any-step":
         try:
-            return peers.PEERS[config["method"]](**config["peer"])
+            peer = peers.PEERS[name](**config["peer"])
         except TypeError as error:
-            raise ValueError(f"peer: {config['method']} has no such setting ({error})") from error
-    if config["peer"]:
-        raise ValueError(f"peer is for all methods but twinflow, got {config['peer']}")
+            raise ValueError(f"peer: {name} has no such setting ({error})") from error
+    elif config["peer"]:
+        raise ValueError(f"peer is for a method or base that is one, got {config['peer']}")
+    if config["method"] != "twinflow":
+        return peer
     own = {name: config[name] for name in LOSS if name in config}
-    return TwinFlowLoss(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+    return TwinFlowLoss(**own, base=peer)
 
 
 def method_of(config):
-    """What a run's settings amount to: a peer, "twinflow", "rcgm" (the any-step base alone) or "flow matching"."""
+    """What a run's settings amount to: a peer, "twinflow", on a base or alone, "rcgm", its base, or "flow matching"."""
     if config["method"] in peers.PEERS:
         return config["method"]
+    if config["base"] != "any-step":
+        return f"twin on {config['base']}"
     if config["share"] > 0:
-        return "twinflow"
+        return "twinflow" if config["share"] < 1 or config["base_steps"] else "twin alone"
     return "rcgm" if config["order"] > 0 and config["warmup_steps"] < config["steps"] else "flow matching"
 
 
 def mode_of(config):
     """How a run's model samples in several steps; None if it makes one step only."""
-    method = method_of(config)
-    return peers.PEERS[method]().mode if method in peers.PEERS else "multi" if method == "flow matching" else "any"
+    name = config["base"] if config["method"] == "twinflow" else config["method"]
+    if method_of(config) == "twin alone":
+        return None
+    if name in peers.PEERS:
+        return peers.PEERS[name]().mode
+    return {"flow matching": "multi", "twin alone": None}.get(method_of(config), "any")
 
 
 def listed(config=None):

@@ -97,7 +97,7 @@ def train(
     if not callable(batch):
         raise ValueError(f"batch is a function of the step, got {type(batch).__name__}: data.given.Stream makes one")
     peer = not isinstance(loss, TwinFlowLoss)
-    flow_matching = TwinFlowLoss(order=0, share=0.0) if peer else dataclasses.replace(loss, order=0, share=0.0)
+    flow_matching = dataclasses.replace(TwinFlowLoss() if peer else loss, order=0, share=0.0, base=None)
     base = loss if peer else dataclasses.replace(loss, share=0.0)
     device = next(state.net.parameters()).device
     null = as_null(null, device)
@@ -170,16 +170,16 @@ def read_terms(state):
 
 def loss_of_batch(loss, state, x, cond=None, null=None, progress=0.0, turns=None):
     """Call a loss with the networks that it needs; progress counts from the end of flow matching."""
-    more = {"original": state.original} if isinstance(loss, TwinFlowLoss) else {"progress": progress, **state.helpers}
-    net = state.call or state.net
-    return loss(net, x, cond=cond, teacher=state.teacher, null=null, generator=state.generator, turns=turns, **more)
+    networks = {"original": state.original} if isinstance(loss, TwinFlowLoss) else state.helpers
+    more = {"teacher": state.teacher, "null": null, "progress": progress, "turns": turns, **networks}
+    return loss(state.call or state.net, x, cond=cond, generator=state.generator, **more)
 
 
 def fill_helpers(state, loss, done, total):
     """Fill a peer's networks when its part of the training begins, and its frozen one again where it asks for it."""
     again = done in [math.ceil(progress * total - 1e-6) for progress in getattr(loss, "refill", ())]
     for name, helper in state.helpers.items():
-        if done == 0 and loss.helpers[name] != "critic":
+        if done == 0 and loss.helpers[name] in ("frozen", "trained"):
             helper.load_state_dict(state.average.state_dict())
         elif again and loss.helpers[name] == "frozen":
             helper.load_state_dict(state.teacher.state_dict())

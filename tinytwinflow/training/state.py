@@ -74,14 +74,23 @@ class State:
 
 
 def new_state(
-    net, lr=1e-3, betas=(0.9, 0.99), seed=0, helpers=None, place=lambda net: net, one_average=False, muon_lr=None
+    net,
+    lr=1e-3,
+    betas=(0.9, 0.99),
+    seed=0,
+    helpers=None,
+    place=lambda net: net,
+    one_average=False,
+    muon_lr=None,
+    features=None,
 ):
     """Start of training: the optimiser, see `optimizer_of`, and the averages equal to the network.
 
     helpers: of a peer's loss, name -> kind; see `peers`. one_average: to sample from and to teach. place: what is
-    done to each network before the optimiser is made, see `distributed.prepare`.
+    done to each network before the optimiser is made, see `distributed.prepare`. features: the network for a helper of
+    that kind, if there is one.
     """
-    kinds = {name: kind for name, kind in (helpers or {}).items() if kind != "average"}
+    kinds = {name: kind for name, kind in (helpers or {}).items() if kind not in ("average", "features")}
     made = torch.nn.ModuleDict(
         {name: average_of(net) if kinds[name] == "frozen" else copy.deepcopy(net) for name in kinds}
     )
@@ -92,6 +101,8 @@ def new_state(
     for network in dict.fromkeys((net, average, teacher, *made.values())):
         place(network)
     learning = [net, *(made[name] for name, kind in kinds.items() if kind != "frozen")]
+    if features is not None:
+        made.update({name: features for name, kind in helpers.items() if kind == "features"})
     optimizer = optimizer_of(learning, lr, muon_lr, betas)
     generator = torch.Generator(next(net.parameters()).device).manual_seed(seed)
     return State(net, average, teacher, optimizer, generator, made)

@@ -1,0 +1,54 @@
+"""SoFlow (arXiv 2512.15657): the solution function f(x_t, t, s) = x_t - (t - s) F(x_t, t, s), the same from t and from
+a time l just below it on the line, for every s.
+
+With alpha-flow's target, a = (t - l) / (t - s), the two are one method but for schedules and shares.
+
+                     code, images                            code, CIFAR       here
+flow rows            3/4                                     none              3/4
+(t - l) / (t - s)    0.1 to 0.002                            1 to 0.0003       0.1 to 0.002
+power, floor         1 and 0.01                              0.75 and 1e-3     1 and 1e-3
+times                logit-normal, s kept below t            the same          two uniform ones, sorted
+sampled by           jumps to data, noised again             the same          jumps from t to s
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..method.conditions import take
+from ..method.distances import squared_error
+from ..method.draws import mean, normal, split
+from ..method.path import interpolate, velocity
+from .alpha_flow import partly
+from .common import terms, two_times, weighed
+
+
+@dataclass
+class SoFlow:
+    """Flow matching on most rows; on the others F along q = (f(x_l, l, s) - sg f(x_t, t, s)) / (t - l), half of it.
+
+    first, last: (t - l) / (t - s) at the beginning and end of training, geometric between. flow_share: of the rows.
+    power: see MeanFlow; a consistency row is weighted by the mean of q^2.
+    """
+
+    first: float = 0.1
+    last: float = 0.002
+    flow_share: float = 0.75
+    power: float = 1.0
+    helpers: ClassVar = {}
+    mode: ClassVar = "any"
+
+    def __call__(self, net, x, cond=None, generator=None, progress=1.0, turns=None, **_):
+        shares = (self.flow_share, 1 - self.flow_share)
+        (n, _), divisors = split(len(x), shares, turns or generator)
+        z, (t, s) = normal(x, generator), two_times(x, generator=generator)
+        s = torch.cat([t[:n], s[n:]])
+        x_t, u, rho = interpolate(x, z, t), velocity(x, z), self.first * (self.last / self.first) ** progress
+        F = net(x_t, t, s, cond)
+        q = F.detach() - u
+        if n < len(x):
+            target = partly(net, x_t[n:], t[n:], s[n:], u[n:], rho, take(cond, slice(n, None)))
+            q[n:] = (F[n:].detach() - target) / rho
+        d = weighed(squared_error(F, F.detach() - q), self.power)
+        return terms(flow=shares[0] * mean(d[:n], divisors[0]), consistency=0.5 * shares[1] * mean(d[n:], divisors[1]))
