@@ -22,13 +22,16 @@ from tinytwinflow.training.state import new_state
 
 close = torch.testing.assert_close
 
-SMALL = {"dmd": {"pairs": 64, "steps": 4}, "dmd2": {"every": 1}}
+PAIRS = {"pairs": 64, "steps": 4}
+ASD = "adversarial self-distillation"
+SMALL = {"dmd": PAIRS, "dmd with own fakes": PAIRS, "dmd2": {"every": 1}}
 every_method = pytest.mark.parametrize("name", peers.PEERS)
-every_distillation = pytest.mark.parametrize("name", ["vsd", "dmd", "dmd2", "sid"])
+every_distillation = pytest.mark.parametrize("name", ["vsd", "dmd", "dmd2", ASD, "sid"])
 
 
 def made(name, **changes):
-    return peers.PEERS[name](**{**SMALL.get(name, {}), **changes})
+    """A peer with what makes it small, of samples of one step, and changes."""
+    return peers.PEERS[name](**{**SMALL.get(name, {}), **({"most": 1} if name == ASD else {}), **changes})
 
 
 class Gaussian(nn.Module):
@@ -85,8 +88,32 @@ def gaussians(draw):
     return Gaussian(mean, draw(st.floats(0.3, 1.5)))
 
 
+class ByShift(nn.Module):
+    """A field that knows shifted conditions: there it answers as at negative times."""
+
+    def __init__(self, field):
+        super().__init__()
+        self.field = field
+
+    def forward(self, x, t, r, cond=None):
+        if not isinstance(cond, dict):
+            return self.field(x, t, r, cond)
+        sign = 1 - 2 * cond["shift"].to(t)
+        return self.field(x, sign * t, sign * r, cond["cond"])
+
+
+def fitting(loss, net):
+    """The network, or one that knows shifted conditions where the loss needs it."""
+    return ByShift(net) if "shifted" in getattr(loss, "needs", {}) else net
+
+
+def networks_of(loss):
+    """The helpers that are networks like the one that is trained, by name: how."""
+    return {name: how for name, how in loss.helpers.items() if how != "features"}
+
+
 def others_of(loss, **networks):
-    return {name: networks[name] for name in loss.helpers}
+    return {name: networks[name] for name in networks_of(loss)}
 
 
 @every_method
@@ -96,8 +123,8 @@ def test_each_term_moves_its_own_network_alone(name, seed, progress, labelled):
     """A term named after a helper moves that helper, every other term moves net, none moves anything else;
     net and every helper that is to learn do move; the total is the sum."""
     loss, classes = made(name), 3 if labelled else 0
-    net, *networks = [network(seed + i, classes) for i in range(1 + len(loss.helpers))]
-    helpers = dict(zip(loss.helpers, networks))
+    net, *networks = [fitting(loss, network(seed + i, classes)) for i in range(1 + len(networks_of(loss)))]
+    helpers = dict(zip(networks_of(loss), networks))
     x, cond = torch.randn(16, 2).double(), torch.randint(3, (16,)) if labelled else None
     out = loss(net, x, cond=cond, progress=progress, **helpers)
     close(out.total, sum(out[1:]))
@@ -161,27 +188,43 @@ def test_the_settings_are_those_of_the_papers_or_as_each_page_says():
     """And so are the networks that each needs, and how its model samples."""
     frozen, fake = {"original": "frozen"}, {"original": "frozen", "fake": "trained"}
     average, critic = {"teacher": "average"}, {"critic": "critic"}
+    pairs = {"regression": 0.25, "pairs": 16384, "steps": 64, "share": 0.25, "kept": None}
     expected = {
         "consistency training": ({"first": 10, "last": 160, "c": 0.03}, {}, "few"),
         "consistency distillation": ({"steps": 40, "heun": True, "c": None}, frozen | average, "few"),
         "scm": ({"derivative": "jvp", "warm_up": 0.25, "normalise": True}, {}, "few"),
         "scm by differences": ({"derivative": "differences", "warm_up": 0.25, "normalise": True}, {}, "few"),
         "meanflow": ({"flow_share": 0.75, "power": 1.0}, {}, "any"),
+        "improved meanflow": ({"flow_share": 0.5, "power": 1.0}, {}, "any"),
+        "pixel meanflow": ({"flow_share": 0.5, "power": 1.0, "floor": 0.05}, {}, "any"),
+        "euler mean flow": ({"dt": 0.01, "flow_share": 0.5, "power": 1.0}, {}, "any"),
+        "alpha-flow": ({"flow_share": 0.5, "power": 1.0, "smallest": 0.005}, {}, "any"),
+        "soflow": ({"first": 0.1, "last": 0.002, "flow_share": 0.75, "power": 1.0}, {}, "any"),
         "shortcut": ({"share": 0.25, "finest": 128}, average, "any"),
         "progressive distillation": ({"rehearse": 0.25, "truncated": False}, frozen | average, "any"),
         "vsd": ({}, fake, None),
-        "dmd": ({"regression": 0.25, "pairs": 16384, "steps": 64, "share": 0.25, "kept": None}, fake, None),
+        "dmd": ({**pairs, "own_fakes": False}, fake, None),
+        "dmd with own fakes": ({**pairs, "own_fakes": True}, frozen, None),
         "dmd2": ({"every": 2, "gan": 0.1, "critic_weight": 1.0}, fake | critic, None),
+        ASD: ({"most": 3, "gan": 0.1, "critic_weight": 1.0, "penalty": 0.1}, fake | critic, "few"),
         "sid": ({"alpha": 1.0}, fake, None),
         "sana-sprint": (
             {"gan": 0.1, "at_noise": 0.5, "derivative": "jvp", "warm_up": 0.25},
             frozen | critic,
             "few",
         ),
+        "freeflow": ({"alpha": 1.0, "power": 1.0, "share": 0.75}, fake, None),
+        "drifting": ({"temperatures": (0.02, 0.05, 0.2)}, {"features": "features"}, None),
+        "apex": ({"mixing": 0.5, "mixed_share": 0.25, "weight": 0.3, "printed": False}, average, "any"),
     }
     found = {name: make() for name, make in peers.PEERS.items()}
     assert {name: (dataclasses.asdict(loss), loss.helpers, loss.mode) for name, loss in found.items()} == expected
     assert [name for name, loss in found.items() if hasattr(loss, "refill")] == ["progressive distillation"]
+    needs = {name: loss.needs for name, loss in found.items() if hasattr(loss, "needs")}
+    assert needs == {"pixel meanflow": {"predicts": "data"}, "apex": {"shifted": True}}
+    assert set(peers.BASES) == {name for name, (_, helpers, _) in expected.items() if helpers in ({}, average)} - {
+        *needs
+    }
     assert "kept" not in repr(found["dmd"])
     with pytest.raises(TypeError, match="kept"):
         peers.DMD(kept=())
@@ -280,8 +323,14 @@ def z_scores(loss, term, field, data, seed, batches=48, rows=400):
         ("scm", "consistency", {"normalise": False}),
         ("scm by differences", "consistency", {"normalise": False}),
         ("meanflow", "average_velocity", {"power": 0.0, "flow_share": 0.25}),
+        ("improved meanflow", "average_velocity", {"power": 0.0, "flow_share": 0.25}),
+        ("pixel meanflow", "average_velocity", {"power": 0.0, "flow_share": 0.25, "floor": 1e-9}),
+        ("euler mean flow", "average_velocity", {"power": 0.0, "flow_share": 0.25, "dt": 1e-3}),
+        ("alpha-flow", "average_velocity", {"power": 0.0, "flow_share": 0.25}),
+        ("soflow", "consistency", {"power": 0.0, "last": 1e-3}),
+        ("soflow", "flow", {"power": 0.0}),
         ("shortcut", "flow", {}),
-        *((name, "fake", {}) for name in ("vsd", "dmd", "dmd2", "sid")),
+        *((name, "fake", {}) for name in ("vsd", "dmd", "dmd2", ASD, "sid", "freeflow")),
     ],
 )
 @settings(max_examples=2)
@@ -466,7 +515,7 @@ def test_consistency_training_compares_neighbours_of_one_line(seed, progress, c)
     close(total, n * distance.mean(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vsd", "dmd", "dmd2", "sid", "sana-sprint"])
+@pytest.mark.parametrize("name", ["vsd", "dmd", "dmd2", ASD, "sid", "sana-sprint"])
 def test_fakes_are_noised_to_times_that_keep_off_both_ends(name):
     """t ~ U(0.02, 0.98), by Kolmogorov and Smirnov."""
     torch.manual_seed(0)
@@ -478,13 +527,16 @@ def test_fakes_are_noised_to_times_that_keep_off_both_ends(name):
         "critic": exact,
         ("critic" if name == "sana-sprint" else "original"): spy,
     }
-    loss(exact, exact.sample(4000), **{helper: known[helper] for helper in loss.helpers})
+    loss(exact, exact.sample(4000), **others_of(loss, **known))
     t = [call[1] for call in spy.calls if len(call[0]) >= 4000][-1][:4000]
     assert kstest(t.numpy(), lambda s: (s - 0.02) / 0.96).pvalue > 1e-6
     assert 0.02 <= t.min() < 0.03 and 0.97 < t.max() <= 0.98
 
 
-@pytest.mark.parametrize("name", sorted(set(peers.PEERS) - {"vsd", "dmd", "dmd2", "sid"}))
+IN_PAIRS = {*peers.BASES, "consistency distillation", "pixel meanflow", "sana-sprint", "progressive distillation"}
+
+
+@pytest.mark.parametrize("name", sorted(IN_PAIRS - {"euler mean flow"}))
 def test_data_are_noised_the_more_the_later(name):
     """Data far away: t z + (1 - t) x is (1 - t) x, to within the noise, in each row that the network is asked."""
     torch.manual_seed(0)
@@ -601,7 +653,7 @@ def begun(name, seed, **changes):
     """A state, a loss and data for a few steps of a method."""
     torch.manual_seed(seed)
     loss = made(name, **changes)
-    state = new_state(MLP(1, 16, 2), lr=1e-2, seed=seed, helpers=loss.helpers)
+    state = new_state(fitting(loss, MLP(1, 16, 2)), lr=1e-2, seed=seed, helpers=loss.helpers)
     return state, loss, lambda i: (torch.randn(8, 1, generator=torch.Generator().manual_seed(seed + i)) + 1, None)
 
 
@@ -624,12 +676,12 @@ def test_helpers_begin_as_the_flow_model_and_the_frozen_one_stays(name, seed):
         def __call__(self, net, x, **others):
             assert others["teacher"] is state.teacher and others["progress"] == len(seen) / 14
             networks = {**others, "average": state.average}
-            seen.append({name: flat(networks[name]) for name in (*loss.helpers, "average", "teacher")})
+            seen.append({name: flat(networks[name]) for name in (*networks_of(loss), "average", "teacher")})
             return loss(net, x, **others)
 
     list(train(state, Watched(), batch, 4 + 14, ema=0.5, warmup_steps=4))
     assert len(seen) == 14 and not torch.equal(seen[0]["average"], born)
-    for helper in set(loss.helpers) - {"teacher"}:
+    for helper in set(networks_of(loss)) - {"teacher"}:
         kind, own = loss.helpers[helper], [now[helper] for now in seen]
         assert all(p.requires_grad == (kind != "frozen") for p in state.helpers[helper].parameters())
         assert torch.equal(own[0], born if kind == "critic" else seen[0]["average"])
@@ -655,15 +707,17 @@ def test_interrupted_training_with_helpers_equals_uninterrupted(name, seed, stop
         assert torch.equal(flat(getattr(whole, net)), flat(getattr(second, net)))
 
 
-class TwoGaussians(nn.Module):
-    """The field of one Gaussian where r = t and of another elsewhere: what a jump does must be learnt as such."""
+class ThreeGaussians(nn.Module):
+    """The field of one Gaussian where r = t, of another elsewhere and of a third at negative times: what a jump does
+    must be learnt as such, and what fakes are as well."""
 
     def __init__(self, dim):
         super().__init__()
-        self.velocity, self.jump = (Gaussian(torch.zeros(dim), 1.0) for _ in range(2))
+        self.velocity, self.jump, self.fake = (Gaussian(torch.zeros(dim), 1.0) for _ in range(3))
 
     def forward(self, x, t, r, cond=None):
-        return torch.where((t == r)[:, None], self.velocity(x, t, r), self.jump(x, t, r))
+        real = torch.where((t == r)[:, None], self.velocity(x, t.abs(), r.abs()), self.jump(x, t.abs(), r.abs()))
+        return torch.where(torch.signbit(t)[:, None], self.fake(x, t.abs(), r.abs()), real)
 
 
 @every_method
@@ -672,9 +726,10 @@ class TwoGaussians(nn.Module):
 def test_one_step_samples_become_the_data(name, seed, mean, std):
     """From a network whose one-step samples are N(0, 1), a short training makes them the data's Gaussian."""
     changes = {"consistency distillation": {"steps": 10}, "shortcut": {"finest": 16}, "dmd": {"pairs": 512}}
+    changes["dmd with own fakes"] = changes["dmd"]
     torch.manual_seed(seed)
     loss = made(name, **changes.get(name, {}))
-    state = new_state(TwoGaussians(8), lr=0.2, betas=(0.0, 0.99), seed=seed, helpers=loss.helpers)
+    state = new_state(fitting(loss, ThreeGaussians(8)), lr=0.2, betas=(0.0, 0.99), seed=seed, helpers=loss.helpers)
     for group in state.optimizer.param_groups[1:]:
         group["initial_lr"] = 0.4
     data = lambda i: (mean + std * torch.randn(64, 8), None)  # noqa: E731

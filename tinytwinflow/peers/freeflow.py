@@ -39,8 +39,7 @@ class FreeFlow:
     mode: ClassVar = None
 
     def __call__(self, net, x, original, fake, cond=None, generator=None, **_):
-        n = min(max(1, round(self.share * len(x))), max(1, len(x) - 1))  # one row is both
-        part, rest = slice(0, n), slice(min(n, len(x) - 1), None)
+        part, rest = rows_of(len(x), self.share)
         z, r, cond_n = normal(x[part], generator), uniform(x[part], generator), take(cond, part)
         one = same_time(1, z)
         F, D = net(z, one, r, cond_n), along_target(net, original, z, one, r, cond_n)
@@ -58,6 +57,12 @@ class FreeFlow:
             correction=moved(x_fake, -scale * D_N),
             fake=fake_score(fake, x_t, t, u, cond_k),
         )
+
+
+def rows_of(n, share):
+    """The rows that are predicted, and those that are corrected, at least one each: a row alone is both."""
+    first = min(max(1, round(share * n)), max(1, n - 1))
+    return slice(0, first), slice(min(first, n - 1), n)
 
 
 def along_target(net, original, z, one, r, cond=None):

@@ -60,7 +60,8 @@ class SelfDistillation:
         seen, seen_better = renoise(made, t, generator)[0], renoise(better, t, generator)[0]
         adversarial = fixed(critic)(seen, t, which, cond) - fixed(critic)(seen_better, t, which, cond)
         D, D_better = (critic(some, t, which, cond) for some in (seen.detach(), seen_better))
-        slopes = sum(slope(critic, some, t, which, cond, generator) for some in (seen.detach(), seen_better))
+        both = ((seen.detach(), D), (seen_better, D_better))
+        slopes = sum(slope(critic, some, logits, t, which, cond, generator) for some, logits in both)
         return terms(
             generator=moved(made, matching(made, x_t, t, original, fake, cond)),
             adversarial=self.gan * softplus(-adversarial).mean(),
@@ -69,7 +70,7 @@ class SelfDistillation:
         )
 
 
-def slope(critic, x, t, r, cond=None, generator=None, step=0.01):
-    """Mean square of the critic's slope in a random direction, by a difference."""
+def slope(critic, x, logits, t, r, cond=None, generator=None, step=0.01):
+    """Mean square of the slope of a critic, whose logits at x are these, in a random direction, by a difference."""
     near = critic(x + step * normal(x, generator), t, r, cond)
-    return ((near - critic(x, t, r, cond)) / step).square().mean()
+    return ((near - logits) / step).square().mean()
