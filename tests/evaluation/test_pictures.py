@@ -80,7 +80,7 @@ def test_the_comparison_has_the_best_on_top_by_each_yardstick_with_lines_to_reac
     ]  # fmt: skip
     rows.append({"data": "moons", "method": "c", "nfe": 1, "diverged": ["seed 0: step 3"]})
     floors = {"moons": {"sliced_wasserstein": 0.02, "off_data": 0.001}}
-    draw_comparison("", rows, floors, ["moons"], ["c", "flow matching", "a", "b"])
+    draw_comparison("", rows, floors, ["moons"], dict.fromkeys(["c", "flow matching", "a", "b"], "one"))
     for axis, order, flow, real in zip(
         drawn[0].axes, (["b", "a", "flow matching", "c"], ["flow matching", "a", "b", "c"]), (0.004, 0.0), (0.02, 0.001)
     ):

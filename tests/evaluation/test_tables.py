@@ -7,7 +7,7 @@ import pytest
 from tinytwinflow.evaluation.tables import comparison_table, floor_of, run_table, summary
 
 METHODS, SETS = ["flow matching", "twinflow", "burst"], ["moons", "rings"]
-COST = {"weights": 2, "net": 1, "seconds_ratio": 1.0, "trained": 0, "frozen": 0, "peak": 2**20}
+COST = {"family": "any-step", "weights": 2, "net": 1, "seconds_ratio": 1.0, "trained": 0, "frozen": 0, "peak": 2**20}
 
 
 def result(name, method, seed):
@@ -67,7 +67,9 @@ def test_means_over_the_data_sets_are_of_both_yardsticks(results, text):
     for method in ("flow matching", "twinflow"):
         value, line = average(method, 1), average("flow matching", 100)
         assert rows[method][head.index("off data at 1 NFE") :] == [f"{value:.2%}", f"{value / line:.2f}"]
-    assert rows["twinflow"][1] == "0.0356" and rows["twinflow"][3] == ""
+    assert rows["twinflow"][1:4] == ["0 / 0", "1.00 x", "0.0356"] and rows["twinflow"][5] == ""
+    order = [line.split("|")[1].strip() for line in text.splitlines()[-3:]]
+    assert order == ["flow matching", "twinflow", "burst"] and cells(text, "twinflow")[1] == "any-step"
 
 
 def test_without_the_line_or_with_none_off_data_there_is_no_ratio():

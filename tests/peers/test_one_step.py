@@ -14,7 +14,7 @@ from test_peers import Gaussian, Spy, gaussians
 from tinytwinflow import peers, sample
 from tinytwinflow.peers.common import twin_of
 from tinytwinflow.peers.drifting import drift, force
-from tinytwinflow.peers.freeflow import rows_of
+from tinytwinflow.peers.freeflow import both_parts
 from tinytwinflow.peers.self_distillation import few_steps, slope
 
 close = torch.testing.assert_close
@@ -140,9 +140,9 @@ def test_freeflow_rests_at_the_exact_map_and_reads_no_data(exact, seed, B):
 
 
 @given(st.integers(1, 40), st.floats(0, 1))
-def test_rows_of_freeflow(n, share):
+def test_both_parts_freeflow(n, share):
     """So many are predicted, the rest corrected, none neither; one at least in each, a row alone in both."""
-    first, second = ([*range(n)[rows]] for rows in rows_of(n, share))
+    first, second = ([*range(n)[rows]] for rows in both_parts(n, share))
     assert len(first) >= 1 and len(second) >= 1 and sorted({*first, *second}) == [*range(n)]
     assert len(first) + len(second) == max(n, 2)
     if n > 1:

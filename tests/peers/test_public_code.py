@@ -148,7 +148,7 @@ def test_freeflow(monkeypatch):
     monkeypatch.setattr(freeflow, "uniform", lambda *_: r)
     monkeypatch.setattr(freeflow, "renoise", lambda x, *_: ((1 - t[:, None]) * x + t[:, None] * n, n - x))
     close(freeflow.along_target(net, original, z, torch.ones_like(r), r), tensor(public["D_G"]))
-    monkeypatch.setattr(freeflow, "rows_of", lambda *_: (slice(0, 4), slice(0, 4)))
+    monkeypatch.setattr(freeflow, "both_parts", lambda *_: (slice(0, 4), slice(0, 4)))
     monkeypatch.setattr(torch, "randn", lambda *_, **__: (t / (1 - t)).log() - 0.8)
     out = peers.FreeFlow()(net, torch.zeros(4, 2).double(), original, fake)
     expected = tensor(public["weight"])[:, None] * tensor(public["D_G"])

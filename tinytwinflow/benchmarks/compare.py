@@ -20,7 +20,7 @@ from ..files import write_json
 from ..runs.checks import refuse_misfits
 from ..runs.evaluate import rows_of, yardstick
 from ..runs.folder import read_config, trained
-from ..runs.methods import entry
+from ..runs.methods import entry, method_family
 from ..runs.run import finish, make_folder, resume
 from . import memory
 
@@ -45,6 +45,7 @@ def compare(names, methods, seeds, changes, out, jobs=None):
                 todo.append((folder, {**entry(method, changes), "seed": seed, "data": name}, method, nfes))
     results = work_off(todo, sets, train_and_measure, jobs)
     costs = costs_of_methods(methods, changes, Path(out) / "cost.json")
+    costs = {method: {"family": method_family(method), **figures} for method, figures in costs.items()}
     rows, floors = summary(results, names, methods), {name: floor_of(results, name) for name in names}
     text = comparison_table(rows, floors, names, methods, costs)
     text += "".join(f"\n\n{Path(name).name}: {SEEN}" for name in names if not sets[name].held_out)
@@ -53,7 +54,9 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     content |= {"training_seconds": sum(r["seconds"] for r in results), "floor": floors, "cost": costs, "rows": rows}
     write_json(Path(out) / "metrics.json", content)
     (Path(out) / "table.md").write_text(text + "\n")
-    pictures.draw_comparison(Path(out) / "compare.png", rows, floors, names, methods)
+    pictures.draw_comparison(
+        Path(out) / "compare.png", rows, floors, names, {method: costs[method]["family"] for method in methods}
+    )
     print(f"\n{out}/table.md  {out}/compare.png  {out}/metrics.json")
 
 

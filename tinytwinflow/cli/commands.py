@@ -19,7 +19,7 @@ from ..files import aside, reason, write_json
 from ..model import load
 from ..runs.evaluate import evaluate
 from ..runs.folder import backbone_of, condition_of, painter, read_config, read_log, trained
-from ..runs.methods import entry, known_methods
+from ..runs.methods import compared_methods, entry
 from ..runs.recipes import configured
 from ..runs.run import RESULTS, begin, finish, resume
 from ..runs.settings import listed, loss_of, method_of
@@ -154,7 +154,7 @@ def run_compare(args):
     if args.source is not None and args.data:
         raise ValueError("--from takes the data of its run: leave --data out")
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    methods = args.methods or (known_methods() if args.source is None else pays.COMPARED)
+    methods = args.methods or (compared_methods() if args.source is None else pays.COMPARED)
     methods = list(dict.fromkeys(" ".join(method.split()) for method in methods))
     out = Path(args.out or ("runs/compare" if args.source is None else "runs/pays"))
     if args.source is None:
@@ -178,7 +178,7 @@ def run_memory(args):
     if rows < 1:
         raise ValueError(f"--batch-size must be at least 1, got {rows}")
     methods = dict.fromkeys(
-        ["flow matching", *(args.methods or (plan.ON_BACKBONES if on_backbone else known_methods()))]
+        ["flow matching", *(args.methods or (plan.ON_BACKBONES if on_backbone else compared_methods()))]
     )
     if not on_backbone:
         losses = {method: loss_of(entry(method)) for method in methods}

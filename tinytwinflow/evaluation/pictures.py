@@ -125,15 +125,18 @@ def draw_one(path, x, title):
     _save(figure, path)
 
 
-def draw_comparison(path, rows, floors, names, methods):
+def draw_comparison(path, rows, floors, names, families):
     """Sliced W2 and off data, a column a data set, a row a method, the best at 1 NFE on top.
 
     Dots at 1 NFE, with their spread, under them digits at 2, 4, 8; flow matching at 100 and real data are lines to
-    reach.
+    reach. families: method -> what it is of, a colour each.
     """
     from matplotlib.ticker import LogLocator
 
     lanes = {1: 0.3, 2: 0.1, 4: -0.1, 8: -0.3}  # or digits would hide each other
+    methods, kinds = list(families), dict.fromkeys(families.values())
+    others = iter(OTHERS)
+    colors = {kind: {"self-adversarial": ONE, "flow matching": FLOW}.get(kind) or next(others) for kind in kinds}
     yardsticks = (("sliced_wasserstein", "sliced W2"), ("off_data", "off data"))
     figure, axes = _canvas(len(names), width=4.8, height=1.2 + 0.36 * len(methods), rows=2)
     for (metric, label), row in zip(yardsticks, axes):
@@ -142,7 +145,7 @@ def draw_comparison(path, rows, floors, names, methods):
             first = {method: own[method, 1][metric] if (method, 1) in own else math.inf for method in methods}
             order = sorted(methods, key=first.get, reverse=True)
             for (method, nfe), r in own.items():
-                place, color = order.index(method), {"twinflow": ONE, "flow matching": FLOW}.get(method, REAL)
+                place, color = order.index(method), colors[families[method]]
                 if nfe == 1:
                     axis.errorbar(
                         r[metric], place + lanes[1], xerr=r[f"{metric}_spread"], color=color, marker="o", ms=5
@@ -167,7 +170,9 @@ def draw_comparison(path, rows, floors, names, methods):
             axis.hlines(np.arange(1, len(methods)) - 0.5, 0, 1, "#eeeeee", transform=axis.get_yaxis_transform())
             axis.tick_params(labelsize=8)
             axis.xaxis.label.set_fontsize(8)
-    axes[0, 0].legend(fontsize=7)
+    for kind, color in colors.items():
+        axes[0, 0].plot([], [], color=color, marker="o", ms=5, ls="", label=kind)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=5, loc="outside upper center")
     _save(figure, path)
 
 

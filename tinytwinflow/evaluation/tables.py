@@ -59,13 +59,18 @@ def summary(results, names, methods):
 
 
 def comparison_table(rows, floors, names, methods, costs):
-    """Two Markdown tables: what each method costs, and what it gives, a row a method, at 1, 2, 4, 8 NFE."""
-    header = ["method", "auxiliary networks, trained / frozen", "weights held", "step time", "peak memory of a step"]
+    """Markdown tables: what each method costs, and what it gives, a row a method, at 1, 2, 4, 8 NFE.
+
+    costs: name -> figures of `memory.step_cost`, and `family`.
+    """
+    header = ["method", "family", "auxiliary networks, trained / frozen", "weights held", "step time"]
+    header.append("peak memory of a step")
     cells = []
     for method in methods:
         c = costs[method]
         held, time = f"{c['weights'] / c['net']:.0f} x", f"{c['seconds_ratio']:.2f} x"
-        cells.append([method, f"{c['trained']} / {c['frozen']}", held, time, f"{c['peak'] / 2**20:.1f} MiB"])
+        beside = f"{c['trained']} / {c['frozen']}"
+        cells.append([method, c["family"], beside, held, time, f"{c['peak'] / 2**20:.1f} MiB"])
     lines = [markdown(header, cells)]
     for name in names:
         of_line = [r for r in rows if (r["data"], r["method"], r["nfe"]) == (name, *LINE)]
@@ -88,7 +93,7 @@ def comparison_table(rows, floors, names, methods, costs):
             f"| real data | {floor['sliced_wasserstein']:.3f} |" + " |" * (len(NFES) - 1) + " | "
             f"{floor['off_data']:.2%} | {floor['energy_distance']:.5f} | {covered} | {floor['diversity']:.2f} |"
         )
-    return "\n".join(lines + (means(rows, names, methods) if len(names) > 1 else []))
+    return "\n".join(lines + (means(rows, names, methods, costs) if len(names) > 1 else []))
 
 
 def paying_table(rows, lines, methods, lengths, metrics):
@@ -108,8 +113,10 @@ def paying_table(rows, lines, methods, lengths, metrics):
     return "\n".join(parts[:-1])
 
 
-def means(rows, names, methods):
-    """One more table: means over the data sets, of methods that have a figure on all, of sliced W2 and of off data."""
+def means(rows, names, methods, costs):
+    """One more table: means over the data sets, of methods that have a figure on all, of sliced W2 and of off data, the
+    best at 1 NFE on top, with what they take beside the network.
+    """
 
     def average(metric, method, nfe):
         own = {r["data"]: r.get(metric, math.inf) for r in rows if (r["method"], r["nfe"]) == (method, nfe)}
@@ -120,13 +127,16 @@ def means(rows, names, methods):
         return f"{value / line:.2f}" if value < math.inf and 0 < line < math.inf else "-"
 
     line = f"x {LINE[0]} at {LINE[1]}"
-    header = ["method", *(f"{nfe} NFE" for nfe in (*NFES, LINE[1])), f"1 NFE {line}", "off data at 1 NFE", line]
+    header = ["method", "beside it", "step time", *(f"{nfe} NFE" for nfe in (*NFES, LINE[1])), f"1 NFE {line}"]
+    header += ["off data at 1 NFE", line]
     cells = []
-    for method in methods:
+    for method in sorted(methods, key=lambda method: average("sliced_wasserstein", method, 1)):
         own = [average("sliced_wasserstein", method, nfe) for nfe in (*NFES, LINE[1])]
         shown, off = ["" if value == math.inf else f"{value:.4f}" for value in own], average("off_data", method, 1)
         shown += [ratio("sliced_wasserstein", method), "" if off == math.inf else f"{off:.2%}"]
-        cells.append([method, *shown, ratio("off_data", method)])
+        c = costs[method]
+        held = [f"{c['trained']} / {c['frozen']}", f"{c['seconds_ratio']:.2f} x"]
+        cells.append([method, *held, *shown, ratio("off_data", method)])
     return ["", "**Mean over the data sets**: sliced W2, and off data", "", markdown(header, cells)]
 
 

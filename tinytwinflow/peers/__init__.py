@@ -79,6 +79,17 @@ PEERS = {
     "drifting": Drifting,
     "apex": APEX,
 }
+PEER_FAMILIES = {
+    "consistency": ("consistency training", "consistency distillation", "scm", "scm by differences"),
+    "any-step": (
+        "meanflow", "improved meanflow", "pixel meanflow", "euler mean flow", "alpha-flow", "soflow", "shortcut",
+        "progressive distillation",
+    ),
+    "distribution matching": ("vsd", "dmd", "dmd with own fakes", "sid", "freeflow"),
+    "adversarial": ("dmd2", "adversarial self-distillation", "sana-sprint"),
+    "drifting": ("drifting",),
+    "self-adversarial": ("apex",),
+}  # fmt: skip
 # what the twin can stand on in place of the any-step base: those that need no network beside the average, nor another
 BASES = tuple(
     name

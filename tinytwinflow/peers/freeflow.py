@@ -39,7 +39,7 @@ class FreeFlow:
     mode: ClassVar = None
 
     def __call__(self, net, x, original, fake, cond=None, generator=None, **_):
-        part, rest = rows_of(len(x), self.share)
+        part, rest = both_parts(len(x), self.share)
         z, r, cond_n = normal(x[part], generator), uniform(x[part], generator), take(cond, part)
         one = same_time(1, z)
         F, D = net(z, one, r, cond_n), along_target(net, original, z, one, r, cond_n)
@@ -59,7 +59,7 @@ class FreeFlow:
         )
 
 
-def rows_of(n, share):
+def both_parts(n, share):
     """The rows that are predicted, and those that are corrected, at least one each: a row alone is both."""
     first = min(max(1, round(share * n)), max(1, n - 1))
     return slice(0, first), slice(min(first, n - 1), n)

@@ -32,6 +32,20 @@ def known_methods():
     return ("flow matching", "rcgm", *peers.PEERS, "twin alone", *(ON + name for name in peers.BASES), "twinflow")
 
 
+def compared_methods():
+    """The rows of a table of methods where none are named: of the bases that the twin can stand on, two."""
+    left_out = {ON + name for name in peers.BASES} - {ON + "meanflow", ON + "shortcut"}
+    return tuple(name for name in known_methods() if name not in left_out)
+
+
+def method_family(text):
+    """The family of one line of a table of methods, see `peers.PEER_FAMILIES`."""
+    name = named(text)[0]
+    own = {"flow matching": "flow matching", "rcgm": "any-step"}
+    families = {method: family for family, methods in peers.PEER_FAMILIES.items() for method in methods}
+    return (own | families).get(name, "self-adversarial")
+
+
 def named(text):
     """A line's method and the settings after it.  "dmd2 lr=1e-3" -> "dmd2", ["lr=1e-3"]."""
     words = text.split()
