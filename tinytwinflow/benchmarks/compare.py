@@ -54,9 +54,8 @@ def compare(names, methods, seeds, changes, out, jobs=None):
     content |= {"training_seconds": sum(r["seconds"] for r in results), "floor": floors, "cost": costs, "rows": rows}
     write_json(Path(out) / "metrics.json", content)
     (Path(out) / "table.md").write_text(text + "\n")
-    pictures.draw_comparison(
-        Path(out) / "compare.png", rows, floors, names, {method: costs[method]["family"] for method in methods}
-    )
+    families = {method: costs[method]["family"] for method in methods}
+    pictures.draw_comparison(Path(out) / "compare.png", rows, floors, names, families)
     print(f"\n{out}/table.md  {out}/compare.png  {out}/metrics.json")
 
 
