@@ -594,7 +594,7 @@ def test_data_free_training_never_reads_the_data(seed, B):
 def test_the_settings_are_those_of_the_table_here_and_in_the_paper():
     """Defaults are what is recommended; `paper` is what is printed, with what is changed; both check what they get."""
     same = {"share": 1 / 3, "dt": 0.01, "times": (1.0, 1.0), "metric": "squared", "rectify_clip": None, "guidance": 0.0}
-    same |= {"jump_c": None, "guidance_range": (0.0, 1.0), "data_free": False}
+    same |= {"jump_c": None, "guidance_range": (0.0, 1.0), "data_free": False, "base": None}
     here = {"order": 8, "flow_share": 0.5, "one_step_share": 0.3, "even_inner": True, "gain": 4.0, "clip": 10.0}
     here |= {"adversarial_weight": 0.3, "rectify_weight": 0.3}
     paper = {"order": 2, "flow_share": 0.05, "one_step_share": 0.0, "even_inner": False, "gain": math.inf, "clip": 1.0}

@@ -54,7 +54,7 @@ def test_each_default_and_each_recipe_keeps_to_the_ranges():
 
 def test_the_loss_has_the_settings_of_the_recipes_and_the_paper_its_own():
     """TwinFlowLoss() is what recipes have but for what they say; paper() is what is printed, and takes changes."""
-    assert {f.name for f in fields(TwinFlowLoss)} == set(LOSS)
+    assert {f.name for f in fields(TwinFlowLoss)} == {*LOSS, "base"}
     assert loss_of(configured("cifar")) == TwinFlowLoss()
     assert loss_of(configured("toy")) == TwinFlowLoss(flow_share=0.3, one_step_share=0.4, jump_c=0.12)
     printed = TwinFlowLoss.paper()
