@@ -605,6 +605,7 @@ def test_a_clean_sample_is_a_velocity(x, t, floor):
     shorter by |t| / floor. The sign of time, the target time and the condition reach the network as they are."""
     net, r, label = Answers(), t / 2, torch.arange(4)
     field, T = PredictsData(net, floor), t[:, None].abs()
+    assert PredictsData(net).floor == 0.05
     noise = T / (T**2 + 0.25 * (1 - T) ** 2) * (x - 0.7 * (1 - T))
     v = noise - gaussian_clean(x, T)
     close(field(x, t, r, label), v * (T / floor).clamp(max=1))
@@ -675,8 +676,9 @@ def test_a_shifted_network_begins_as_its_own_kind_does(kind):
     """A DiT's labels begin small, and A = 1, b = 0 whatever it draws."""
     torch.manual_seed(0)
     own, net = KINDS[kind][0](199), Shifted(KINDS[kind][0], 199)
-    spread, wanted = (e.weight.std().item() for e in (net.net.label.plain, own.label))
-    assert spread == pytest.approx(wanted, rel=0.1) and len(net.net.label.plain.weight) == 200
+    e, wanted = net.net.label.plain.weight, own.label.weight.std().item()
+    assert e.std().item() == pytest.approx(wanted, rel=0.1) and len(e) == 200
+    assert e.untyped_storage().nbytes() == e.nbytes, "no rows are kept, and saved, that nobody reads"
     A, b = net.net.label.shift.parameters()
     assert torch.equal(A, torch.eye(len(A))) and not b.any()
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in own.parameters()) + A.numel() + b.numel()
