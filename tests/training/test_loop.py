@@ -577,7 +577,7 @@ def test_a_loss_is_given_all_that_the_state_has_and_the_batch():
             assert found["teacher"] is state.teacher and found["original"] is state.original
             assert found["generator"] is state.generator and found["turns"].device.type == "cpu"
             assert found["null"].tolist() == [9] and set(found) == {
-                "cond", "teacher", "null", "original", "generator", "turns"}  # fmt: skip
+                "cond", "teacher", "null", "original", "generator", "turns", "progress"}  # fmt: skip
         assert len({found["turns"].initial_seed() for *_, found in calls}) == 3
     state.call, null = None, {"a": torch.zeros(1)}
     calls, _ = heard(state, loss, lambda i: (x, {"a": x[:, 0]}), state.step + 4, null=null, warmup_steps=state.step + 1,

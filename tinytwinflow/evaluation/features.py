@@ -46,6 +46,7 @@ def train_classifier(data, steps=600, lr=2e-3, device="cpu", shown=False, seed=N
         f.cross_entropy(net(x.to(device)), label.to(device)).backward()
         optimizer.step()
         schedule.step()
+    optimizer.zero_grad()
     return net.eval().requires_grad_(False)
 
 
