@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import kstest
 
-from tinytwinflow import GaussianMixture, TwinFlowLoss, Twins, generate
+from tinytwinflow import GaussianMixture, Losses, TwinFlowLoss, Twins, generate, peers
 from tinytwinflow.method import path, reference
 from tinytwinflow.method.distances import DISTANCES
 from tinytwinflow.method.draws import Draws, draw_for, split
@@ -594,7 +594,7 @@ def test_data_free_training_never_reads_the_data(seed, B):
 def test_the_settings_are_those_of_the_table_here_and_in_the_paper():
     """Defaults are what is recommended; `paper` is what is printed, with what is changed; both check what they get."""
     same = {"share": 1 / 3, "dt": 0.01, "times": (1.0, 1.0), "metric": "squared", "rectify_clip": None, "guidance": 0.0}
-    same |= {"jump_c": None, "guidance_range": (0.0, 1.0), "data_free": False}
+    same |= {"jump_c": None, "guidance_range": (0.0, 1.0), "data_free": False, "base": None}
     here = {"order": 8, "flow_share": 0.5, "one_step_share": 0.3, "even_inner": True, "gain": 4.0, "clip": 10.0}
     here |= {"adversarial_weight": 0.3, "rectify_weight": 0.3}
     paper = {"order": 2, "flow_share": 0.05, "one_step_share": 0.0, "even_inner": False, "gain": math.inf, "clip": 1.0}
@@ -676,3 +676,172 @@ def test_wrong_use_says_what_is_allowed():
     ]:
         with pytest.raises(ValueError, match=rf"{name}'s answer and x must have the same shape, got \(\d+, 1\)"):
             loss(narrow if name == "net" else lambda x, t, r, cond=None: net(x, t, r), x, **fields)
+
+
+class Base:
+    """A base that keeps what it is given; its loss is the mean over its rows of the answers' sums."""
+
+    helpers, mode = {"teacher": "average"}, "any"
+
+    def __init__(self):
+        self.given = []
+
+    def __call__(self, net, x, cond=None, **more):
+        self.given.append((x, cond, more))
+        return peers.common.terms(flow=net(x, torch.ones(len(x)).double(), x[:, 0] * 0, cond).sum(1).mean())
+
+
+class Kept(TwinFlowLoss):
+    """TwinFlow that keeps what its twin parts are given; `answer`, if there is one, is its value."""
+
+    kept, answer = [], None
+
+    def evaluate(self, *given):
+        self.kept.append(given)
+        return super().evaluate(*given) if self.answer is None else self.answer(given[0])
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    monkeypatch.setattr(Kept, "kept", [])
+    return Kept.kept
+
+
+@settings(max_examples=25)
+@given(st.integers(2, 12), seeds, st.sampled_from([0.2, 1 / 3, 0.5, 0.8]), st.sampled_from([0.5, 1.0]))
+def test_a_base_has_its_rows_and_the_twin_the_others(B, seed, share, weight):
+    """Each row goes to one of them with its condition; the parts are the base's own loss and TwinFlow's of share 1."""
+    Kept.kept.clear()
+    net, base, x = network(seed, 3), Base(), torch.randn(B, 2).double()
+    cond = (x[:, 0] > 0).long() + (x[:, 1] > 0)
+    loss = Kept(base=base, share=share, adversarial_weight=weight, rectify_weight=0.7)
+    out = loss(net, x, cond, generator=torch.Generator().manual_seed(seed))
+    ((x_base, cond_base, _),), ((draws, _, x_twin, cond_twin, teacher, *_),) = base.given, Kept.kept
+    assert len(x_base) == max(1, min(B - 1, len(x_base))) and abs(len(x_base) - (1 - share) * B) < 1
+    rows = lambda x, cond: sorted(map(tuple, torch.cat([x, cond[:, None]], 1).tolist()))  # noqa: E731
+    assert rows(torch.cat([x_base, x_twin]), torch.cat([cond_base, cond_twin])) == rows(x, cond)
+    alone = TwinFlowLoss(share=1.0, adversarial_weight=weight, rectify_weight=0.7)
+    twin, own = alone.evaluate(draws, net, x_twin, cond_twin), Base()(net, x_base, cond_base)
+    close(torch.stack(out), torch.stack([own.total + twin.total, own.total, *twin[2:]]))
+    close(gradients(out.total, net), gradients(own.total + twin.total, net))
+    assert not any(term.requires_grad for term in out[1:]) and teacher is net
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_which_rows_a_base_has_is_chance(seed):
+    """Of the generator alone: else the twin would never see the rows that a batch ends with."""
+    found = []
+    for _ in range(2):
+        base, generator = Base(), torch.Generator().manual_seed(seed)
+        for _ in range(40):
+            TwinFlowLoss(base=base, share=0.5)(network(0), torch.arange(8.0).double().view(4, 2), generator=generator)
+        found.append([x[:, 0].tolist() for x, *_ in base.given])
+    assert found[0] == found[1] and {x for rows in found[0] for x in rows} == {0.0, 2.0, 4.0, 6.0}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_without_a_share_no_twin_and_without_a_rest_no_base(share, kept):
+    net, x, base = network(0), torch.randn(5, 2).double(), Base()
+    out = Kept(base=base, share=share)(net, x, generator=torch.Generator().manual_seed(0))
+    if share:
+        assert not base.given and out.base == 0 and len(kept) == 1
+        close(out.total, out.adversarial + out.rectify)
+    else:
+        assert not kept and out.adversarial == out.rectify == out.gap == 0
+        close(out.total, Base()(net, x).total)
+        close(gradients(out.total, net), gradients(Base()(net, x).total, net))
+
+
+@pytest.mark.parametrize("share", [0.2, 1 / 3])
+@pytest.mark.parametrize("B", [1, 2, 3, 4])
+def test_on_a_base_a_batch_of_any_size_has_each_part_once_in_expectation(B, share, kept, monkeypatch):
+    """Over all coins, taken evenly: the base's mean weighs 1, and so does each of the twin's parts over its divisor."""
+    coins = []
+    monkeypatch.setattr("tinytwinflow.method.draws.coin", lambda turns=None: coins.pop(0))
+    total = torch.zeros(4).double()
+
+    def answer(draws):
+        parts = [torch.tensor(draws.counts[i] / draws.divisors[i]).double() for i in (2, 3)]
+        return Losses(sum(parts), torch.zeros(()), *parts, parts[1])
+
+    monkeypatch.setattr(Kept, "answer", staticmethod(answer))
+    loss = Kept(base=lambda net, x, cond, **_: peers.common.terms(flow=torch.ones(()).double()), share=share)
+    for first in range(60):
+        for second in range(10):
+            coins[:] = [(first + 0.5) / 60, (second + 0.5) / 10]
+            out = loss(lambda x, t, r, cond: x, torch.zeros(B, 2).double())
+            total += torch.stack(out[1:]) / 600
+            close(out.total, out.base + out.adversarial + out.rectify)
+    close(total, torch.ones(4).double(), atol=1e-6, rtol=0)
+
+
+def test_a_base_is_given_what_it_may_ask_for(kept):
+    net, teacher, x, cond = network(0, 3), network(1, 3), torch.randn(6, 2).double(), torch.arange(6) % 3
+    generator, turns, base = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1), Base()
+    Kept(base=base)(net, x, cond, teacher, null=3, generator=generator, turns=turns, progress=0.3)
+    (_, _, more), (_, twin_net, _, _, twin_teacher, *_) = base.given[0], kept[0]
+    assert torch.equal(more.pop("null"), torch.tensor([3])) and twin_net is net and twin_teacher is teacher
+    assert more == {"teacher": teacher, "generator": generator, "turns": turns, "progress": 0.3}
+    Kept(base=base)(net, x, cond)
+    assert base.given[1][2]["progress"] == 1.0 and base.given[1][2]["teacher"] is net
+
+
+def test_which_part_a_batch_of_one_row_has_its_turns_say():
+    def has_base(turns, seed):
+        base, (turns, generator) = Base(), (torch.Generator().manual_seed(one) for one in (turns, seed))
+        TwinFlowLoss(base=base)(network(0), torch.zeros(1, 2).double(), generator=generator, turns=turns)
+        return len(base.given)
+
+    found = [{has_base(turns, seed) for seed in range(5)} for turns in range(8)]
+    assert all(len(each) == 1 for each in found) and set.union(*found) == {0, 1}
+
+
+def test_a_base_is_a_loss_that_needs_no_more_than_the_average():
+    for base, message in [
+        (peers.DMD2(), "a base needs no network beside the average, DMD2.* needs {'original': 'frozen'"),
+        (peers.Drifting(), "a base needs no network beside the average, Drifting"),
+        ("meanflow", "base must be a loss, see `peers`, or None, got 'meanflow'"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            TwinFlowLoss(base=base)
+        assert len(str(error.value).splitlines()) == 1
+    for changes in ({"guidance": 0.5}, {"data_free": True}):
+        with pytest.raises(ValueError, match="guidance and data_free are of the any-step base: guidance=0, data_free"):
+            TwinFlowLoss(base=peers.MeanFlow(), **changes)
+    for name in peers.BASES:
+        out = TwinFlowLoss(base=peers.PEERS[name]())(network(0), torch.randn(6, 2).double())
+        assert torch.isfinite(torch.stack(out)).all() and out.total.requires_grad, name
+    assert {"meanflow", "shortcut", "consistency training", "soflow"} <= set(peers.BASES)
+    assert not {"dmd2", "drifting", "apex", "pixel meanflow", "consistency distillation"} & set(peers.BASES)
+
+
+class OfGaussian(torch.nn.Module):
+    """The exact field of data N(0.4, 0.6^2), x_t -> x_r along the flow, plus a line that is learnt, at negative times
+    another one; and the twin of fakes N(0.4 + off, 0.6^2)."""
+
+    def __init__(self, off=0.0):
+        super().__init__()
+        self.off, self.line = off, torch.nn.Parameter(torch.zeros(2, 2).double())
+
+    def forward(self, x, t, r, cond=None):
+        twin, (t, r) = torch.signbit(t)[:, None], (abs(time)[:, None] for time in (t, r))
+        mean = 0.4 + self.off * twin
+        spread = lambda t: ((0.6 * (1 - t)) ** 2 + t**2).sqrt()  # noqa: E731
+        a = x - (1 - t) * mean
+        v = a * (t - 0.36 * (1 - t)) / spread(t) ** 2 - mean
+        jump = (x - (1 - r) * mean - a * spread(r) / spread(t)) / (t - r).clamp(min=1e-3)
+        line = torch.where(twin, self.line[1], self.line[0])
+        return torch.where(t - r < 1e-3, v, jump) + line[:, :1] * x + line[:, 1:]
+
+
+def test_the_exact_field_is_at_rest_on_another_base_where_the_fakes_are_right():
+    """MeanFlow's identity holds for it and the gap is zero, so no part has a gradient in the mean; where the twin is
+    that of other fakes, the rectification and the twin's own part have one."""
+    loss = TwinFlowLoss(base=peers.MeanFlow(power=0.0), adversarial_weight=1.0, rectify_weight=1.0)
+    for off, still in ((0.0, True), (0.3, False)):
+        net, generator, found = OfGaussian(off), torch.Generator().manual_seed(0), []
+        for _ in range(40):
+            x = 0.4 + 0.6 * torch.randn(300, 1, generator=generator).double()
+            found.append(gradients(loss(net, x, generator=generator).total, net))
+        mean, error = torch.stack(found).mean(0), torch.stack(found).std(0) / 40**0.5
+        assert (error > 0).all() and bool((mean.abs() < 4 * error).all()) == still, (off, mean / error)

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from conftest import inside, seeds
+from conftest import arrays, inside, seeds
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
@@ -16,9 +16,10 @@ from torch.nn import functional as f
 
 import tinytwinflow as ttf
 from tinytwinflow.method.draws import draw_for
-from tinytwinflow.nets import MLP, DiT, UNet, dit, load_published
+from tinytwinflow.nets import MLP, DiT, PredictsData, Shifted, UNet, dit, load_published
 from tinytwinflow.nets.dit import from_epsilon, positions
-from tinytwinflow.training.distributed import compile_as, prepare
+from tinytwinflow.nets.shifted import Shift
+from tinytwinflow.training.distributed import blocks_of, compile_as, prepare
 from tinytwinflow.training.loop import autocast
 
 close = torch.testing.assert_close
@@ -581,3 +582,136 @@ def test_the_loss_and_one_step_samples_survive_bfloat16(kind, seed):
     for steps in (1, 2):
         found, wanted = ttf.sample(half, coarse, steps, cond=label), ttf.sample(net, coarse.float(), steps, cond=label)
         close(found.float(), wanted, atol=0.2, rtol=0.1)
+
+
+def gaussian_clean(x, t, mean=0.7, spread=0.5):
+    """E[x | x_t] of data N(mean, spread^2), from their joint law with x_t = t z + (1 - t) x."""
+    return mean + (1 - t) * spread**2 / (t**2 + (1 - t) ** 2 * spread**2) * (x - (1 - t) * mean)
+
+
+class Answers(torch.nn.Module):
+    """A network that answers with the clean sample of a Gaussian, and keeps what it is asked."""
+
+    classes, blocks = 5, ("a block",)
+
+    def forward(self, x, t, r, cond=None):
+        self.asked = x, t, r, cond
+        return gaussian_clean(x, t[:, None].abs())
+
+
+@given(arrays((4, 2)), arrays(4, st.floats(-1, 1)), st.floats(0.01, 0.5))
+def test_a_clean_sample_is_a_velocity(x, t, floor):
+    """Of a Gaussian E[z | x_t] = t / var(x_t) (x_t - mean of x_t), so the velocity is known; below the floor it is
+    shorter by |t| / floor. The sign of time, the target time and the condition reach the network as they are."""
+    net, r, label = Answers(), t / 2, torch.arange(4)
+    field, T = PredictsData(net, floor), t[:, None].abs()
+    assert PredictsData(net).floor == 0.05
+    noise = T / (T**2 + 0.25 * (1 - T) ** 2) * (x - 0.7 * (1 - T))
+    v = noise - gaussian_clean(x, T)
+    close(field(x, t, r, label), v * (T / floor).clamp(max=1))
+    assert all(map(torch.equal, net.asked, (x, t, r, label))) and (field.classes, field.blocks) == (5, ("a block",))
+    one, nothing = torch.ones(4).double(), torch.zeros(4).double()
+    found = ttf.sample(field, x, 1, cond=label)
+    assert all(map(torch.equal, net.asked, (x, one, nothing, label)))
+    close(found, net(x, one, nothing))
+
+
+def shifted(kind, classes, seed=0):
+    """A network with shifted conditions, all else at random, and its shift, new."""
+    net = Shifted(KINDS[kind][0], classes)
+    shift = net.net.label.shift
+    new = copy.deepcopy(shift.state_dict())
+    awake(net, seed)
+    shift.load_state_dict(new)
+    return net, shift
+
+
+def asked(net, x, t, cond, shift):
+    return net(x, t, t / 2, {"cond": cond, "shift": torch.full((len(x),), shift)})
+
+
+@given(kinds, seeds, st.sampled_from([0, 3]), inside)
+def test_shifted_branches_are_born_equal_and_a_shift_moves_one_of_them(kind, seed, classes, t):
+    """For every label, the null label too, and where there are none; the plain branch is also what it is without."""
+    (net, shift), x, t = shifted(kind, classes, seed), batch(kind, 4, seed), torch.full((4,), t)
+    label = torch.arange(4) if classes else None
+    plain = net(x, t, t / 2, label)
+    assert torch.equal(asked(net, x, t, label, 0), plain) and net.classes == classes
+    close(asked(net, x, t, label, 1), plain, atol=1e-5, rtol=1e-4)
+    shift.bias += 1.0
+    assert torch.equal(asked(net, x, t, label, 0), plain) and torch.equal(net(x, t, t / 2, label), plain)
+    assert ((asked(net, x, t, label, 1) - plain).flatten(1).abs().amax(1) > 1e-6).all()
+
+
+@given(kinds, seeds, st.sampled_from([0, 3]))
+def test_the_plain_branch_is_the_network_itself(kind, seed, classes):
+    """With the same weights; without labels, where the embedding of its one condition is zero."""
+    (net, _), x, t, own = shifted(kind, classes, seed), batch(kind, 4, seed), torch.rand(4), KINDS[kind][0](classes)
+    label, weights = torch.arange(4) if classes else None, net.net.state_dict()
+    e = weights.pop("label.plain.weight")
+    weights = {name: weight for name, weight in weights.items() if "label." not in name}
+    own.load_state_dict(weights | ({"label.weight": e} if classes else {}))
+    net.net.label.plain.weight *= classes > 0
+    close(net(x, t, t / 2, label), own(x, t, t / 2, label), atol=1e-6, rtol=1e-5)
+
+
+def test_a_shifted_label_is_embedded_by_a_matrix_and_a_vector_of_its_own():
+    """By hand: e(c) is (c, 1), A swaps and doubles, b = (10, 20); n = 3 labels, the last of which says "no class"."""
+    table = torch.nn.Embedding.from_pretrained(torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]]), freeze=False)
+    shift = Shift(table)
+    assert torch.equal(shift(torch.arange(6)), shift(torch.arange(3)).repeat(2, 1)), "a new one"
+    shift.shift.weight.data = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    shift.shift.bias.data = torch.tensor([10.0, 20.0])
+    found = shift(torch.tensor([0, 2, 3, 4, 5]))
+    assert found.tolist() == [[0, 1], [2, 1], [12, 20], [12, 22], [12, 24]]
+    for rows, seen in (((0, 1, 2), False), ((3,), True)):
+        shift.zero_grad()
+        shift(torch.tensor(rows)).sum().backward()
+        assert all((p.grad is not None and bool(p.grad.any())) == seen for p in shift.shift.parameters())
+        assert table.weight.grad.any(1).tolist() == [i in {row % 3 for row in rows} for i in range(3)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shifted_network_begins_as_its_own_kind_does(kind):
+    """A DiT's labels begin small, and A = 1, b = 0 whatever it draws."""
+    torch.manual_seed(0)
+    own, net = KINDS[kind][0](199), Shifted(KINDS[kind][0], 199)
+    e, wanted = net.net.label.plain.weight, own.label.weight.std().item()
+    assert e.std().item() == pytest.approx(wanted, rel=0.1) and len(e) == 200
+    assert e.untyped_storage().nbytes() == e.nbytes, "no rows are kept, and saved, that nobody reads"
+    A, b = net.net.label.shift.parameters()
+    assert torch.equal(A, torch.eye(len(A))) and not b.any()
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in own.parameters()) + A.numel() + b.numel()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_label_that_would_be_a_shifted_one_is_refused(kind):
+    net, free = (Shifted(KINDS[kind][0], classes) for classes in (3, 0))
+    x, t, shift = batch(kind, 2), torch.full((2,), 0.5), torch.tensor([0, 1])
+    for wrong, message in [
+        (torch.tensor([0, 4]), r"labels must lie in \[0, 3\], got 0 to 4"),
+        (torch.tensor([-1, 3]), r"labels must lie in \[0, 3\], got -1 to 3"),
+        (torch.zeros(2), "labels must be 2 whole numbers"),
+        (None, r"conditional: cond must hold labels in \[0, 3\]"),
+    ]:
+        for cond in (wrong, {"cond": wrong, "shift": shift}):
+            with pytest.raises(ValueError, match=message):
+                net(x, t, t, cond)
+    for cond in (shift, {"cond": shift, "shift": shift}):
+        with pytest.raises(ValueError, match="unconditional: it takes no cond"):
+            free(x, t, t, cond)
+    assert torch.equal(net(x, t, t, torch.tensor([0, 3]).byte()), net(x, t, t, torch.tensor([0, 3])))
+
+
+def test_blocks_are_recomputed_and_compiled_through_what_is_around_them(graphs):
+    """As many graphs as for the bare DiT, and its gradients; an MLP has no blocks, whatever is around it."""
+    net = PredictsData(Shifted(KINDS["dit"][0], 3))
+    awake(net).requires_grad_(True)
+    eager = gradients_of(net, "dit")
+    prepare(net, recompute=True, compile="default")
+    for a, b in zip(gradients_of(net, "dit"), eager):
+        close(a, b, atol=1e-4, rtol=1e-3)
+    assert len(graphs) == 3, "as many as of a bare one"
+    assert len(blocks_of(PredictsData(Shifted(KINDS["unet"][0], 3)))) == len(KINDS["unet"][0](3).blocks())
+    with pytest.raises(ValueError, match="recompute needs a network with blocks, PredictsData has none"):
+        prepare(PredictsData(Shifted(KINDS["mlp"][0])), recompute=True)

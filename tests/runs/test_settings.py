@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinytwinflow import TwinFlowLoss
+from tinytwinflow import TwinFlowLoss, peers
 from tinytwinflow.cli.commands import main
 from tinytwinflow.ranges import setting
 from tinytwinflow.runs.recipes import RECIPES, configured
-from tinytwinflow.runs.settings import LOSS, SETTINGS, loss_of
+from tinytwinflow.runs.settings import LOSS, SETTINGS, loss_of, method_of, mode_of
 from tinytwinflow.training import new_state, train
 
 
@@ -54,7 +54,7 @@ def test_each_default_and_each_recipe_keeps_to_the_ranges():
 
 def test_the_loss_has_the_settings_of_the_recipes_and_the_paper_its_own():
     """TwinFlowLoss() is what recipes have but for what they say; paper() is what is printed, and takes changes."""
-    assert {f.name for f in fields(TwinFlowLoss)} == set(LOSS)
+    assert {f.name for f in fields(TwinFlowLoss)} == {*LOSS, "base"}
     assert loss_of(configured("cifar")) == TwinFlowLoss()
     assert loss_of(configured("toy")) == TwinFlowLoss(flow_share=0.3, one_step_share=0.4, jump_c=0.12)
     printed = TwinFlowLoss.paper()
@@ -92,3 +92,59 @@ def test_the_command_tells_each_setting_its_range_and_its_value(recipe, capsys):
 def test_the_command_knows_no_other_recipe(capsys):
     assert main(["settings", "cifar100"]) == 2
     assert "unknown recipe 'cifar100': choose from toy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe, changes, message", [
+    ("toy", {"predicts": "noise"}, "predicts must be one of velocity, data, got 'noise'"),
+    ("toy", {"shifted": 1}, "shifted must be true or false, got 1"),
+    ("toy", {"base": "dmd2"}, "base must be one of any-step, consistency training, .*shortcut, got 'dmd2'"),
+    ("toy", {"base": "pixel meanflow"}, "base must be one of any-step"),
+    ("toy", {"base": "meanflow", "share": 0.0}, "--set method='meanflow' trains it alone"),
+    ("toy", {"base": "meanflow", "method": "shortcut"}, "a base is for the twin to stand on: --set method='meanflow'"),
+    ("toy", {"base": "meanflow", "share": 1.0, "base_steps": 0}, "share=1 leaves the base no rows: --set share=0.3"),
+    ("toy", {"base": "meanflow", "warmup_steps": 1000, "base_steps": 1000}, "never starts: warmup_steps . base_steps"),
+    ("toy", {"base": "meanflow", "peer": {"powr": 1.0}}, "peer: meanflow has no such setting .*powr"),
+    ("toy", {"peer": {"power": 1.0}}, "peer is for a method or base that is one, got {'power': 1.0}"),
+    ("fashion", {"base": "meanflow", "guidance": 0.5}, "guidance and data_free are of the any-step base: guidance=0"),
+    ("toy", {"method": "apex", "shifted": False}, "method apex needs shifted=True"),
+    ("toy", {"method": "pixel meanflow", "predicts": "velocity"}, "method pixel meanflow needs predicts=data"),
+    ("imagenet", {"predicts": "data", "epsilon": True, "guidance": 0.0}, "epsilon says .* noise: --set predicts=veloc"),
+    ("text", {"method": "apex", "guidance": 0.0}, "a backbone begins as its model and has method twinflow"),
+    ("text", {"base": "meanflow", "guidance": 0.0}, "method twinflow: --set method=twinflow base=any-step init_from="),
+    ("text", {"predicts": "data"}, "unknown setting 'predicts': text has"),
+])  # fmt: skip
+def test_settings_of_other_methods_that_do_not_go_together_are_refused_in_one_line(recipe, changes, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        configured(recipe, **changes)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_method_brings_the_network_that_it_needs_unless_another_is_asked_for():
+    """apex its shifted conditions, pixel mean flows a network that predicts data; said beside it, that is no error."""
+    for method, name, value in (("apex", "shifted", True), ("pixel meanflow", "predicts", "data")):
+        found, said = configured("toy", method=method), configured("toy", method=method, **{name: value})
+        assert found[name] == value and said == found
+        assert RECIPES["toy"][name] != value and configured("toy", method="meanflow")[name] != value
+        assert configured("toy", ["steps=40", f"{name}={str(value).lower()}"])[name] == value, "also for TwinFlow"
+
+
+def test_the_twin_on_another_base_is_a_loss_a_name_and_a_mode_of_its_own():
+    """Every other setting of TwinFlow is read as it was; `peer` are the base's."""
+    config = configured("toy", base="meanflow", peer={"power": 0.5}, share=0.25, rectify_weight=0.7)
+    loss = loss_of(config)
+    assert loss.base == peers.MeanFlow(power=0.5) and (loss.share, loss.rectify_weight) == (0.25, 0.7)
+    assert (config["base_steps"], config["warmup_steps"]) == (700, 500)
+    assert loss_of(configured("toy")).base is None
+    for changes, name, mode in [
+        ({"base": "meanflow"}, "twin on meanflow", "any"),
+        ({"base": "consistency training"}, "twin on consistency training", peers.ConsistencyTraining.mode),
+        ({"share": 1.0, "base_steps": 0}, "twin alone", None),
+        ({"share": 1.0}, "twinflow", "any"),
+        ({}, "twinflow", "any"),
+        ({"share": 0.0}, "rcgm", "any"),
+        ({"share": 0.0, "order": 0}, "flow matching", "multi"),
+        ({"method": "drifting"}, "drifting", None),
+        ({"method": "meanflow"}, "meanflow", "any"),
+    ]:
+        config = configured("toy", **changes)
+        assert (method_of(config), mode_of(config)) == (name, mode), changes

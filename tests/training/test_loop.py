@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from tinytwinflow import Losses, TwinFlowLoss, peers
 from tinytwinflow.data.points import Points
 from tinytwinflow.files import read_checkpoint
 from tinytwinflow.method import path
-from tinytwinflow.nets import MLP, mlp, times
+from tinytwinflow.nets import MLP, mlp, shifted, times
+from tinytwinflow.runs.build import dressed
 from tinytwinflow.runs.folder import read_log, sampled, trained
 from tinytwinflow.runs.recipes import configured
 from tinytwinflow.runs.run import begin, finish, steps
@@ -266,7 +268,8 @@ def test_phases_come_in_order_and_the_teacher_is_the_moving_average():
     class Spy(TwinFlowLoss):
         def __call__(self, net, x, cond, teacher, null, generator, turns, **alone):
             seen.append((self.order, self.share))
-            assert net is state.net and teacher is state.teacher and set(alone.values()) == {None}
+            assert net is state.net and teacher is state.teacher
+            assert alone == {"original": None, "progress": (len(seen) - 3) / 6}, "counted from the end of flow matching"
             return super().__call__(net, x, cond, teacher, null, generator=generator)
 
     batch = Points("moons", 16).batch
@@ -275,6 +278,63 @@ def test_phases_come_in_order_and_the_teacher_is_the_moving_average():
         assert all(torch.equal(a, b) for a, b in zip(state.net.parameters(), state.teacher.parameters()))
         assert not all(torch.equal(a, b) for a, b in zip(state.net.parameters(), state.average.parameters()))
     assert seen == [(0, 0.0)] * 2 + [(3, 0.0)] * 3 + [(3, 0.5)] * 3
+
+
+def test_phases_on_another_base_are_flow_matching_then_that_base_then_both():
+    """Steps 1-2 are those of flow matching, weight for weight; in 3-5 the base has all rows, then its share; it is told
+    how far training is from the end of flow matching on, and F^- is state.teacher."""
+    seen, state, plain = [], small_state(), small_state()
+
+    def base(net, x, cond=None, teacher=None, progress=None, turns=None, null=None, **_):
+        assert net is state.net and teacher is state.teacher and turns is not None and null.tolist() == [7]
+        seen.append((state.step, len(x), progress))
+        return peers.common.terms(flow=net(x, torch.ones(len(x)), torch.zeros(len(x))).square().mean())
+
+    batch = lambda i: (torch.randn(12, 2, generator=torch.Generator().manual_seed(i)), None)  # noqa: E731
+    loss = TwinFlowLoss(base=base, share=0.5, metric="normalised", order=3)
+    flow_matching = dataclasses.replace(loss, base=None, order=0, share=0.0)
+    flow = train(plain, flow_matching, batch, 8, null=7, label_dropout=0.0)
+    given = {"null": 7, "label_dropout": 0.0, "warmup_steps": 2, "base_steps": 3}
+    for i, record in enumerate(train(state, loss, batch, 8, **given)):
+        if i < 2:
+            assert record == next(flow) and all(map(torch.equal, weights(state), weights(plain)))
+        assert (record["adversarial"] > 0) == (i >= 5)
+        assert record["total"] == pytest.approx(record["base"] + record["adversarial"] + record["rectify"], rel=1e-5)
+    assert seen == [(i, 12 if i < 5 else 6, (i - 2) / 6) for i in range(2, 8)]
+
+
+def test_features_are_told_to_the_loss_and_stay_as_they_are():
+    """They are no copy of the network, have no gradient and no place in the optimiser; where none are there, as for
+    points, the loss is told of none."""
+    features, told = torch.nn.Linear(2, 3).requires_grad_(False), []
+
+    class Sees:
+        helpers = {"eyes": "features", "fake": "trained"}
+
+        def __call__(self, net, x, fake, eyes=None, **_):
+            told.append(eyes)
+            y = net(x, torch.ones(len(x)), torch.zeros(len(x))) + fake(x, torch.ones(len(x)), torch.ones(len(x)))
+            return peers.common.terms(seen=(y if eyes is None else eyes(y)).square().mean())
+
+    torch.manual_seed(0)
+    made = {"helpers": Sees.helpers, "features": features}
+    state, before = new_state(MLP(2, 16, 2), **made), copy.deepcopy(features.state_dict())
+    learnt = {p for group in state.optimizer.param_groups for p in group["params"]}
+    assert list(state.helpers) == ["fake", "eyes"] and not learnt & set(features.parameters())
+    assert learnt == {*state.net.parameters(), *state.helpers["fake"].parameters()}
+    first = state.net.out.bias.clone()
+    for _ in train(state, Sees(), lambda i: torch.ones(4, 2) + i, 3, warmup_steps=1, clip_norm=1.0):
+        pass
+    assert told == [features] * 2 and not torch.equal(state.net.out.bias, first)
+    assert all(torch.equal(value, before[name]) for name, value in features.state_dict().items())
+    assert all(p.grad is None for p in features.parameters())
+    again = new_state(MLP(2, 16, 2), helpers=Sees.helpers, features=torch.nn.Linear(2, 3).requires_grad_(False))
+    again.load_state_dict(state.state_dict())
+    assert torch.equal(again.helpers["eyes"].weight, features.weight), "they are saved"
+    assert list(new_state(MLP(2, 16, 2), helpers=Sees.helpers).helpers) == ["fake"]
+    assert list(new_state(MLP(2, 16, 2), features=features).helpers) == [], "a loss that asks for none"
+    list(train(new_state(MLP(2, 16, 2), helpers=Sees.helpers), Sees(), lambda i: torch.ones(4, 2), 1))
+    assert told[2:] == [None]
 
 
 def test_a_run_can_start_from_the_weights_of_another(tmp_path):
@@ -517,7 +577,7 @@ def test_a_loss_is_given_all_that_the_state_has_and_the_batch():
             assert found["teacher"] is state.teacher and found["original"] is state.original
             assert found["generator"] is state.generator and found["turns"].device.type == "cpu"
             assert found["null"].tolist() == [9] and set(found) == {
-                "cond", "teacher", "null", "original", "generator", "turns"}  # fmt: skip
+                "cond", "teacher", "null", "original", "generator", "turns", "progress"}  # fmt: skip
         assert len({found["turns"].initial_seed() for *_, found in calls}) == 3
     state.call, null = None, {"a": torch.zeros(1)}
     calls, _ = heard(state, loss, lambda i: (x, {"a": x[:, 0]}), state.step + 4, null=null, warmup_steps=state.step + 1,
@@ -664,6 +724,7 @@ class Waits(TorchDispatchMode):
 
 
 TWINFLOW = {"guided": {"guidance": 0.5}, "guided somewhere": {"guidance": 0.5, "guidance_range": (0.2, 0.6)}}
+TWINFLOW |= {"on soflow": {"base": peers.SoFlow()}, "on shortcut": {"base": peers.Shortcut()}}
 TWINFLOW |= {"data-free": {"data_free": True}, "normalised": {"jump_c": 0.1, "rectify_clip": 1.0}, "as it is": {}}
 
 
@@ -671,7 +732,7 @@ def labelled_steps(name, read_every, device="cpu"):
     """Twenty steps of TwinFlow in one of its forms, or of a peer, with all that a step can have."""
     loss = TwinFlowLoss(**TWINFLOW[name]) if name in TWINFLOW else peers.PEERS[name]()
     torch.manual_seed(0)
-    net = MLP(2, 16, 2, classes=3).to(device)
+    net = dressed(partial(MLP, 2, 16, 2), 3, **getattr(loss, "needs", {})).to(device)
     state = new_state(net, helpers=getattr(loss, "helpers", None), muon_lr=1e-2)
     x, label = torch.randn(24, 2), torch.arange(24) % 3
     options = {"null": 3, "label_dropout": 0.5, "clip_norm": 1.0, "accumulate": 2, "base_steps": 2}
@@ -683,7 +744,8 @@ def test_nothing_in_a_step_waits_for_the_device_but_the_reading_of_its_terms(nam
     """Of TwinFlow in all its forms and of every peer. What looks at times and labels does so on a CPU alone."""
     for room in (path, times):
         monkeypatch.setattr(room, "check_time", lambda *args, **kwargs: None)
-    monkeypatch.setattr(mlp, "check_labels", lambda cond, n, classes: cond)
+    for room in (mlp, shifted):
+        monkeypatch.setattr(room, "check_labels", lambda cond, n, classes: cond)
     waits, found = Waits(), []
     for copied in ("tolist", "cpu", "numpy"):  # these no dispatch sees
         own = getattr(torch.Tensor, copied)

@@ -22,6 +22,7 @@ from ..backbones.families import diffusers_class, published_backbone
 from ..backbones.velocity import Velocity
 from ..method.draws import turns_of
 from ..method.losses import TwinFlowLoss
+from ..method.path import expand
 from ..training.distributed import without_weights
 from .memory import LiveBytes
 
@@ -64,20 +65,21 @@ class Call:
 
 def calls_of(loss, rows, seed=0, labels=True, steps=1):
     """The calls of so many steps of a loss on so many rows, in order; one in forward mode, which carries a tangent
-    beside its answer, stands there twice. labels: whether the loss is given conditions.
+    beside its answer, stands there twice. labels: whether the loss is given conditions. The features that samples are
+    compared by are not counted.
     """
     made, weight = [], torch.nn.Parameter(torch.ones(()))
 
     def network(name):
         def field(x, t, r, cond=None):
-            y = x * weight * math.exp(-0.1 * len(name))
+            y = x * weight * math.exp(-0.1 * len(name)) + 0 * expand(t + r, x)
             made.extend([Call(name, len(x), y.requires_grad)] * (1 + (forward_ad.unpack_dual(y).tangent is not None)))
             return y
 
         return field
 
-    names = getattr(loss, "helpers", {})
-    x, cond, null = torch.ones(rows, 2), torch.zeros(rows, 1) if labels else None, torch.zeros(1, 1)
+    names = [name for name, kind in getattr(loss, "helpers", {}).items() if kind != "features"]
+    x, cond, null = torch.ones(rows, 2), torch.zeros(rows) if labels else None, torch.zeros(1)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(loss, TwinFlowLoss):
         more = {"teacher": network("teacher"), "original": network("teacher"), "null": null}
@@ -86,8 +88,8 @@ def calls_of(loss, rows, seed=0, labels=True, steps=1):
         more["teacher" if "teacher" in names else "null"] = more.get("teacher", null)
     net = network("net")
     for step in range(steps):
-        own = {} if isinstance(loss, TwinFlowLoss) else {"progress": (step + 0.5) / steps}
-        loss(net, x, cond=cond, generator=generator, turns=turns_of(seed, step), **more, **own)
+        when = {"turns": turns_of(seed, step), "progress": (step + 0.5) / steps}
+        loss(net, x, cond=cond, generator=generator, **when, **more)
     return made
 
 

@@ -9,9 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..data.points import Points
+from ..evaluation.features import Classifier
 from ..evaluation.tables import markdown
+from ..method.losses import TwinFlowLoss
 from ..nets.dit import DiT, dimensions
-from ..runs.build import net_of
+from ..runs.build import dressed, net_of
 from ..runs.settings import loss_of
 from ..training.loop import autocast, loss_of_batch, train
 from ..training.state import new_state
@@ -47,10 +49,19 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
+def uses_teacher(loss):
+    """Whether a loss calls the teacher: for jumps, or as the original of guidance and of data-free training."""
+    if not isinstance(loss, TwinFlowLoss):
+        return "teacher" in getattr(loss, "helpers", {})
+    any_step, flow, *_ = loss.shares()
+    if loss.base is not None:
+        return any_step + flow > 0 and uses_teacher(loss.base)
+    return any_step > 0 or flow > 0 and (loss.guidance > 0 or loss.data_free)
+
+
 def counter_of(state, loss):
     """A counter that holds all networks of a run; the teacher only where the loss uses it."""
-    uses_teacher = "teacher" in getattr(loss, "helpers", {}) or getattr(loss, "order", 0) > 0
-    networks = [state.net, state.average, *state.helpers.values(), *([state.teacher] if uses_teacher else [])]
+    networks = [state.net, state.average, *state.helpers.values(), *([state.teacher] if uses_teacher(loss) else [])]
     counter = LiveBytes()
     counter.hold(tensor for network in networks for tensor in network.state_dict().values())
     return counter
@@ -123,14 +134,15 @@ def costs_of_dit(losses, name, batch_size, size=32, channels=4, classes=1000):
     if not name.startswith("dit-"):
         raise ValueError(f"unknown net {name!r}: choose from dit-s-2 ... dit-xl-8")
     width, depth, heads, patch = dimensions(name.removeprefix("dit-"))
-    found = {}
+    bare, found = partial(DiT, size, channels), {}
     for method, loss in losses.items():
         # all parts learn in this step, and pairs are made in one call
         loss = dataclasses.replace(loss, **{key: 1 for key in ("every", "steps") if hasattr(loss, key)})
         corners = {}
         for blocks in (1, 2):
             for samples in BATCHES:
-                net = DiT(size, channels, classes, width, blocks, heads, patch)
+                make = partial(bare, width=width, depth=blocks, heads=heads, patch=patch)
+                net = dressed(make, classes, **getattr(loss, "needs", {}))
                 corners[blocks, samples] = forward_cost(loss, net, torch.zeros(samples, channels, size, size))
         found[method] = f = {key: extrapolated(corners, key, depth, batch_size) for key in corners[1, BATCHES[0]]}
         f["graph"] = max(f["graph"], f.pop("passing"))
@@ -143,7 +155,7 @@ def forward_cost(loss, net, x):
     """Bytes: weights held, gradients, moments of AdamW, graph, what the forward pass of a loss leaves for the backward
     pass, and passing, the most that it makes at one time, some of which may be let go before its end.
     """
-    state = new_state(net, helpers=getattr(loss, "helpers", None))
+    state = new_state(net, helpers=getattr(loss, "helpers", None), features=Classifier(x.shape[1], net.classes))
     cond, null = torch.zeros(len(x), dtype=torch.long), torch.tensor([net.classes])
     counter = counter_of(state, loss)
     weights = counter.now

@@ -13,7 +13,7 @@ from ..nets import DiT
 from ..runs.build import data_of, first_net
 from ..runs.evaluate import rows_of, yardstick
 from ..runs.folder import read_config, trained
-from ..runs.methods import FLOW_MATCHING, RCGM, TUNED, known_methods, named
+from ..runs.methods import ON, TUNED, known_methods, named, row_of
 from ..runs.recipes import OF_LOSS, RECIPES, configured
 from ..runs.settings import loss_of, method_of
 from .calls import calls_of
@@ -28,7 +28,6 @@ SHORT = {
 }
 OURS = ("twinflow", "rcgm", "twinflow on the paper's base", "the paper's base")
 COMPARED = (*OURS, "meanflow", "shortcut", "consistency distillation", "dmd with few pairs", "dmd2")
-OWN_LOSS = {"twinflow": {}, "rcgm": RCGM, "flow matching": FLOW_MATCHING}
 SCHEDULE = {"steps": None, "warmup_steps": 0, "base_steps": 0}
 SHOWN = {"sliced_wasserstein": ("sliced W2", ".3f"), "off_data": ("off data", ".2%"), "frechet": ("Frechet", ".3f")}
 
@@ -44,12 +43,13 @@ def fine_tuned(text, run, steps, changes=()):
     if name not in (*SHORT, *known_methods()):
         raise ValueError(f"unknown method {name!r}: choose from {', '.join((*SHORT, *known_methods()))}")
     name, printed = named(SHORT.get(name, name))
-    tuned = [change for change in TUNED.get(name, ()) if change.partition("=")[0] not in ("lr", "warmup_steps")]
+    found = TUNED.get(name.removeprefix(ON), ())
+    tuned = [change for change in found if change.partition("=")[0] not in ("lr", "warmup_steps")]
     texts = [*tuned, *printed, *changes, *own]
     before = read_config(run)
     kept = before | {key: RECIPES[before["recipe"]][key] for key in OF_LOSS}
-    kept |= {"method": name if name not in OWN_LOSS else "twinflow", "peer": {}, "init_from": str(Path(run).resolve())}
-    kept |= {"muon_lr": None, "checkpoint_every": steps, **OWN_LOSS.get(name, {}), **SCHEDULE, "steps": steps}
+    kept |= {"method": "twinflow", "peer": {}, "init_from": str(Path(run).resolve())}
+    kept |= {"muon_lr": None, "checkpoint_every": steps, **row_of(name), **SCHEDULE, "steps": steps}
     given = {change.partition("=")[0] for change in texts}
     for key in sorted(given & {"data", "init_from", "seed", *SCHEDULE}):
         raise ValueError(f"{key} is no setting with --from, where RUN, --steps and --seeds say it")

@@ -45,7 +45,10 @@ def loss_for(method, training):
     if named(method)[0] in own:
         raise ValueError(f"{method!r}: of {', '.join(own)} the settings are those of recipe text, and no others")
     loss = loss_of(entry(method))
-    if training != "float32" and set(loss.helpers.values()) - {"average"}:
+    kinds = set(getattr(loss, "helpers", {}).values())
+    if hasattr(loss, "needs") or "features" in kinds:
+        raise ValueError(f"{method} is for networks and classifiers made here, a backbone has neither: choose another")
+    if training != "float32" and kinds - {"average"}:
         raise ValueError(f"{method} needs networks beside the one that learns: take --training float32")
     return loss
 

@@ -115,6 +115,8 @@ class TwinFlowLoss:
         low, high = self.guidance_range
         if low > high:
             raise ValueError(f"guidance_range must be two times low <= high, got {low}, {high}")
+        if self.base is not None and not callable(self.base):
+            raise ValueError(f"base must be a loss, see `peers`, or None, got {self.base!r}")
         if set(getattr(self.base, "helpers", {}).values()) - {"average"}:
             raise ValueError(f"a base needs no network beside the average, {self.base} needs {self.base.helpers}")
         if self.base is not None and (self.guidance or self.data_free):
@@ -198,7 +200,7 @@ class TwinFlowLoss:
         rows = torch.randperm(len(x), generator=generator, device=x.device)
         x, cond = x[rows], take(cond, rows)
         base = adversarial = rectify = gap_size = torch.zeros((), device=x.device)
-        more = {"teacher": teacher, "null": null, "generator": generator, "turns": turns}
+        more = {"teacher": net if teacher is None else teacher, "null": null, "generator": generator, "turns": turns}
         if n:
             base = n / divisors[0] * self.base(net, x[:n], take(cond, slice(n)), progress=progress, **more).total
         total = base

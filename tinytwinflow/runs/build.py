@@ -42,9 +42,14 @@ def data_of(config, world=None):
 
 def net_of(config, shape, classes):
     """The network that a run's settings describe, for samples of a shape: (D,) or (C, H, H)."""
-    classes, make = classes if config["conditional"] else 0, partial(bare_net, config, shape)
-    net = Shifted(make, classes) if config["shifted"] else make(classes)
-    return PredictsData(net) if config["predicts"] == "data" else net
+    how = {key: config[key] for key in ("shifted", "predicts")}
+    return dressed(partial(bare_net, config, shape), classes if config["conditional"] else 0, **how)
+
+
+def dressed(make, classes, shifted=False, predicts="velocity"):
+    """A network for so many classes, of a function that makes a bare one, in what a method needs around it."""
+    net = Shifted(make, classes) if shifted else make(classes)
+    return PredictsData(net) if predicts == "data" else net
 
 
 def bare_net(config, shape, classes):
@@ -94,7 +99,7 @@ def first_weights(net, source):
     kind, path = published_kind(source)
     if kind:
         if not isinstance(net, DiT):
-            raise ValueError(f"{source}: published weights are for a net that is a dit")
+            raise ValueError(f"{source}: published weights are for a dit with predicts=velocity and shifted=false")
         return load_published(net, path, kind)
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     weights, said = read_weights(path)
@@ -125,8 +130,9 @@ def features_for(loss, config, data, device="cpu", fresh=True):
         raise ValueError(f"{config['method']} compares images by a classifier's features: the data need labels")
     if not fresh:
         return Classifier(data.shape[0], data.classes).to(device).requires_grad_(False).eval()
-    whole = {"seed": 1, "batch_size": 128, "subset": 0, "flip": False}
-    return train_classifier(data_of({**config, **whole}) if config["data"] else data, device=device, shown=True)
+    if config["data"]:
+        data = data_of({**config, "seed": 1, "batch_size": 128, "subset": 0, "flip": False})
+    return train_classifier(data, device=device, shown=True, seed=config["seed"] + 1)  # the judge's is that or 0
 
 
 def state_of(config, data, device="cpu", world=None, fresh=True, net=None):

@@ -31,7 +31,7 @@ def refuse_misfits(config, data, net=None, folder=None, measured=True):
         x, cond = data.batch(0)
         net.check(x, cond), net.check(x[:1], data.null)
     elif net is not None:
-        _try(net, data)
+        _try(net, data, config.get("shifted", False))
     else:
         if config["conditional"] and not data.classes:
             raise ValueError("labels are (n,) whole numbers from 0 on: other conditions need a net of your own")
@@ -82,8 +82,11 @@ def same_data(data, known, folder):
 
 
 @torch.no_grad()
-def _try(net, data):
-    """Raise ValueError unless a user's network is one that can be trained, and answers in the shape of x."""
+def _try(net, data, shifted=False):
+    """Raise ValueError unless a user's network is one that can be trained, and answers in the shape of x.
+
+    shifted: it has to take shifted conditions, too, see `nets.Shifted`.
+    """
     if not isinstance(net, torch.nn.Module):
         raise ValueError(f"a net to train is an nn.Module, got {type(net).__name__}")
     check_field(net)
@@ -92,7 +95,10 @@ def _try(net, data):
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise ValueError("a net to train has parameters that learn, this one has none")
     try:
-        answer = copy.deepcopy(net).cpu().eval()(x, t, r, cond)
+        copied = copy.deepcopy(net).cpu().eval()
+        answer = copied(x, t, r, cond)
+        if shifted:
+            same_shape(copied(x, t, r, {"cond": cond, "shift": torch.ones(len(x), dtype=torch.long)}), x, "net and x")
     except ValueError:
         raise
     except Exception as error:  # whatever a network of a user's own raises

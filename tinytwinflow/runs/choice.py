@@ -32,7 +32,7 @@ def choose(data, net, recipe, settings):
         unread |= {"size", "flip", "subset", "data_dir", "data"}
     if net is not None:
         found |= {"muon_lr": None, "jump_c": None}  # found on networks of this library
-        unread |= {"net", "width", "depth", "heads", "patch", "sharp", "epsilon", "init_from"}
+        unread |= {"net", "width", "depth", "heads", "patch", "sharp", "epsilon", "predicts", "shifted", "init_from"}
     for name in given.keys() & unread:
         raise ValueError(f"{name} would not be read: data or net are handed over as they are")
     known = RECIPES.get(recipe or usual, found)

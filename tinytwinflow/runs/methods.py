@@ -46,6 +46,15 @@ def method_family(text):
     return (own | families).get(name, "self-adversarial")
 
 
+def row_of(name):
+    """The settings that the name of a row stands for, those of recipes but for these."""
+    if name in peers.PEERS:
+        return {"method": name}
+    if name.startswith(ON):
+        return {"base": name.removeprefix(ON)}
+    return {"flow matching": FLOW_MATCHING, "rcgm": RCGM, "twin alone": TWIN_ALONE}.get(name, {})
+
+
 def named(text):
     """A line's method and the settings after it.  "dmd2 lr=1e-3" -> "dmd2", ["lr=1e-3"]."""
     words = text.split()
@@ -65,11 +74,9 @@ def entry(text, changes=()):
     given = [*EQUAL, *tuned(name, steps), *changes, *own]
     if name in peers.PEERS:
         given = [change for change in given if not change.startswith("base_steps=")]  # only TwinFlow has that phase
-        return configured("toy", [f"method={name}", *given])
-    if name.startswith(ON):
-        given = [f"base={name.removeprefix(ON)}", *given]
-    of_row = {"flow matching": FLOW_MATCHING, "rcgm": RCGM, "twin alone": TWIN_ALONE}
-    return configured("toy", given) | of_row.get(name, {})
+    if name in peers.PEERS or name.startswith(ON):
+        return configured("toy", given, **row_of(name))
+    return configured("toy", given) | row_of(name)
 
 
 def tuned(name, steps):

@@ -76,7 +76,7 @@ def configured(recipe, texts=(), **changes):
     config = {"recipe": recipe, **own, **given}
     if config["method"] != "twinflow":
         config["base_steps"] = given.get("base_steps", 0)
-        config |= getattr(PEERS[config["method"]], "needs", {})
+        config |= getattr(PEERS[config["method"]], "needs", {}) | given
     for name in {"warmup_steps", "base_steps"} - given.keys():
         config[name] = round(config[name] * config["steps"] / own["steps"])
     check(config)

@@ -104,6 +104,10 @@ def check(config):
             raise ValueError(f"method {config['method']} needs {name}={value}")
     if config["base"] != "any-step" and (config["method"] != "twinflow" or not config["share"]):
         raise ValueError(f"a base is for the twin to stand on: --set method='{config['base']}' trains it alone")
+    if config["base"] != "any-step" and config["share"] == 1 and not config["base_steps"]:
+        raise ValueError("share=1 leaves the base no rows: --set share=0.3, or base=any-step")
+    if config.get("predicts") == "data" and config.get("epsilon"):
+        raise ValueError("epsilon says that the network predicts noise: --set predicts=velocity")
     if config["guidance"] and not config["conditional"]:
         raise ValueError("guidance needs labels: --set conditional=true")
     if "model" in config:
@@ -161,8 +165,6 @@ def method_of(config):
 def mode_of(config):
     """How a run's model samples in several steps; None if it makes one step only."""
     name = config["base"] if config["method"] == "twinflow" else config["method"]
-    if method_of(config) == "twin alone":
-        return None
     if name in peers.PEERS:
         return peers.PEERS[name]().mode
     return {"flow matching": "multi", "twin alone": None}.get(method_of(config), "any")

@@ -90,7 +90,8 @@ def new_state(
     done to each network before the optimiser is made, see `distributed.prepare`. features: the network for a helper of
     that kind, if there is one.
     """
-    kinds = {name: kind for name, kind in (helpers or {}).items() if kind not in ("average", "features")}
+    helpers = helpers or {}
+    kinds = {name: kind for name, kind in helpers.items() if kind not in ("average", "features")}
     made = torch.nn.ModuleDict(
         {name: average_of(net) if kinds[name] == "frozen" else copy.deepcopy(net) for name in kinds}
     )
