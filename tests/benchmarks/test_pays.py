@@ -23,6 +23,7 @@ from tinytwinflow.training.loop import fill_helpers
 FLOW = {"order": 0, "share": 0.0, "warmup_steps": 0, "base_steps": 0, "eval_samples": 64}
 FEW_PAIRS = 'dmd peer={"pairs":40,"steps":3}'
 LINES = [FEW_PAIRS if name.startswith("dmd with") else name for name in pays.COMPARED]
+LINES += ["twin on meanflow", "twin on shortcut share=0.5", "twin alone", "freeflow", "drifting"]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,11 @@ def test_lines_are_those_that_they_are_called(flow):
     assert pays.fine_tuned("dmd", flow, 5)["peer"] == {"regression": 1.0}
     assert pays.fine_tuned("dmd with few pairs", flow, 5)["peer"] == {"regression": 1.0, "pairs": 4096}
     assert pays.fine_tuned("flow matching", flow, 5)["order"] == 0
+    assert pays.fine_tuned("twin on meanflow", flow, 5) == ours | {"base": "meanflow", "peer": {"power": 0.5}}
+    assert pays.fine_tuned("twin alone", flow, 5) == ours | {"share": 1.0}
+    for name, needs in (("apex", "shifted=True"), ("pixel meanflow", "predicts=data")):
+        with pytest.raises(ValueError, match=f"method {name} needs {needs}"):  # which the run has not
+            pays.fine_tuned(name, flow, 5)
 
 
 def test_the_command_makes_table_and_picture_and_goes_on(flow, tmp_path, capsys, monkeypatch):

@@ -18,6 +18,7 @@ from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.benchmarks import calls, plan
 from tinytwinflow.benchmarks.calls import Call
 from tinytwinflow.benchmarks.memory import LiveBytes
+from tinytwinflow.benchmarks.speed_backbone import loss_for
 from tinytwinflow.cli.commands import main
 from tinytwinflow.training import loop as train
 from tinytwinflow.training.distributed import forget
@@ -54,6 +55,35 @@ def test_calls_are_those_that_the_loss_makes():
     dmd2 = calls.calls_of(peers.PEERS["dmd2"](every=1), 2)
     assert [call.network for call in dmd2 if call.gradient] == ["net", "critic", "critic", "fake", "critic"]
     assert [call.network for call in dmd2 if not call.gradient] == ["original", "fake"]
+
+
+def test_calls_of_other_methods_are_theirs():
+    """The twin on MeanFlow calls F along the path, twice, being in forward mode, then F of its rows; FreeFlow's
+    derivative, in the target time, counts twice, too; alpha-flow is one method before its end and another there."""
+    assert calls.calls_of(TwinFlowLoss(base=peers.MeanFlow()), 12) == [
+        Call("net", 8, False), Call("net", 8, False), Call("net", 8, True),
+        Call("net", 2, False), Call("net", 4, True), Call("net", 4, False),
+    ]  # fmt: skip
+    assert calls.calls_of(peers.FreeFlow(), 12)[:4] == [
+        Call("net", 9, True), Call("net", 9, False), Call("net", 9, False), Call("original", 9, False),
+    ]  # fmt: skip
+    for loss in (peers.AlphaFlow(), TwinFlowLoss(base=peers.AlphaFlow(), share=0.0)):
+        first, last = (calls.calls_of(loss, 4, steps=steps) for steps in (1, 50))
+        assert first == [Call("net", 4, True), Call("net", 4, False)]
+        assert last[0] == last[1] == Call("net", 4, True) and last[-3:] == [Call("net", 4, True), *2 * [first[1]]]
+    assert calls.calls_of(peers.Drifting(), 5) == calls.calls_of(peers.Drifting(), 5, labels=False)
+    assert calls.calls_of(peers.Drifting(), 5) == [Call("net", 5, True)], "features are no call of a network"
+
+
+def test_a_backbone_is_asked_for_no_loss_that_needs_another_network():
+    for name in ("apex", "pixel meanflow", "drifting"):
+        with pytest.raises(ValueError, match=f"^{name} is for networks and classifiers made here") as refused:
+            loss_for(name, "float32")
+        assert len(str(refused.value).splitlines()) == 1
+    assert loss_for("twin on meanflow", "adapters").base == peers.MeanFlow(power=0.5)
+    assert loss_for("twin alone", "in backward").share == 1.0
+    with pytest.raises(ValueError, match="freeflow needs networks beside the one that learns: take --training float32"):
+        loss_for("freeflow", "adapters")
 
 
 def real_step(net, made, free, autocast):

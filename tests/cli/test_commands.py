@@ -327,7 +327,7 @@ def test_wrong_words_are_answered_with_the_right_ones(capsys, tmp_path, run):
     fails(capsys, ["compare", "--methods", "dmd rate=1", "--out", tmp_path / "c"], "unknown setting 'rate'")
     fails(capsys, ["--set", "method=gan", "--out", tmp_path / "b"], "method must be one of", "sana-sprint", "'gan'")
     fails(capsys, ["--set", "method=vsd", 'peer={"alpha":1}', "--out", tmp_path / "b"], "vsd has no such setting")
-    fails(capsys, ["--set", 'peer={"alpha":1}', "--out", tmp_path / "b"], "peer is for all methods but twinflow")
+    fails(capsys, ["--set", 'peer={"alpha":1}', "--out", tmp_path / "b"], "peer is for a method or base that is one")
     fails(
         capsys, ["--set", "method=sid", "base_steps=5", "--out", tmp_path / "b"], "base_steps are for method twinflow"
     )

@@ -93,12 +93,13 @@ def test_first_weights_are_those_of_a_network_of_the_same_kind(tmp_path):
     assert config["predicts"] == "data"
 
 
-def test_a_network_of_ones_own_is_asked_for_its_shifted_conditions():
+def test_a_network_of_ones_own_is_asked_for_its_shifted_conditions(tmp_path):
     x, options = np.random.default_rng(0).normal(size=(200, 2)), {"steps": 4, "batch_size": 12, "warmup_steps": 1}
     model = ttf.fit(x, net=Shifted(lambda classes: MLP(2, 8, 2, classes)), method="apex", **options)
     assert model.sample(5, steps=2, seed=0).shape == (5, 2)
-    with pytest.raises(ValueError, match="cond"):
-        ttf.fit(x, net=MLP(2, 8, 2), method="apex", **options)
+    with pytest.raises(ValueError, match="unconditional: it takes no cond"):
+        ttf.fit(x, net=MLP(2, 8, 2), method="apex", out=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists(), "which is found before the first step"
     for name in ({"predicts": "data"}, {"shifted": True}):
         with pytest.raises(ValueError, match=f"{next(iter(name))} would not be read: data or net are handed over"):
             ttf.fit(x, net=MLP(2, 8, 2), **options, **name)
@@ -145,7 +146,8 @@ def test_images_drift_by_the_features_of_a_classifier_that_does_not_judge(tmp_pa
     assert all(torch.equal(value, before[name]) for name, value in eyes.state_dict().items())
     assert all(p.grad is None for p in eyes.parameters())
     again = resume(tmp_path / "run")
-    found = again.state.helpers["features"].state_dict()
+    found, read = again.state.helpers["features"].state_dict(), again.state.helpers["features"]
+    assert not read.training and not any(p.requires_grad for p in read.parameters())
     assert len(trainings) == 1 and all(torch.equal(value, found[name]) for name, value in before.items())
     finish(again, shown=False)
     assert all(torch.equal(value, before[name]) for name, value in again.state.helpers["features"].state_dict().items())

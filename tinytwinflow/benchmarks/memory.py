@@ -120,15 +120,16 @@ def costs_in_two_dimensions(configs, rounds=5, repeats=6):
     return found
 
 
-BATCHES = (6, 12)  # which divide into the parts of every loss
+OF_STATE = ("weights", "gradients", "moments")
+BATCHES = (12, 24)  # which divide into the parts of every loss
 
 
 def costs_of_dit(losses, name, batch_size, size=32, channels=4, classes=1000):
     """Bytes of a training step of a published DiT on latents, in bfloat16 autocast.  name -> loss  ->  name -> figures.
 
     Counted on any machine: all bytes are a + b depth in the network's depth and c + d batch in the batch, so the
-    forward passes of one and of two blocks, at the true width, with 6 and 12 samples, give those of the whole.
-    graph: what a loss makes before its backward pass begins. Gradients take its place in the course of
+    forward passes of one and of two blocks, at the true width, with 12 and 24 samples, give those of the whole.
+    graph: the most that a loss holds before its backward pass begins. Gradients take its place in the course of
     that, so a step needs weights, moments, and the larger of graph and gradients. Raises ValueError for another net.
     """
     if not name.startswith("dit-"):
@@ -145,27 +146,35 @@ def costs_of_dit(losses, name, batch_size, size=32, channels=4, classes=1000):
                 net = dressed(make, classes, **getattr(loss, "needs", {}))
                 corners[blocks, samples] = forward_cost(loss, net, torch.zeros(samples, channels, size, size))
         found[method] = f = {key: extrapolated(corners, key, depth, batch_size) for key in corners[1, BATCHES[0]]}
-        f["graph"] = max(f["graph"], f.pop("passing"))
+        f["graph"] = max(f.pop(key) for key in [*f] if key not in OF_STATE)
         f["peak"] = f["weights"] + f["moments"] + max(f["graph"], f["gradients"])
         f |= auxiliary(loss)
     return found
 
 
 def forward_cost(loss, net, x):
-    """Bytes: weights held, gradients, moments of AdamW, graph, what the forward pass of a loss leaves for the backward
-    pass, and passing, the most that it makes at one time, some of which may be let go before its end.
+    """Bytes: weights held, gradients, moments of AdamW; and by the number of networks called so far, the most that is
+    there beside the weights until another is called, or the loss is done. The most of all is no such straight line.
     """
     state = new_state(net, helpers=getattr(loss, "helpers", None), features=Classifier(x.shape[1], net.classes))
     cond, null = torch.zeros(len(x), dtype=torch.long), torch.tensor([net.classes])
-    counter = counter_of(state, loss)
+    counter, peaks = counter_of(state, loss), []
     weights = counter.now
+
+    def begin(*_):
+        peaks.append(counter.peak - weights)
+        counter.peak = counter.now
+
+    networks = (net, state.average, state.teacher, *state.helpers.values())
+    hooks = [network.register_forward_pre_hook(begin) for network in networks]
     with counter, autocast("cpu", "bf16"):
         out = loss_of_batch(loss, state, x, cond, null, progress=0.0)
-        graph = counter.now - weights
+    begin()
     del out
+    for hook in hooks:
+        hook.remove()
     learning = sum(p.nbytes for group in state.optimizer.param_groups for p in group["params"])
-    of_state = {"weights": weights, "gradients": learning, "moments": 2 * learning}
-    return {**of_state, "graph": graph, "passing": counter.peak - weights}
+    return dict(zip(OF_STATE, (weights, learning, 2 * learning))) | dict(enumerate(peaks))
 
 
 def extrapolated(corners, key, depth, batch):
