@@ -5,6 +5,7 @@ import torch
 from conftest import mixtures, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 from test_losses import gradients, network
 from test_peers import ByShift, Gaussian, Nudged, gaussians
 
@@ -113,6 +114,7 @@ def test_it_is_the_twin_on_a_shifted_condition(seed, B):
     found = peers.APEX(mixed_share=0.0, weight=0.7)(net, x, teacher=teacher).total
     loss = TwinFlowLoss(flow_share=0.0, adversarial_weight=0.7, rectify_weight=0.7)
     torch.manual_seed(seed)
+    x = x[torch.randperm(B)]
     close(found, loss(branches(net), x, teacher=branches(teacher)).total)
 
 
@@ -146,3 +148,51 @@ def test_the_share_of_mixed_rows(seed, B, share):
         assert ("mixed" in out._fields) == (n > 0) and ("twin" in out._fields) == (n < B)
     else:
         assert n in (0, 1) and len(out) == 2
+
+
+@settings(max_examples=5)
+@given(seeds)
+def test_each_row_keeps_its_condition(seed):
+    """Its label is the half of the line that its data lie on, in the mixed rows and in the twin's."""
+    torch.manual_seed(seed)
+    x, seen = torch.where(torch.rand(24, 2) < 0.5, -100.0, 100.0).double(), []
+
+    def net(x_t, t, r, cond):
+        of_data = x_t[:, 0].abs() > 8  # no fake and no noise is there
+        seen.append(((x_t[:, 0] > 0).long() == cond["cond"])[of_data])
+        return 0 * x_t
+
+    peers.APEX(mixed_share=0.5)(net, x, cond=(x[:, 0] > 0).long())
+    assert torch.cat(seen).all() and len(seen[0]) == len(seen[1]) > 6 and len(torch.cat(seen)) > 40
+
+
+@settings(max_examples=2)
+@given(seeds)
+def test_a_row_alone_is_weighted_by_how_seldom_it_is_of_a_part(seed):
+    """Over the turns the terms of one row are, in the mean, those of a batch of such rows."""
+    net, x = ByShift(network(seed)), torch.randn(1, 2).double()
+
+    def terms_of(B, step):
+        turns, generator = torch.Generator().manual_seed(step), torch.Generator().manual_seed(7919 * step + seed)
+        return peers.APEX(mixed_share=0.4)(net, x.expand(B, 2), turns=turns, generator=generator)
+
+    with torch.no_grad():
+        one = [terms_of(1, step) for step in range(1500)]
+        many = [terms_of(30, step) for step in range(60)]
+    for name in ("mixed", "twin"):
+        few = torch.stack([getattr(out, name, torch.zeros(()).double()) for out in one])
+        all_of = torch.stack([getattr(out, name) for out in many])
+        error = (few.var() / len(few) + all_of.var() / len(all_of)) ** 0.5
+        assert abs(few.mean() - all_of.mean()) < 5 * error
+
+
+@settings(max_examples=5)
+@given(seeds)
+def test_printed_asks_at_r_zero_for_all_rows(seed):
+    """Called as a loss it has the two printed terms, of every row, at uniform times, all asked at r = 0."""
+    net, asked = ByShift(network(seed)), []
+    out = peers.APEX(printed=True)(lambda *args: asked.append(args) or net(*args), torch.randn(500, 2).double())
+    assert out._fields == ("total", "fake", "mixed") and len(asked) == 3
+    for _, t, r, _ in asked:
+        assert not r.any() and len(t) == 500 and kstest(t.numpy(), "uniform").pvalue > 1e-6
+    assert sorted(int(cond["shift"].sum()) for *_, cond in asked) == [0, 500, 500]

@@ -111,10 +111,34 @@ def test_drifting_moves_the_features_of_fakes(seed, compared):
     close(out.total, V.square().mean())
 
 
+@settings(max_examples=8)
+@given(seeds)
+def test_drifting_with_labels_is_each_label_by_itself(seed):
+    """But for the common unit and size: the direction of each label's samples is that of a batch of them alone."""
+    torch.manual_seed(seed)
+    x, label = torch.randn(12, 2).double(), torch.arange(12) % 3
+    z = torch.randn(12, 2).double().requires_grad_()
+    loss = peers.Drifting(temperatures=(0.3,))
+    torch.manual_seed(seed)
+    out = loss(lambda noise, t, r, cond: noise - z, x + 3 * label[:, None], cond=label)
+    (found,) = torch.autograd.grad(out.total, z)
+    same = label[:, None] == torch.cat([label, label])
+    pairs = torch.cdist(z, torch.cat([z, x + 3 * label[:, None]])).detach()
+    mean_distance = pairs[same].mean()
+    for number in range(3):
+        rows = label == number
+        V = force(z.detach()[rows], (x + 3 * label[:, None])[rows], 0.3 * mean_distance, itself(4, 4))
+        close(
+            torch.nn.functional.normalize(-found[rows].flatten(), dim=0),
+            torch.nn.functional.normalize(V.flatten(), dim=0),
+        )
+
+
 def test_what_drifting_takes():
-    """One sample has no other to flee; labels are a tensor, one a row."""
+    """One sample has no other to flee, and a label's only one has no force; labels are a tensor, one a row."""
     net, x = network(0), torch.randn(4, 2).double()
-    assert peers.Drifting()(net, x[:1]).total.isfinite()
+    with pytest.raises(ValueError, match="2 rows"):
+        peers.Drifting()(net, x[:1])
     labelled = network(0, 3)
     assert peers.Drifting()(labelled, x, cond=torch.tensor([0, 1, 2, 2])).total.isfinite()
     for cond in ({"label": torch.zeros(4)}, torch.zeros(4, 5)):
@@ -202,7 +226,7 @@ def test_how_many_steps_self_distillation_takes_is_said_by_the_turns(seed):
             asked.append(n)
             for _, t, r, _ in critic.calls:
                 close(r, t * n / 4)
-            assert len(critic.calls) == 6
+            assert len(critic.calls) == 5  # each sample, once more beside it, and the generator's to move it
         assert asked[0] == asked[1]
         counts[asked[0]] += 1
     assert set(counts) == {1, 2, 3} and min(counts.values()) > 6

@@ -10,6 +10,7 @@ from ..evaluation import pictures
 from ..evaluation.tables import paying_table, summary
 from ..files import write_json
 from ..nets import DiT
+from ..peers import PEERS
 from ..runs.build import data_of, first_net
 from ..runs.evaluate import rows_of, yardstick
 from ..runs.folder import read_config, trained
@@ -47,6 +48,9 @@ def fine_tuned(text, run, steps, changes=()):
     tuned = [change for change in found if change.partition("=")[0] not in ("lr", "warmup_steps")]
     texts = [*tuned, *printed, *changes, *own]
     before = read_config(run)
+    for key, value in getattr(PEERS.get(name), "needs", {}).items():
+        if before[key] != value:
+            raise ValueError(f"{name} goes on from a run with {key}={value}, {run} has {before[key]}")
     kept = before | {key: RECIPES[before["recipe"]][key] for key in OF_LOSS}
     kept |= {"method": "twinflow", "peer": {}, "init_from": str(Path(run).resolve())}
     kept |= {"muon_lr": None, "checkpoint_every": steps, **row_of(name), **SCHEDULE, "steps": steps}

@@ -40,7 +40,7 @@ def train_classifier(data, steps=600, lr=2e-3, device="cpu", shown=False, seed=N
         net = Classifier(data.shape[0], data.classes).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in bar(range(steps), "classifier that judges", unit="steps", hidden=not shown):
+    for step in bar(range(steps), "classifier of images", unit="steps", hidden=not shown):
         x, label = data.batch(step)
         optimizer.zero_grad()
         f.cross_entropy(net(x.to(device)), label.to(device)).backward()

@@ -99,7 +99,9 @@ class TwinFlowLoss:
     )
     guidance_range: tuple = as_field((0.0, 1.0), "times t where guidance acts, computed at all t", "[0, 1]", length=2)
     data_free: bool = as_field(False, "never read x, only its shape: see `_base_pairs`")
-    base: Callable | None = None  # another base loss for Eq. 1, of the contract in `peers`, which needs no helpers
+    # another base loss for Eq. 1, of the contract in `peers`, which needs no helpers; of the settings above it leaves
+    # share, metric, both weights and rectify_clip to be read
+    base: Callable | None = None
 
     @classmethod
     def paper(cls, **changes):
@@ -117,6 +119,8 @@ class TwinFlowLoss:
             raise ValueError(f"guidance_range must be two times low <= high, got {low}, {high}")
         if self.base is not None and not callable(self.base):
             raise ValueError(f"base must be a loss, see `peers`, or None, got {self.base!r}")
+        if hasattr(self.base, "needs"):
+            raise ValueError(f"a base takes every network, {self.base} needs one with {self.base.needs}")
         if set(getattr(self.base, "helpers", {}).values()) - {"average"}:
             raise ValueError(f"a base needs no network beside the average, {self.base} needs {self.base.helpers}")
         if self.base is not None and (self.guidance or self.data_free):

@@ -9,6 +9,7 @@ the weight       1 / a                    a, of e / (e + 1e-3), e ~ a^2 the same
 a below 0.005    MeanFlow                 the same, by forward mode     the same
 target           as it is                 clipped to [-4, 4]            as it is
 times            two logit-normal ones    the same                      two uniform ones
+Where a is small q is a small difference made large: train it in float32, bfloat16 rounds it away.
 """
 
 import math
@@ -18,9 +19,8 @@ from typing import ClassVar
 import torch
 
 from ..method.distances import squared_error
-from ..method.draws import normal
-from ..method.path import expand, interpolate, jump, velocity
-from .common import along, terms, two_times, weighed
+from ..method.path import expand, jump
+from .common import along, lines, terms, weighed
 
 
 def partly(net, x_t, t, r, u, a, cond=None):
@@ -50,13 +50,15 @@ class AlphaFlow:
         a = 1 / (1 + math.exp(25 * (progress - 0.5)))
         return 1.0 if a > 1 - self.smallest else a if a >= self.smallest else 0.0
 
-    def __call__(self, net, x, cond=None, generator=None, progress=1.0, **_):
-        z, (t, r) = normal(x, generator), two_times(x, self.flow_share, generator)
-        x_t, u, a = interpolate(x, z, t), velocity(x, z), self.part(progress)
-        F = net(x_t, t, r, cond)
-        if a == 0:
-            q = F.detach() - u + expand(t - r, x) * along(net, x_t, t, r, u, cond)[1]
-        else:
-            target = u if a == 1 else partly(net, x_t, t, r, u, a, cond)
-            q = torch.where(expand(t > r, x) > 0, (F.detach() - target) / a, F.detach() - u)
-        return terms(average_velocity=weighed(squared_error(F, F.detach() - q), self.power).mean())
+    def __call__(self, net, x, cond=None, generator=None, progress=1.0, turns=None, **_):
+        rows, a = lines(x, cond, self.flow_share, generator, turns), self.part(progress)
+        F = net(rows.x_t, rows.t, rows.r, rows.cond)
+        q = F.detach() - rows.u
+        if a < 1 and (jumps := rows.jumps()):
+            x_t, u, t, r, some = jumps
+            if a == 0:
+                q[rows.n :] += expand(t - r, u) * along(net, x_t, t, r, u, some)[1]
+            else:
+                q[rows.n :] = (F[rows.n :].detach() - partly(net, x_t, t, r, u, a, some)) / a
+        d = weighed(squared_error(F, F.detach() - q), self.power)
+        return terms(average_velocity=sum(rows.means(d)))

@@ -58,6 +58,8 @@ class APEX:
             t = uniform(x, generator)
             return terms(**self.as_printed(field, x, normal(x, generator), t, torch.zeros_like(t), cond))
         (n, _), (by, by_twin) = split(len(x), (self.mixed_share, 1 - self.mixed_share), turns or generator)
+        rows = torch.randperm(len(x), generator=generator, device=x.device)
+        x, cond = x[rows], take(cond, rows)
         parts = {}
         if n:
             t = uniform(x[:n], generator)

@@ -2,14 +2,16 @@
 
 from collections import namedtuple
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..method.conditions import take
 from ..method.distances import squared_error
-from ..method.draws import normal, uniform
+from ..method.draws import mean, normal, split, uniform
 from ..method.path import denoise, expand, interpolate, velocity
 
 
@@ -29,11 +31,42 @@ def terms(**parts):
     return _named("total", *parts)(sum(parts.values()), *parts.values())
 
 
-def two_times(x, flow_share=0.0, generator=None):
-    """Times t >= r, the larger and the smaller of two uniform ones; in a share of the rows r = t.  -> two (B,)."""
-    times = torch.stack([uniform(x, generator), uniform(x, generator)])
-    (r, t), flow = times.sort(0)[0], uniform(x, generator) < flow_share
-    return t, torch.where(flow, t, r)
+class Lines(NamedTuple):
+    """Points of the lines between data and noise, a row each, of which the first n are flow rows: r = t there."""
+
+    x: torch.Tensor
+    cond: object
+    x_t: torch.Tensor
+    u: torch.Tensor
+    t: torch.Tensor
+    r: torch.Tensor
+    n: int
+    shares: tuple
+    divisors: tuple
+
+    def jumps(self):
+        """x_t, u, t, r and cond of the rows with t > r; None where there are none."""
+        rows = slice(self.n, None)
+        return None if self.n == len(self.x) else (*(a[rows] for a in self[2:6]), take(self.cond, rows))
+
+    def means(self, d):
+        """The mean of d (B,) over the flow rows and that over the others, each times its share of the batch."""
+        parts = zip(self.shares, (d[: self.n], d[self.n :]), self.divisors)
+        return [share * mean(part, divisor) for share, part, divisor in parts]
+
+
+def lines(x, cond, flow_share, generator=None, turns=None):
+    """A batch in random order on its lines to noise, t and r the larger and the smaller of two uniform times.
+
+    flow_share: share of the rows with r = t, as many at each step; turns: for batches of one row, see `draws.split`.
+    """
+    shares = flow_share, 1 - flow_share
+    (n, _), divisors = split(len(x), shares, turns or generator)
+    rows = torch.randperm(len(x), generator=generator, device=x.device)
+    x, cond, z = x[rows], take(cond, rows), normal(x, generator)
+    r, t = torch.stack([uniform(x, generator), uniform(x, generator)]).sort(0)[0]
+    r = torch.cat([t[:n], r[n:]])
+    return Lines(x, cond, interpolate(x, z, t), velocity(x, z), t, r, n, shares, divisors)
 
 
 def weighed(d, power, floor=1e-3):

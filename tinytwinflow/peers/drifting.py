@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch
 
 from ..method.draws import normal
-from ..method.path import check_batch
 from ..method.twin import generate
 from .common import terms
 
@@ -46,6 +45,7 @@ def drift(x, y, temperatures, same=None):
     mean_distance = (torch.cdist(x, torch.cat([x, y])) * met).sum() / met.sum()
     unit = mean_distance / x.shape[1] ** 0.5
     apart = apart | torch.eye(len(x), len(x) + len(y), dtype=torch.bool, device=x.device)
+    x, y = (a - y.mean(0) for a in (x, y))  # a force does not depend on it, its rounding does
     forces = [force(x / unit, y / unit, R * x.shape[1] ** 0.5, apart) for R in temperatures]
     return sum(V / (V.square().mean() + 1e-8).sqrt() for V in forces), unit
 
@@ -55,7 +55,8 @@ class Drifting:
     """| f / s - sg(f / s + V) |^2, f the features of x_fake = z - F(z, 1, 0), or x_fake, and s the length of a unit.
 
     The value says nothing of how far training is: every force has unit size. temperatures: of the kernel, in mean
-    distances. With labels fakes meet data and fakes of their own label; other conditions raise ValueError.
+    distances. With labels fakes meet data and fakes of their own label, so one that a batch has once has no force:
+    take batches of several rows a label. Raises ValueError for other conditions, and for a batch of one row.
     """
 
     temperatures: tuple = (0.02, 0.05, 0.2)
@@ -63,7 +64,8 @@ class Drifting:
     mode: ClassVar = None
 
     def __call__(self, net, x, features=None, cond=None, generator=None, **_):
-        check_batch(x, "x")
+        if len(x) < 2:
+            raise ValueError("drifting compares samples with one another: it needs batches of 2 rows or more")
         same = None
         if cond is not None:
             if not torch.is_tensor(cond) or cond.ndim != 1:
@@ -71,5 +73,7 @@ class Drifting:
             same = cond[:, None] == torch.cat([cond, cond])
         x_fake = generate(net, normal(x, generator), cond)
         f, y = (a.flatten(1) if features is None else features.features(a) for a in (x_fake, x))
-        V, unit = drift(f.detach(), y, self.temperatures, same)
+        exact = torch.promote_types(f.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):  # what is subtracted is nearly equal
+            V, unit = drift(*(a.detach().to(exact) for a in (f, y)), self.temperatures, same)
         return terms(drift=((f - f.detach()) / unit - V).square().mean())

@@ -17,9 +17,8 @@ from typing import ClassVar
 import torch
 
 from ..method.distances import squared_error
-from ..method.draws import normal
-from ..method.path import expand, interpolate, jump, velocity
-from .common import terms, two_times, weighed
+from ..method.path import expand, jump
+from .common import lines, terms, weighed
 
 
 @dataclass
@@ -36,12 +35,13 @@ class EulerMeanFlow:
     helpers: ClassVar = {}
     mode: ClassVar = "any"
 
-    def __call__(self, net, x, cond=None, generator=None, **_):
-        z, (t, r) = normal(x, generator), two_times(x, self.flow_share, generator)
-        x_t, u = interpolate(x, z, t), velocity(x, z)
-        F = net(x_t, t, r, cond)
-        with torch.no_grad():
-            s = torch.maximum(t - self.dt, r)
-            F_s = net(jump(x_t, net(x_t, t, t, cond), t, s), s, r, cond)
-            target = u + expand((t - r - self.dt).clamp(min=0), x) * (F_s - F) / self.dt
-        return terms(average_velocity=weighed(squared_error(F, target), self.power).mean())
+    def __call__(self, net, x, cond=None, generator=None, turns=None, **_):
+        rows = lines(x, cond, self.flow_share, generator, turns)
+        F, target = net(rows.x_t, rows.t, rows.r, rows.cond), rows.u.clone()
+        if jumps := rows.jumps():
+            x_t, _, t, r, some = jumps
+            with torch.no_grad():
+                s = torch.maximum(t - self.dt, r)
+                F_s = net(jump(x_t, net(x_t, t, t, some), t, s), s, r, some)
+            target[rows.n :] += expand((t - r - self.dt).clamp(min=0), F_s) * (F_s - F[rows.n :].detach()) / self.dt
+        return terms(average_velocity=sum(rows.means(weighed(squared_error(F, target), self.power))))

@@ -21,7 +21,7 @@ from ..method.distances import squared_error
 from ..method.draws import normal, uniform
 from ..method.path import expand, jump
 from ..method.twin import generate, same_time
-from .common import derivative, fake_score, moved, renoise, terms
+from .common import derivative, moved, renoise, terms
 
 
 @dataclass
@@ -49,13 +49,14 @@ class FreeFlow:
         x_fake = generate(net, z, cond_k)
         t = torch.sigmoid(0.8 + torch.randn(len(z), generator=generator, dtype=r.dtype, device=x.device))
         x_t, u = renoise(x_fake.detach(), t, generator)
+        v_fake = fake(x_t, t, t, cond_k)
         with torch.no_grad():
-            D_N = fake(x_t, t, t, cond_k) - original(x_t, t, t, cond_k)
+            D_N = v_fake - original(x_t, t, t, cond_k)
             scale = self.alpha * length(D) / (length(D_N) + 1e-6)
         return terms(
             prediction=moved(F, expand(w, F) * D),
             correction=moved(x_fake, -scale * D_N),
-            fake=fake_score(fake, x_t, t, u, cond_k),
+            fake=squared_error(v_fake, u).mean(),
         )
 
 

@@ -13,9 +13,8 @@ from typing import ClassVar
 import torch
 
 from ..method.distances import squared_error
-from ..method.draws import normal
-from ..method.path import expand, interpolate, velocity
-from .common import along, terms, two_times, weighed
+from ..method.path import expand
+from .common import along, lines, terms, weighed
 
 
 @dataclass
@@ -31,14 +30,17 @@ class ImprovedMeanFlow:
     helpers: ClassVar = {}
     mode: ClassVar = "any"
 
-    def __call__(self, net, x, cond=None, generator=None, **_):
-        z, (t, r) = normal(x, generator), two_times(x, self.flow_share, generator)
-        x_t = interpolate(x, z, t)
-        with torch.no_grad():
-            v = net(x_t, t, t, cond)
-        _, dF = along(net, x_t, t, r, v, cond)
-        V = net(x_t, t, r, cond) + expand(t - r, x) * dF
-        return terms(average_velocity=weighed(squared_error(V, self.target(x, z, x_t, t)), self.power).mean())
+    def __call__(self, net, x, cond=None, generator=None, turns=None, **_):
+        rows = lines(x, cond, self.flow_share, generator, turns)
+        target = self.target(rows)
+        if jumps := rows.jumps():
+            x_t, _, t, r, some = jumps
+            with torch.no_grad():
+                v = net(x_t, t, t, some)
+            target[rows.n :] -= expand(t - r, v) * along(net, x_t, t, r, v, some)[1]
+        d = squared_error(net(rows.x_t, rows.t, rows.r, rows.cond), target)
+        return terms(average_velocity=sum(rows.means(weighed(d, self.power))))
 
-    def target(self, x, z, x_t, t):
-        return velocity(x, z)
+    def target(self, rows):
+        """What V is drawn onto."""
+        return rows.u.clone()

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..method.distances import squared_error
-from ..method.draws import normal
-from ..method.path import expand, interpolate, velocity
-from .common import along, terms, two_times, weighed
+from ..method.path import expand
+from .common import along, lines, terms, weighed
 
 
 @dataclass
@@ -22,9 +21,11 @@ class MeanFlow:
     helpers: ClassVar = {}
     mode: ClassVar = "any"
 
-    def __call__(self, net, x, cond=None, generator=None, **_):
-        z, (t, r) = normal(x, generator), two_times(x, self.flow_share, generator)
-        x_t, u = interpolate(x, z, t), velocity(x, z)
-        _, dF = along(net, x_t, t, r, u, cond)
-        d = squared_error(net(x_t, t, r, cond), u - expand(t - r, x) * dF)
-        return terms(average_velocity=weighed(d, self.power).mean())
+    def __call__(self, net, x, cond=None, generator=None, turns=None, **_):
+        rows = lines(x, cond, self.flow_share, generator, turns)
+        target = rows.u.clone()
+        if jumps := rows.jumps():
+            x_t, u, t, r, some = jumps
+            target[rows.n :] -= expand(t - r, u) * along(net, x_t, t, r, u, some)[1]
+        d = squared_error(net(rows.x_t, rows.t, rows.r, rows.cond), target)
+        return terms(average_velocity=sum(rows.means(weighed(d, self.power))))

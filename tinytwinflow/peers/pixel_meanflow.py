@@ -19,8 +19,8 @@ from .improved_meanflow import ImprovedMeanFlow
 class PixelMeanFlow(ImprovedMeanFlow):
     """| V - (x_t - x) / max(t, floor) |^2, V as in improved mean flows, which above the floor is onto u."""
 
-    floor: float = 0.05
+    floor: ClassVar = 0.05  # the network's, see `nets.PredictsData`
     needs: ClassVar = {"predicts": "data"}
 
-    def target(self, x, z, x_t, t):
-        return (x_t - x) / expand(t.clamp(min=self.floor), x)
+    def target(self, rows):
+        return (rows.x_t - rows.x) / expand(rows.t.clamp(min=self.floor), rows.x)

@@ -9,7 +9,7 @@ renoised            each sample to a time of its own       the same time
 R1, R2              as the GAN it builds on                by differences, as the code it builds on
 gradient            not said of (n + 1)-step samples       none; of n steps the last has one
 guidance, causality yes                                    none
-There is no public code of it.
+There is no public code of it. Train it in float32: in bfloat16 the critic's slope, of a small difference, is rounding.
 """
 
 from dataclasses import dataclass
@@ -58,8 +58,8 @@ class SelfDistillation:
         which = t * n / (self.most + 1)
         x_t, u = renoise(made.detach(), t, generator)
         seen, seen_better = renoise(made, t, generator)[0], renoise(better, t, generator)[0]
-        adversarial = fixed(critic)(seen, t, which, cond) - fixed(critic)(seen_better, t, which, cond)
         D, D_better = (critic(some, t, which, cond) for some in (seen.detach(), seen_better))
+        adversarial = fixed(critic)(seen, t, which, cond) - D_better.detach()
         both = ((seen.detach(), D), (seen_better, D_better))
         slopes = sum(slope(critic, some, logits, t, which, cond, generator) for some, logits in both)
         return terms(

@@ -9,19 +9,15 @@ flow rows            3/4                                     none              3
 power, floor         1 and 0.01                              0.75 and 1e-3     1 and 1e-3
 times                logit-normal, s kept below t            the same          two uniform ones, sorted
 sampled by           jumps to data, noised again             the same          jumps from t to s
+Like alpha-flow it is to be trained in float32.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from ..method.conditions import take
 from ..method.distances import squared_error
-from ..method.draws import mean, normal, split
-from ..method.path import interpolate, velocity
 from .alpha_flow import partly
-from .common import terms, two_times, weighed
+from .common import lines, terms, weighed
 
 
 @dataclass
@@ -40,15 +36,12 @@ class SoFlow:
     mode: ClassVar = "any"
 
     def __call__(self, net, x, cond=None, generator=None, progress=1.0, turns=None, **_):
-        shares = (self.flow_share, 1 - self.flow_share)
-        (n, _), divisors = split(len(x), shares, turns or generator)
-        z, (t, s) = normal(x, generator), two_times(x, generator=generator)
-        s = torch.cat([t[:n], s[n:]])
-        x_t, u, rho = interpolate(x, z, t), velocity(x, z), self.first * (self.last / self.first) ** progress
-        F = net(x_t, t, s, cond)
-        q = F.detach() - u
-        if n < len(x):
-            target = partly(net, x_t[n:], t[n:], s[n:], u[n:], rho, take(cond, slice(n, None)))
-            q[n:] = (F[n:].detach() - target) / rho
-        d = weighed(squared_error(F, F.detach() - q), self.power)
-        return terms(flow=shares[0] * mean(d[:n], divisors[0]), consistency=0.5 * shares[1] * mean(d[n:], divisors[1]))
+        rows = lines(x, cond, self.flow_share, generator, turns)
+        rho = self.first * (self.last / self.first) ** progress
+        F = net(rows.x_t, rows.t, rows.r, rows.cond)
+        q = F.detach() - rows.u
+        if jumps := rows.jumps():
+            x_t, u, t, s, some = jumps
+            q[rows.n :] = (F[rows.n :].detach() - partly(net, x_t, t, s, u, rho, some)) / rho
+        flow, consistency = rows.means(weighed(squared_error(F, F.detach() - q), self.power))
+        return terms(flow=flow, consistency=0.5 * consistency)

@@ -129,7 +129,8 @@ def features_for(loss, config, data, device="cpu", fresh=True):
     if not data.classes:
         raise ValueError(f"{config['method']} compares images by a classifier's features: the data need labels")
     if not fresh:
-        return Classifier(data.shape[0], data.classes).to(device).requires_grad_(False).eval()
+        with torch.random.fork_rng(devices=[]):
+            return Classifier(data.shape[0], data.classes).to(device).requires_grad_(False).eval()
     if config["data"]:
         data = data_of({**config, "seed": 1, "batch_size": 128, "subset": 0, "flip": False})
     return train_classifier(data, device=device, shown=True, seed=config["seed"] + 1)  # the judge's is that or 0

@@ -42,12 +42,13 @@ def read_config(folder):
 def checked(config, path):
     """The settings of a run as a file has them. Raises ValueError that names it unless they are whole and fit."""
     with damage_named(path, "not the settings of a run"):
-        check(config)
         known = RECIPES[config["recipe"]].keys() | {"recipe"}
     if known != config.keys():
         odd = [f"{name} missing" for name in sorted(known - config.keys())]
         odd += [f"{name} unknown" for name in sorted(config.keys() - known)]
         raise ValueError(f"{path}: not the settings of a run ({', '.join(odd)})")
+    with damage_named(path, "not the settings of a run"):
+        check(config)
     return config
 
 

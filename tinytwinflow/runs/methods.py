@@ -8,6 +8,7 @@ FLOW_MATCHING = {**OF_TWINFLOW, "order": 0, "share": 0.0, "warmup_steps": 0, "ba
 RCGM = {"share": 0.0}
 TWIN_ALONE = {"share": 1.0, "base_steps": 0}  # after flow matching; no base holds the mass or the real velocity
 ON = "twin on "  # a base, of `peers.BASES`
+TWIN = "self-adversarial"  # the family
 # the network is a smooth one, for sCM and MeanFlow differentiate it in time, and so learns at a higher rate
 EQUAL = ("steps=3000", "batch_size=256", "lr=4e-3", "eval_samples=20000", "checkpoint_every=1000", "sharp=false")
 EQUAL += ("muon_lr=None", "flow_share=0.5", "one_step_share=0.3", "jump_c=None", "time_shape=[1,1,1]")  # as in trials
@@ -41,9 +42,9 @@ def compared_methods():
 def method_family(text):
     """The family of one line of a table of methods, see `peers.PEER_FAMILIES`."""
     name = named(text)[0]
-    own = {"flow matching": "flow matching", "rcgm": "any-step"}
+    own = {"flow matching": "flow matching", "rcgm": "any-step", "twin alone": TWIN, "twinflow": TWIN}
     families = {method: family for family, methods in peers.PEER_FAMILIES.items() for method in methods}
-    return (own | families).get(name, "self-adversarial")
+    return TWIN if name.startswith(ON) else (own | families).get(name, "-")
 
 
 def row_of(name):
@@ -70,13 +71,14 @@ def entry(text, changes=()):
     name, own = named(text)
     if name not in known_methods():
         raise ValueError(f"unknown method {name!r}: choose from {', '.join(known_methods())}")
+    of_row = row_of(name)
+    for key in sorted({text.partition("=")[0] for text in own} & of_row.keys()):
+        raise ValueError(f"{name!r} says itself what {key} is: choose another method, or leave {key} out")
     steps = configured("toy", [change for change in (*EQUAL, *changes, *own) if change.startswith("steps=")])["steps"]
     given = [*EQUAL, *tuned(name, steps), *changes, *own]
     if name in peers.PEERS:
         given = [change for change in given if not change.startswith("base_steps=")]  # only TwinFlow has that phase
-    if name in peers.PEERS or name.startswith(ON):
-        return configured("toy", given, **row_of(name))
-    return configured("toy", given) | row_of(name)
+    return configured("toy", given, **of_row)
 
 
 def tuned(name, steps):
