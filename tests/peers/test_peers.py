@@ -231,6 +231,20 @@ def test_the_settings_are_those_of_the_papers_or_as_each_page_says():
     assert found["progressive distillation"].refill == pytest.approx([1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7])
 
 
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("meanflow", {"flow_share": 1.1}), ("improved meanflow", {"power": -1.0}), ("euler mean flow", {"dt": 0.0}),
+        ("alpha-flow", {"smallest": 0.5}), ("soflow", {"last": 0.0}), ("soflow", {"flow_share": 2.0}),
+        ("freeflow", {"share": 3.0}), ("apex", {"mixed_share": -1.0}), (ASD, {"most": 0}), (ASD, {"penalty": -0.1}),
+        ("drifting", {"temperatures": ()}), ("drifting", {"temperatures": (0.1, 0.0)}),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(name, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must"):
+        peers.PEERS[name](**wrong)
+
+
 # Where the exact field is a zero of the loss, row by row
 
 

@@ -30,7 +30,7 @@ an entry of PEERS it has a name too, for `fit(x, method="halfway")` and, written
 Rooms, in reading order: common, consistency, scm, meanflow, improved_meanflow, pixel_meanflow, euler_mean_flow,
 alpha_flow, soflow, shortcut, progressive, vsd, dmd, dmd2, self_distillation, sid, sana_sprint, freeflow, drifting,
 apex.
-May import: method.
+May import: method, ranges.
 """
 
 from functools import partial

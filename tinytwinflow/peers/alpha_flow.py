@@ -20,7 +20,8 @@ import torch
 
 from ..method.distances import squared_error
 from ..method.path import expand, jump
-from .common import along, lines, terms, weighed
+from ..ranges import as_field
+from .common import Checked, along, lines, terms, weighed
 
 
 def partly(net, x_t, t, r, u, a, cond=None):
@@ -33,16 +34,16 @@ def partly(net, x_t, t, r, u, a, cond=None):
 
 
 @dataclass
-class AlphaFlow:
+class AlphaFlow(Checked):
     """F is moved along q = (F - target) / a, with weight 1 / sg(mean q^2 + 1e-3)^power.
 
-    target: see `partly`; at a = 1, and where r = t, u. a: 1 - sigmoid(25 (progress - 1/2)), 1 above 1 - smallest;
-    below smallest q is MeanFlow's, F - u + (t - r) dF/dt. flow_share: share of rows with r = t.
+    target: see `partly`; at a = 1, and where r = t, u. a: 1 - sigmoid(25 (progress - 1/2)), and 1 above 1 - smallest;
+    below smallest q is MeanFlow's, F - u + (t - r) dF/dt.
     """
 
-    flow_share: float = 0.5
-    power: float = 1.0
-    smallest: float = 0.005
+    flow_share: float = as_field(0.5, "share of the rows with r = t", "[0, 1]")
+    power: float = as_field(1.0, "of the weight", "[0, inf)")
+    smallest: float = as_field(0.005, "a below which it is MeanFlow's, and 1 - a below which it is 1", "(0, 0.5)")
     helpers: ClassVar = {}
     mode: ClassVar = "any"
 

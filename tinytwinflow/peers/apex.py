@@ -24,7 +24,8 @@ from ..method.distances import squared_error
 from ..method.draws import mean, normal, split, uniform
 from ..method.losses import TwinFlowLoss
 from ..method.path import denoise, interpolate, velocity
-from .common import terms
+from ..ranges import as_field
+from .common import Checked, terms
 
 
 def branches(net):
@@ -37,17 +38,16 @@ def branches(net):
 
 
 @dataclass
-class APEX:
+class APEX(Checked):
     """TwinFlow on the two branches, and t (1 - t) |F(x_t, t, t, c) - [(1 - mixing) u + mixing v_f]|^2 (Eqs. 22-24).
 
-    v_f = sg F(x_t, t, t, c'). mixing: the paper's lambda. mixed_share: of the rows, in place of the flow rows. weight:
-    of the twin's terms. printed: Eqs. 10-12 and 22-25 as they stand, F(x_t, t, c) asked at r = 0.
+    v_f = sg F(x_t, t, t, c').
     """
 
-    mixing: float = 0.5
-    mixed_share: float = 0.25
-    weight: float = 0.3
-    printed: bool = False
+    mixing: float = as_field(0.5, "the paper's lambda", "[0, 1]")
+    mixed_share: float = as_field(0.25, "share of the rows with the mixed target, in place of the flow rows", "[0, 1]")
+    weight: float = as_field(0.3, "weight of the twin's terms", "[0, inf)")
+    printed: bool = as_field(False, "Eqs. 10-12 and 22-25 as they stand, F(x_t, t, c) asked at r = 0")
     helpers: ClassVar = {"teacher": "average"}
     needs: ClassVar = {"shifted": True}
     mode: ClassVar = "any"

@@ -13,6 +13,7 @@ from ..method.conditions import take
 from ..method.distances import squared_error
 from ..method.draws import mean, normal, split, uniform
 from ..method.path import denoise, expand, interpolate, velocity
+from ..ranges import plain, settings_of
 
 
 def grid_neighbours(u, intervals):
@@ -29,6 +30,14 @@ def _named(*names):
 def terms(**parts):
     """The terms of a loss and their sum: a named tuple (total, ...) of scalars, each with its graph."""
     return _named("total", *parts)(sum(parts.values()), *parts.values())
+
+
+class Checked:
+    """A loss whose settings are fields made by `as_field`. Raises ValueError for one out of its range."""
+
+    def __post_init__(self):
+        for name, setting in settings_of(type(self)).items():
+            setting.check(name, plain(getattr(self, name)))
 
 
 class Lines(NamedTuple):

@@ -63,6 +63,10 @@ class Drifting:
     helpers: ClassVar = {"features": "features"}
     mode: ClassVar = None
 
+    def __post_init__(self):
+        if not self.temperatures or not all(isinstance(R, int | float) and R > 0 for R in self.temperatures):
+            raise ValueError(f"temperatures must be numbers > 0, got {self.temperatures!r}")
+
     def __call__(self, net, x, features=None, cond=None, generator=None, **_):
         if len(x) < 2:
             raise ValueError("drifting compares samples with one another: it needs batches of 2 rows or more")

@@ -18,20 +18,17 @@ import torch
 
 from ..method.distances import squared_error
 from ..method.path import expand, jump
-from .common import lines, terms, weighed
+from ..ranges import as_field
+from .common import Checked, lines, terms, weighed
 
 
 @dataclass
-class EulerMeanFlow:
-    """| F - sg(u + (t - r - dt)+ [F(x', t - dt, r) - F(x_t, t, r)] / dt) |^2, x' = x_t - dt F(x_t, t, t).
+class EulerMeanFlow(Checked):
+    """| F - sg(u + (t - r - dt)+ [F(x', t - dt, r) - F(x_t, t, r)] / dt) |^2, x' = x_t - dt F(x_t, t, t)."""
 
-    dt: length of the step; where t - r is shorter the target is u. flow_share: share of rows with r = t. power: see
-    MeanFlow.
-    """
-
-    dt: float = 0.01
-    flow_share: float = 0.5
-    power: float = 1.0
+    dt: float = as_field(0.01, "length of the step; where t - r is shorter the target is u", "(0, 1)")
+    flow_share: float = as_field(0.5, "share of the rows with r = t", "[0, 1]")
+    power: float = as_field(1.0, "each row is divided by its own sg(d + 1e-3)^power", "[0, inf)")
     helpers: ClassVar = {}
     mode: ClassVar = "any"
 

@@ -21,20 +21,21 @@ from ..method.distances import squared_error
 from ..method.draws import normal, uniform
 from ..method.path import expand, jump
 from ..method.twin import generate, same_time
-from .common import derivative, moved, renoise, terms
+from ..ranges import as_field
+from .common import Checked, derivative, moved, renoise, terms
 
 
 @dataclass
-class FreeFlow:
+class FreeFlow(Checked):
     """F(z, 1, r) along -w (v_G - v), v_G = dx_r/dr = F - (1 - r) dF/dr; F(z, 1, 0) along -lambda (v_fake - v).
 
     w = 1 / (d + 1e-3)^power, d the row's mean of (v_G - v)^2 (Eqs. 7-9 there). lambda = alpha |v_G - v| / |v_fake - v|,
-    means over rows of the norms (Eqs. 10-12). share: of the rows that are predicted.
+    means over rows of the norms (Eqs. 10-12).
     """
 
-    alpha: float = 1.0
-    power: float = 1.0
-    share: float = 0.75
+    alpha: float = as_field(1.0, "length of the correction's gradient, in those of the prediction's", "[0, inf)")
+    power: float = as_field(1.0, "of the prediction's weight", "[0, inf)")
+    share: float = as_field(0.75, "of the rows that are predicted, the others are corrected", "[0, 1]")
     helpers: ClassVar = {"original": "frozen", "fake": "trained"}
     mode: ClassVar = None
 

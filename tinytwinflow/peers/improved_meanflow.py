@@ -14,19 +14,19 @@ import torch
 
 from ..method.distances import squared_error
 from ..method.path import expand
-from .common import along, lines, terms, weighed
+from ..ranges import as_field
+from .common import Checked, along, lines, terms, weighed
 
 
 @dataclass
-class ImprovedMeanFlow:
+class ImprovedMeanFlow(Checked):
     """| V - u |^2, V = F + (t - r) sg(dF/dt), dF/dt along the network's own v = F(x_t, t, t), by forward mode.
 
-    MeanFlow's derivative is along u = z - x, whose noise it multiplies; v has averaged it away. flow_share: share of
-    rows with r = t. power: see MeanFlow.
+    MeanFlow's derivative is along u = z - x, whose noise it multiplies; v has averaged it away.
     """
 
-    flow_share: float = 0.5
-    power: float = 1.0
+    flow_share: float = as_field(0.5, "share of the rows with r = t", "[0, 1]")
+    power: float = as_field(1.0, "each row is divided by its own sg(d + 1e-3)^power", "[0, inf)")
     helpers: ClassVar = {}
     mode: ClassVar = "any"
 

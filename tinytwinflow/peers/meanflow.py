@@ -5,19 +5,18 @@ from typing import ClassVar
 
 from ..method.distances import squared_error
 from ..method.path import expand
-from .common import along, lines, terms, weighed
+from ..ranges import as_field
+from .common import Checked, along, lines, terms, weighed
 
 
 @dataclass
-class MeanFlow:
-    """| F(x_t, t, r) - sg(u - (t - r) dF/dt) |^2, dF/dt along the trajectory by forward mode (Eqs. 6-10 there).
+class MeanFlow(Checked):
+    """| F(x_t, t, r) - sg(u - (t - r) dF/dt) |^2, dF/dt along the trajectory by forward mode (Eqs. 6-10 there)."""
 
-    flow_share: share of rows with r = t. power: each row's loss is divided by its own sg(d + 1e-3)^power; 0 is the
-    plain squared error, 1 the paper's choice for images.
-    """
-
-    flow_share: float = 0.75
-    power: float = 1.0
+    flow_share: float = as_field(0.75, "share of the rows with r = t", "[0, 1]")
+    power: float = as_field(
+        1.0, "each row is divided by its own sg(d + 1e-3)^power; 1 is the paper's for images", "[0, inf)"
+    )
     helpers: ClassVar = {}
     mode: ClassVar = "any"
 

@@ -21,7 +21,8 @@ from torch.nn.functional import softplus
 from ..method.draws import coin, normal, uniform
 from ..method.samplers import sample
 from ..method.twin import same_time
-from .common import clean, fake_score, fixed, moved, renoise, terms
+from ..ranges import as_field
+from .common import Checked, clean, fake_score, fixed, moved, renoise, terms
 from .dmd import matching
 
 
@@ -37,17 +38,17 @@ def few_steps(net, z, n, cond=None, generator=None):
 
 
 @dataclass
-class SelfDistillation:
+class SelfDistillation(Checked):
     """DMD's gradient for samples of n steps, n drawn from 1 to `most`, and a relativistic loss past the critic D_n.
 
     The generator has softplus(-[D_n(x_n) - D_n(x_n+1)]), the critic the same with both exchanged, both noised to one
-    time. gan, critic_weight: weights of the two. penalty: of the critic's slope at both, of step 0.01.
+    time, and a penalty on its slope.
     """
 
-    most: int = 3
-    gan: float = 0.1
-    critic_weight: float = 1.0
-    penalty: float = 0.1
+    most: int = as_field(3, "the largest n", "[1, inf)")
+    gan: float = as_field(0.1, "weight of the generator's term past the critic", "[0, inf)")
+    critic_weight: float = as_field(1.0, "weight of the critic's own", "[0, inf)")
+    penalty: float = as_field(0.1, "weight of the square of the critic's slope at both samples", "[0, inf)")
     helpers: ClassVar = {"original": "frozen", "fake": "trained", "critic": "critic"}
     mode: ClassVar = "few"
 

@@ -16,22 +16,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..method.distances import squared_error
+from ..ranges import as_field
 from .alpha_flow import partly
-from .common import lines, terms, weighed
+from .common import Checked, lines, terms, weighed
 
 
 @dataclass
-class SoFlow:
-    """Flow matching on most rows; on the others F along q = (f(x_l, l, s) - sg f(x_t, t, s)) / (t - l), half of it.
+class SoFlow(Checked):
+    """Flow matching on most rows; on the others F along q = (f(x_l, l, s) - sg f(x_t, t, s)) / (t - l), half of it."""
 
-    first, last: (t - l) / (t - s) at the beginning and end of training, geometric between. flow_share: of the rows.
-    power: see MeanFlow; a consistency row is weighted by the mean of q^2.
-    """
-
-    first: float = 0.1
-    last: float = 0.002
-    flow_share: float = 0.75
-    power: float = 1.0
+    first: float = as_field(0.1, "(t - l) / (t - s) at the beginning of training", "(0, 1]")
+    last: float = as_field(0.002, "at its end, geometric between", "(0, 1]")
+    flow_share: float = as_field(0.75, "share of the rows with r = t", "[0, 1]")
+    power: float = as_field(1.0, "of the weight, 1 / sg(mean q^2 + 1e-3)^power", "[0, inf)")
     helpers: ClassVar = {}
     mode: ClassVar = "any"
 
