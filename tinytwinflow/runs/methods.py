@@ -22,13 +22,19 @@ TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutori
     "pixel meanflow": ("lr=1e-3", "warmup_steps=0"),
     "euler mean flow": ("lr=4e-3", "warmup_steps=750", 'peer={"power":0.5}'),
     "alpha-flow": ("lr=4e-3", "warmup_steps=0", 'peer={"power":0.5}'),
+    "soflow": ("lr=4e-3", "warmup_steps=0", 'peer={"power":0.5}'),
     "shortcut": ("lr=4e-3", "warmup_steps=750", "teacher_ema=0.9"),
     "progressive distillation": ("lr=4e-3", "warmup_steps=750", "ema=0.99"),
     "vsd": ("lr=4e-3", "warmup_steps=1500"),
     "dmd": ("lr=4e-3", "warmup_steps=1500", 'peer={"regression":1.0}'),
+    "dmd with own fakes": ("lr=4e-3", "warmup_steps=2000", 'peer={"regression":1.0}'),
     "dmd2": ("lr=4e-3", "warmup_steps=1500", 'peer={"gan":0.3}'),
+    "adversarial self-distillation": ("lr=4e-3", "warmup_steps=1500", 'peer={"gan":0.01,"most":1}'),
     "sid": ("lr=4e-3", "warmup_steps=750"),
     "sana-sprint": ("lr=1e-3", "warmup_steps=1500", 'peer={"warm_up":0.5}'),
+    "freeflow": ("lr=4e-3", "warmup_steps=1500", 'peer={"alpha":0.3}'),
+    "drifting": ("lr=4e-3", "warmup_steps=0", 'peer={"temperatures":[0.05,0.2]}'),
+    "apex": ("lr=4e-3", "warmup_steps=750", 'peer={"mixing":0.2}'),
 }
 
 
