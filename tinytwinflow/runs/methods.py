@@ -35,6 +35,7 @@ TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutori
     "freeflow": ("lr=4e-3", "warmup_steps=1500", 'peer={"alpha":0.3}'),
     "drifting": ("lr=4e-3", "warmup_steps=0", 'peer={"temperatures":[0.05,0.2]}'),
     "apex": ("lr=4e-3", "warmup_steps=750", 'peer={"mixing":0.2}'),
+    "twin alone": ("lr=1e-3", "warmup_steps=1500", "rectify_clip=1"),
 }
 
 
