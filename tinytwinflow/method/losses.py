@@ -12,15 +12,16 @@ Every row of the batch carries one part of the loss, and one forward with gradie
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from ..ranges import as_field, plain, settings_of
+from .bases import on_base
 from .conditions import as_null, check_rows, join, repeat, take
 from .distances import DISTANCES, normalised_error, squared_error
-from .draws import draw_for, mean, split
+from .draws import draw_for, mean
 from .path import check_batch, expand, interpolate, jump, same_shape, velocity
 from .twin import check_field, gap, generate
 
@@ -155,7 +156,13 @@ class TwinFlowLoss:
             raise ValueError("data_free needs original, the frozen network whose velocity is learnt from")
         null = as_null(null, x.device)
         if self.base is not None:
-            return self._on_base(net, x, cond, teacher, null, generator, turns, progress)
+            more = {
+                "teacher": net if teacher is None else teacher,
+                "null": null,
+                "generator": generator,
+                "turns": turns,
+            }
+            return Losses(*on_base(self, net, x, cond, progress, **more))
         return self.evaluate(draw_for(self, x, generator, turns), net, x, cond, teacher, null, original)
 
     def evaluate(self, draws, net, x, cond=None, teacher=None, null=None, original=None):
@@ -197,23 +204,6 @@ class TwinFlowLoss:
         total = base_loss + adversarial_loss + rectify_loss
         gap_size = mean(squared_error(dv, torch.zeros_like(dv)), draws.divisors[3])
         return Losses(total, base_loss.detach(), adversarial_loss.detach(), rectify_loss.detach(), gap_size)
-
-    def _on_base(self, net, x, cond, teacher, null, generator, turns, progress):
-        """The twin parts on their share of the rows, the loss of another base on the others."""
-        (n, _), divisors = split(len(x), (1 - self.share, self.share), turns or generator)
-        rows = torch.randperm(len(x), generator=generator, device=x.device)
-        x, cond = x[rows], take(cond, rows)
-        base = adversarial = rectify = gap_size = torch.zeros((), device=x.device)
-        more = {"teacher": net if teacher is None else teacher, "null": null, "generator": generator, "turns": turns}
-        if n:
-            base = n / divisors[0] * self.base(net, x[:n], take(cond, slice(n)), progress=progress, **more).total
-        total = base
-        if n < len(x):
-            twin = replace(self, base=None, share=1.0)(net, x[n:], take(cond, slice(n, None)), **more)
-            weight = (len(x) - n) / divisors[1]
-            total = base + weight * twin.total
-            adversarial, rectify, gap_size = weight * twin.adversarial, weight * twin.rectify, weight * twin.gap
-        return Losses(total, base.detach(), adversarial, rectify, gap_size)
 
     def _base_pairs(self, draws, base, net, x, cond, null, original):
         """Points x_t and velocities u of the base rows.
