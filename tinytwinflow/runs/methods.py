@@ -29,7 +29,7 @@ TUNED = {  # by seven trials a method, on checkerboard with seed 100; see tutori
     "dmd": ("lr=4e-3", "warmup_steps=1500", 'peer={"regression":1.0}'),
     "dmd with own fakes": ("lr=4e-3", "warmup_steps=2000", 'peer={"regression":1.0}'),
     "dmd2": ("lr=4e-3", "warmup_steps=1500", 'peer={"gan":0.3}'),
-    "adversarial self-distillation": ("lr=4e-3", "warmup_steps=1500", 'peer={"gan":0.01,"most":1}'),
+    "adversarial self-distillation": ("lr=1e-3", "warmup_steps=1500", 'peer={"gan":0.01,"most":1}'),
     "sid": ("lr=4e-3", "warmup_steps=750"),
     "sana-sprint": ("lr=1e-3", "warmup_steps=1500", 'peer={"warm_up":0.5}'),
     "freeflow": ("lr=4e-3", "warmup_steps=1500", 'peer={"alpha":0.3}'),
