@@ -52,7 +52,7 @@ def test_costs_by_hand():
     assert by_hand(ours, 4) == 4 * twin
     assert by_hand(f"{ours} guidance=0.5 conditional=true", 2) == 2 * (twin + 2 * 24)
     assert by_hand("order=2 share=0 flow_share=0.5", 3) == 3 * (3 * 40 + 2 * 20)
-    assert by_hand("method=meanflow", 3) == 3 * (2 * 40 + 3 * 40), "a call in forward mode is two"
+    assert by_hand("method=meanflow", 3) == 3 * (2 * 10 + 3 * 40), "a call in forward mode is two"
     assert by_hand("method=shortcut", 3) == 3 * (3 * 40 + 2 * 10)
     dmd = 3 * 40 + 2 * 40 + 3 * 40 + 3 * 10
     assert by_hand('method=dmd peer={"pairs":100,"steps":4}', 5) == 400 + 5 * dmd, "pairs are made once"
@@ -103,9 +103,9 @@ def test_lines_are_those_that_they_are_called(flow):
     assert pays.fine_tuned("dmd with few pairs", flow, 5)["peer"] == {"regression": 1.0, "pairs": 4096}
     assert pays.fine_tuned("flow matching", flow, 5)["order"] == 0
     assert pays.fine_tuned("twin on meanflow", flow, 5) == ours | {"base": "meanflow", "peer": {"power": 0.5}}
-    assert pays.fine_tuned("twin alone", flow, 5) == ours | {"share": 1.0}
+    assert pays.fine_tuned("twin alone", flow, 5) == ours | {"share": 1.0, "rectify_clip": 1.0}
     for name, needs in (("apex", "shifted=True"), ("pixel meanflow", "predicts=data")):
-        with pytest.raises(ValueError, match=f"method {name} needs {needs}"):  # which the run has not
+        with pytest.raises(ValueError, match=f"{name} goes on from a run with {needs}"):  # which the run has not
             pays.fine_tuned(name, flow, 5)
 
 
@@ -123,10 +123,10 @@ def test_the_command_makes_table_and_picture_and_goes_on(flow, tmp_path, capsys,
     row = next(row for row in result["rows"] if (row["method"], row["steps"]) == ("meanflow", 3))
     figures = [run["rows"][0]["sliced_wasserstein"] for run in runs]
     assert row["sliced_wasserstein"] == pytest.approx(sum(figures) / 2) and figures[0] != figures[1]
-    assert row["cost"] == 5 and [row["steps"] for row in result["rows"]] == [2] * 4 + [3] * 4
+    assert row["cost"] == 3.5 and [row["steps"] for row in result["rows"]] == [2] * 4 + [3] * 4
     still = {row["off_data"] for row in result["rows"] if "lr=1e-12" in row["method"]}
     assert len(still) == 1, "both stay what the run was"
-    cells = f"{row['sliced_wasserstein']:.3f} ± {row['sliced_wasserstein_spread']:.3f} (5)"
+    cells = f"{row['sliced_wasserstein']:.3f} ± {row['sliced_wasserstein_spread']:.3f} (4)"
     assert "| method | 2 steps | 3 steps |" in first and cells in first and "| flow matching, 100 NFE |" in first
     assert "| shortcut lr=1e30 | diverged (seed 0: step 2" in first
     assert first.startswith((tmp_path / "out" / "table.md").read_text()[:-1])

@@ -58,10 +58,10 @@ def test_calls_are_those_that_the_loss_makes():
 
 
 def test_calls_of_other_methods_are_theirs():
-    """The twin on MeanFlow calls F along the path, twice, being in forward mode, then F of its rows; FreeFlow's
+    """The twin on MeanFlow calls F along the path at its jumps, twice, being in forward mode, then F of all; FreeFlow's
     derivative, in the target time, counts twice, too; alpha-flow is one method before its end and another there."""
     assert calls.calls_of(TwinFlowLoss(base=peers.MeanFlow()), 12) == [
-        Call("net", 8, False), Call("net", 8, False), Call("net", 8, True),
+        Call("net", 2, False), Call("net", 2, False), Call("net", 8, True),
         Call("net", 2, False), Call("net", 4, True), Call("net", 4, False),
     ]  # fmt: skip
     assert calls.calls_of(peers.FreeFlow(), 12)[:4] == [
@@ -69,7 +69,7 @@ def test_calls_of_other_methods_are_theirs():
     ]  # fmt: skip
     for loss in (peers.AlphaFlow(), TwinFlowLoss(base=peers.AlphaFlow(), share=0.0)):
         first, last = (calls.calls_of(loss, 4, steps=steps) for steps in (1, 50))
-        assert first == [Call("net", 4, True), Call("net", 4, False)]
+        assert first == [Call("net", 4, True), Call("net", 2, False)]
         assert last[0] == last[1] == Call("net", 4, True) and last[-3:] == [Call("net", 4, True), *2 * [first[1]]]
     assert calls.calls_of(peers.Drifting(), 5) == calls.calls_of(peers.Drifting(), 5, labels=False)
     assert calls.calls_of(peers.Drifting(), 5) == [Call("net", 5, True)], "features are no call of a network"

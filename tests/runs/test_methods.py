@@ -31,10 +31,12 @@ def test_a_twin_has_what_was_found_for_its_base(name):
 
 def test_a_twin_alone_comes_after_flow_matching_with_nothing_between():
     config = entry("twin alone")
-    assert (config["share"], config["base_steps"], config["warmup_steps"]) == (1.0, 0, 750)
+    assert (config["share"], config["base_steps"], config["warmup_steps"]) == (1.0, 0, 1500)
     assert loss_of(config).shares()[:2] == (0.0, 0.0)
     other = entry("twinflow")
-    assert {key for key in config if config[key] != other[key]} == {"share", "base_steps"}
+    own = {"share", "base_steps"} | {change.partition("=")[0] for change in TUNED["twin alone"]}
+    assert {key for key in config if config[key] != other[key]} == own
+    assert entry("twin alone steps=1000 warmup_steps=900")["base_steps"] == 0
 
 
 def test_settings_after_the_name_win_over_those_for_all_and_these_over_what_was_found():
@@ -51,6 +53,10 @@ def test_a_row_refuses_what_would_make_it_another():
         ("twin on meanflow share=0", "trains it alone"),
         ("twin on meanflow share=1 base_steps=0", "share=1 leaves the base no rows"),
         ("apex shifted=false", "method apex needs shifted=True"),
+        ("twin alone share=0.3", "'twin alone' says itself what share is"),
+        ("twin on meanflow base=shortcut", "says itself what base is"),
+        ("flow matching order=2", "says itself what order is"),
+        ("rcgm share=0.5", "says itself what share is"),
     ]:
         with pytest.raises(ValueError, match=message):
             entry(text)

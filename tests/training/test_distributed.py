@@ -497,7 +497,7 @@ def test_torchrun_ends_a_run_one_of_whose_processes_is_killed(tmp_path):
 def test_wrong_uses_are_refused(tmp_path):
     """What two processes cannot do, from how many they are said to be; and the command line says so in one line."""
     world = scale.World(0, 2, "cpu")
-    for change, what in (("method=dmd", "method dmd trains on one process"), ("optimizer=adafactor", "parallel=fsdp")):
+    for change, what in (("method=dmd", "dmd trains on one process"), ("optimizer=adafactor", "parallel=fsdp")):
         with pytest.raises(ValueError, match=what):
             state_of(configured("toy") | dict([change.split("=")]), Points("moons", 8), "cpu", world)
     with pytest.raises(ValueError, match="recompute needs a network with blocks, MLP has none"):
