@@ -93,6 +93,15 @@ def test_first_weights_are_those_of_a_network_of_the_same_kind(tmp_path):
     assert config["predicts"] == "data"
 
 
+def test_a_network_of_ones_own_for_pixel_mean_flows_predicts_data():
+    """One that answers with a velocity is refused, wrapped it is trained."""
+    x, few = np.random.default_rng(0).normal(size=(40, 2)), {"steps": 2, "warmup_steps": 1, "batch_size": 8}
+    with pytest.raises(ValueError, match="pixel meanflow takes a network that predicts x: net=nets.PredictsData"):
+        ttf.fit(x, net=MLP(2, 8, 2), method="pixel meanflow", **few)
+    model = ttf.fit(x, net=PredictsData(MLP(2, 8, 2)), method="pixel meanflow", **few)
+    assert model.sample(3).shape == (3, 2)
+
+
 def test_a_network_of_ones_own_is_asked_for_its_shifted_conditions(tmp_path):
     x, options = np.random.default_rng(0).normal(size=(200, 2)), {"steps": 4, "batch_size": 12, "warmup_steps": 1}
     model = ttf.fit(x, net=Shifted(lambda classes: MLP(2, 8, 2, classes)), method="apex", **options)

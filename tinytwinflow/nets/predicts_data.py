@@ -19,7 +19,7 @@ class PredictsData(nn.Module):
 
     def __init__(self, net, floor=0.05):
         super().__init__()
-        self.net, self.floor, self.classes = net, floor, net.classes
+        self.net, self.floor, self.classes = net, floor, getattr(net, "classes", 0)
 
     @property
     def blocks(self):

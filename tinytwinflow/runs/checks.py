@@ -12,9 +12,11 @@ from ..evaluation.features import Inception
 from ..files import reason
 from ..method.path import same_shape
 from ..method.twin import check_field
+from ..nets import PredictsData
 from ..training.checkpoints import has_checkpoint
 from ..training.distributed import blocks_of, without_weights
 from .build import first_weights, net_of
+from .settings import method_of
 
 
 def refuse_misfits(config, data, net=None, folder=None, measured=True):
@@ -31,6 +33,8 @@ def refuse_misfits(config, data, net=None, folder=None, measured=True):
         x, cond = data.batch(0)
         net.check(x, cond), net.check(x[:1], data.null)
     elif net is not None:
+        if config.get("predicts") == "data" and not isinstance(net, PredictsData):
+            raise ValueError(f"{method_of(config)} takes a network that predicts x: net=nets.PredictsData(net)")
         _try(net, data, config.get("shifted", False))
     else:
         if config["conditional"] and not data.classes:
