@@ -31,7 +31,7 @@ class OfTwins:
 @given(seeds)
 def test_negative_times_ask_the_shifted_branch(seed):
     net = ByShift(network(seed, 3))
-    x, t, r = torch.randn(6, 2).double(), torch.rand(6).double(), torch.zeros(6).double()
+    x, t, r = torch.randn(6, 2).double(), torch.rand(6).double(), torch.rand(6).double()
     sign, label = torch.tensor([1.0, -1.0] * 3).double(), torch.arange(6) % 3
     asked = {}
     seen = lambda x, t, r, cond: asked.update(t=t, r=r, **cond) or net(x, t, r, cond)  # noqa: E731

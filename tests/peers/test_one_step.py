@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import arrays, seeds
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 from test_losses import gradients, network
@@ -139,6 +139,7 @@ def test_what_drifting_takes():
     net, x = network(0), torch.randn(4, 2).double()
     with pytest.raises(ValueError, match="2 rows"):
         peers.Drifting()(net, x[:1])
+    assert peers.Drifting()(net, x[:2]).total > 0
     labelled = network(0, 3)
     assert peers.Drifting()(labelled, x, cond=torch.tensor([0, 1, 2, 2])).total.isfinite()
     for cond in ({"label": torch.zeros(4)}, torch.zeros(4, 5)):
@@ -163,8 +164,9 @@ def test_freeflow_rests_at_the_exact_map_and_reads_no_data(exact, seed, B):
     assert gradients(out.prediction, away).abs().max() > 1e-3
 
 
+@example(2, 1.0)
 @given(st.integers(1, 40), st.floats(0, 1))
-def test_both_parts_freeflow(n, share):
+def test_the_rows_of_freeflow(n, share):
     """So many are predicted, the rest corrected, none neither; one at least in each, a row alone in both."""
     first, second = ([*range(n)[rows]] for rows in both_parts(n, share))
     assert len(first) >= 1 and len(second) >= 1 and sorted({*first, *second}) == [*range(n)]
@@ -185,6 +187,7 @@ def test_times_and_weights_of_freeflow(seed, alpha):
     assert all((call[1] == 1).all() for call in net.calls)
     assert kstest(asked[0][2].numpy(), "uniform").pvalue > 1e-6
     t = fake.calls[0][1]
+    assert t.dtype == torch.float64
     assert kstest((t / (1 - t)).log().numpy(), "norm", (0.8, 1)).pvalue > 1e-6
 
     def terms_of(**changes):

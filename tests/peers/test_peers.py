@@ -136,6 +136,21 @@ def test_each_term_moves_its_own_network_alone(name, seed, progress, labelled):
     assert learners == set(out._fields) & set(helpers) and len(out) > 1 + len(learners)
 
 
+@every_method
+def test_all_noise_is_that_of_the_generator(name):
+    """Whatever torch's own random state is, which stays as it was."""
+    loss, found = made(name), []
+    networks = [fitting(loss, network(seed)) for seed in range(1 + len(networks_of(loss)))]
+    for state in (1, 2):
+        torch.manual_seed(state)
+        before = torch.random.get_rng_state()
+        draws = {key: torch.Generator().manual_seed(seed) for key, seed in (("generator", 3), ("turns", 4))}
+        helpers, x = dict(zip(networks_of(loss), networks[1:])), torch.linspace(-1, 1, 12).view(6, 2).double()
+        found.append(loss(networks[0], x, **helpers, **draws))
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert found[0] == found[1]
+
+
 @settings(max_examples=3)
 @given(seeds)
 def test_dmd2_moves_the_generator_in_one_of_so_many_steps(seed):

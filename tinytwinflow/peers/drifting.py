@@ -79,5 +79,5 @@ class Drifting:
         f, y = (a.flatten(1) if features is None else features.features(a) for a in (x_fake, x))
         exact = torch.promote_types(f.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # what is subtracted is nearly equal
-            V, unit = drift(*(a.detach().to(exact) for a in (f, y)), self.temperatures, same)
+            V, unit = drift(*(a.to(exact) for a in (f, y)), self.temperatures, same)
         return terms(drift=((f - f.detach()) / unit - V).square().mean())
