@@ -226,6 +226,7 @@ def test_how_many_steps_self_distillation_takes_is_said_by_the_turns(seed):
             turns, generator = (torch.Generator().manual_seed(s) for s in (step, noise))
             loss(net, x, original=field, fake=field, critic=critic, turns=turns, generator=generator)
             n = (len(net.calls) - 1) // 2  # n of them, then n + 1
+            assert len(net.calls) == 2 * n + 1
             asked.append(n)
             for _, t, r, _ in critic.calls:
                 close(r, t * n / 4)

@@ -145,17 +145,24 @@ def test_freeflow(monkeypatch):
     net, D_N = Toy(4), tensor(public["D_N"])
     original = lambda x, t, r, cond: 0.7 * torch.tanh(x - 0.5 * t[:, None]) + 0.1 * x  # noqa: E731
     fake = lambda x, t, r, cond: 0.5 * torch.tanh(1.1 * x + 0.3 * t[:, None]) - 0.05 * x  # noqa: E731
-    monkeypatch.setattr(freeflow, "normal", lambda *_: z)
+    monkeypatch.setattr(freeflow, "normal", lambda x, *_: z[: len(x)])
     monkeypatch.setattr(freeflow, "uniform", lambda *_: r)
-    monkeypatch.setattr(freeflow, "renoise", lambda x, *_: ((1 - t[:, None]) * x + t[:, None] * n, n - x))
+    monkeypatch.setattr(
+        freeflow, "renoise", lambda x, s, *_: ((1 - s[:, None]) * x + s[:, None] * n[: len(x)], n[: len(x)] - x)
+    )
     close(freeflow.along_target(net, original, z, torch.ones_like(r), r), tensor(public["D_G"]))
     monkeypatch.setattr(freeflow, "both_parts", lambda *_: (slice(0, 4), slice(0, 4)))
-    monkeypatch.setattr(torch, "randn", lambda *_, **__: (t / (1 - t)).log() - 0.8)
+    monkeypatch.setattr(torch, "randn", lambda rows, **_: (t / (1 - t)).log()[:rows] - 0.8)
     out = peers.FreeFlow()(net, torch.zeros(4, 2).double(), original, fake)
     expected = tensor(public["weight"])[:, None] * tensor(public["D_G"])
     close(torch.autograd.grad(out.prediction, net.free, retain_graph=True)[0], expected / 8, atol=1e-6)
     found = torch.autograd.grad(out.correction, net.free)[0]
     close(found, public["lambda"] * D_N / 8, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(freeflow, "both_parts", lambda *_: (slice(0, 4), slice(0, 2)))
+    out = peers.FreeFlow(alpha=0.5)(net, torch.zeros(4, 2).double(), original, fake)
+    scale = 0.5 * tensor(public["D_G"]).norm(dim=1).mean() / D_N[:2].norm(dim=1).mean()
+    found = torch.autograd.grad(out.correction, net.free)[0]
+    close(found[:2], scale * D_N[:2] / 4, atol=1e-4, rtol=1e-4)
 
 
 def test_adversarial_self_distillation(monkeypatch):
