@@ -187,7 +187,7 @@ def test_a_jump_whose_targets_disagree_goes_to_most_of_them_and_not_between(seed
         return F.grad.item()
 
     k = (1 - share) / share
-    assert brentq(slope, -1, 1, args=(None,)) == pytest.approx(2 * share - 1, abs=0.05)
+    assert brentq(slope, -1, 1, args=(None,)) == pytest.approx(2 * share - 1, abs=0.08)  # of 4000 signs, 5.5 errors
     assert brentq(slope, -1, 1, args=(c,)) == pytest.approx(1 - c * k / math.sqrt(1 - k**2), abs=0.1)
 
 
