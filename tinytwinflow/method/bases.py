@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from .conditions import take
-from .draws import split
+from .draws import shuffled, split
 
 
 def on_base(loss, net, x, cond, progress, **more):
@@ -14,8 +14,7 @@ def on_base(loss, net, x, cond, progress, **more):
     loss: a `TwinFlowLoss` with a base; more: teacher, null, generator and turns, as it is called with.
     """
     (n, _), divisors = split(len(x), (1 - loss.share, loss.share), more["turns"] or more["generator"])
-    rows = torch.randperm(len(x), generator=more["generator"], device=x.device)
-    x, cond = x[rows], take(cond, rows)
+    x, cond = shuffled(x, cond, more["generator"])
     base = adversarial = rectify = gap_size = torch.zeros((), device=x.device)
     if n:
         base = n / divisors[0] * loss.base(net, x[:n], cond=take(cond, slice(n)), progress=progress, **more).total

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .conditions import take
+
 
 def seeded(*key):
     """A random generator whose stream depends on every number of the key."""
@@ -53,6 +55,12 @@ def uniform(x, generator=None, low=0.0, high=1.0):
 def normal(x, generator=None):
     """Noise in the shape of x."""
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
+def shuffled(x, cond=None, generator=None):
+    """A batch and its condition in random order: what a row is for shall not follow from its place."""
+    rows = torch.randperm(len(x), generator=generator, device=x.device)
+    return x[rows], take(cond, rows)
 
 
 def mean(values, divisor):

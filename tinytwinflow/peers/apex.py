@@ -21,7 +21,7 @@ import torch
 
 from ..method.conditions import take
 from ..method.distances import squared_error
-from ..method.draws import mean, normal, split, uniform
+from ..method.draws import mean, normal, shuffled, split, uniform
 from ..method.losses import TwinFlowLoss
 from ..method.path import denoise, interpolate, velocity
 from ..ranges import as_field
@@ -58,8 +58,7 @@ class APEX(Checked):
             t = uniform(x, generator)
             return terms(**self.as_printed(field, x, normal(x, generator), t, torch.zeros_like(t), cond))
         (n, _), (by, by_twin) = split(len(x), (self.mixed_share, 1 - self.mixed_share), turns or generator)
-        rows = torch.randperm(len(x), generator=generator, device=x.device)
-        x, cond = x[rows], take(cond, rows)
+        x, cond = shuffled(x, cond, generator)
         parts = {}
         if n:
             t = uniform(x[:n], generator)

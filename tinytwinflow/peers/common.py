@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..method.conditions import take
 from ..method.distances import squared_error
-from ..method.draws import mean, normal, split, uniform
+from ..method.draws import mean, normal, shuffled, split, uniform
 from ..method.path import denoise, expand, interpolate, velocity
 from ..ranges import plain, settings_of
 
@@ -71,8 +71,8 @@ def lines(x, cond, flow_share, generator=None, turns=None):
     """
     shares = flow_share, 1 - flow_share
     (n, _), divisors = split(len(x), shares, turns or generator)
-    rows = torch.randperm(len(x), generator=generator, device=x.device)
-    x, cond, z = x[rows], take(cond, rows), normal(x, generator)
+    x, cond = shuffled(x, cond, generator)
+    z = normal(x, generator)
     r, t = torch.stack([uniform(x, generator), uniform(x, generator)]).sort(0)[0]
     r = torch.cat([t[:n], r[n:]])
     return Lines(x, cond, interpolate(x, z, t), velocity(x, z), t, r, n, shares, divisors)
