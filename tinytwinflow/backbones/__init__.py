@@ -1,7 +1,7 @@
 """Backbones: the flow transformers of diffusers.
 
 Rooms, in reading order: family, image_families, families, velocity, velocity_files, lora, lora_files, states, prompts,
-captions, painting.
+captions, scheduler, pipelines, painting.
 May import: training, data, nets, method, files, ranges, bars.
 """
 
@@ -13,6 +13,7 @@ from . import (
     lora,
     lora_files,
     painting,
+    pipelines,
     prompts,
     states,
     velocity,
@@ -20,6 +21,6 @@ from . import (
 )
 
 __all__ = [
-    "captions", "families", "family", "image_families", "lora", "lora_files", "painting", "prompts", "states",
-    "velocity", "velocity_files",
+    "captions", "families", "family", "image_families", "lora", "lora_files", "painting", "pipelines", "prompts",
+    "states", "velocity", "velocity_files",
 ]  # fmt: skip
