@@ -247,6 +247,8 @@ def test_wrong_use_ends_in_one_line(tmp_path, adapted):
     bare.transformer = None
     strange = pipeline_of(SD3, tmp_path)
     strange.transformer = torch.nn.Linear(2, 2)
+    two = copy.deepcopy(adapted)
+    two.transformer_2 = copy.deepcopy(pipeline.transformer)
     for message, call in {
         "has no transformer with a scheduler": lambda: attach(bare, good),
         "has no transformer_2 with a scheduler": lambda: attach(pipeline, good, part="transformer_2"),
@@ -267,7 +269,7 @@ def test_wrong_use_ends_in_one_line(tmp_path, adapted):
         "transformer of this StableDiffusion3Pipeline is attached already": lambda: attach(
             copy.deepcopy(adapted), good
         ),
-        "scheduler is of mode any, not multi": lambda: attach(copy.deepcopy(adapted), good, mode="multi"),
+        "scheduler is of mode any, not multi": lambda: attach(two, good, mode="multi", part="transformer_2"),
     }.items():
         with pytest.raises(ValueError, match=message) as error:
             call()
