@@ -1,32 +1,49 @@
 """More families of pictures: tiny models, their conditions, and the velocity as their pipelines compute it."""
 
 import torch
+from tiny_first import sinusoids
 
+LUMINA2, COGVIEW4, HIDREAM, HUNYUAN = (
+    f"{name}Transformer2DModel" for name in ("Lumina2", "CogView4", "HiDreamImage", "HunyuanImage")
+)
 HEADS = dict(num_attention_heads=2, attention_head_dim=8)
 TINY = {
-    "Lumina2Transformer2DModel": dict(
+    LUMINA2: dict(
         in_channels=4, hidden_size=16, num_layers=1, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1,
         multiple_of=8, axes_dim_rope=(4, 2, 2), axes_lens=(32, 8, 8), cap_feat_dim=12,
     ),
-    "CogView4Transformer2DModel": dict(
+    COGVIEW4: dict(
         **HEADS, in_channels=4, out_channels=4, num_layers=2, text_embed_dim=12, time_embed_dim=16, condition_dim=8,
         rope_axes_dim=(16, 16),
     ),
-    "HiDreamImageTransformer2DModel": dict(
+    HIDREAM: dict(
         **HEADS, patch_size=2, in_channels=4, num_layers=1, num_single_layers=1, caption_channels=[12, 10],
         text_emb_dim=14, axes_dims_rope=(4, 2, 2), max_resolution=(8, 8), llama_layers=[2, 0],
     ),
-    "HunyuanImageTransformer2DModel": dict(
+    HUNYUAN: dict(
         **HEADS, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_refiner_layers=1,
         text_embed_dim=12, text_embed_2_dim=10, rope_axes_dim=(4, 4),
     ),
 }  # fmt: skip
 LATENTS = dict.fromkeys(TINY, (4, 8, 6))
 PUBLISHED = {
-    "Lumina2Transformer2DModel": "time_caption_embed_2.timestep_embedder.linear_",
-    "CogView4Transformer2DModel": "time_condition_embed_2.timestep_embedder.linear_",
-    "HiDreamImageTransformer2DModel": "t_embedder_2.timestep_embedder.linear_",
-    "HunyuanImageTransformer2DModel": "time_guidance_embed_2.timestep_embedder.linear_",
+    LUMINA2: "time_caption_embed_2.timestep_embedder.linear_",
+    COGVIEW4: "time_condition_embed_2.timestep_embedder.linear_",
+    HIDREAM: "t_embedder_2.timestep_embedder.linear_",
+    HUNYUAN: "time_guidance_embed_2.timestep_embedder.linear_",
+}
+# what the MLP is shown of the time |t|, and what emb_r is shown
+FIRST = {
+    LUMINA2: lambda t: sinusoids(1 - t),
+    COGVIEW4: lambda t: sinusoids(1000 * t, 16),
+    HIDREAM: lambda t: sinusoids(1000 * t),
+    HUNYUAN: lambda t: sinusoids(1000 * t),
+}
+SECOND = {
+    LUMINA2: lambda t, r: sinusoids(r),
+    COGVIEW4: lambda t, r: sinusoids(1000 * r, 16),
+    HIDREAM: lambda t, r: sinusoids(1000 * r),
+    HUNYUAN: lambda t, r: sinusoids(1000 * r),
 }
 
 
@@ -53,14 +70,14 @@ def _hunyuan_cond(config, n, generator):
 
 
 COND = {
-    "Lumina2Transformer2DModel": lambda config, n, generator: {
+    LUMINA2: lambda config, n, generator: {
         "prompt_embeds": torch.randn(n, 5, 12, generator=generator), "prompt_mask": _mask(n, 5, 3),
     },
-    "CogView4Transformer2DModel": lambda config, n, generator: {
+    COGVIEW4: lambda config, n, generator: {
         "prompt_embeds": torch.randn(n, 5, 12, generator=generator),
     },
-    "HiDreamImageTransformer2DModel": _hidream_cond,
-    "HunyuanImageTransformer2DModel": _hunyuan_cond,
+    HIDREAM: _hidream_cond,
+    HUNYUAN: _hunyuan_cond,
 }  # fmt: skip
 
 
@@ -71,7 +88,7 @@ def _lumina2(model, x, t, c):
 
 
 def _cogview4(model, x, t, c):
-    """It is told the size in pixels of the original picture, of this one, and where the one was cut out of the other."""
+    """It is told the sizes in pixels of the original picture and of this one, and where this was cut out of that."""
     size = torch.tensor([[8.0 * x.shape[2], 8.0 * x.shape[3]]]).repeat(len(x), 1)
     about = {"original_size": size, "target_size": size, "crop_coords": torch.zeros_like(size)}
     text = {"encoder_hidden_states": c["prompt_embeds"]}
@@ -93,9 +110,4 @@ def _hunyuan(model, x, t, c):
     )[0]
 
 
-HAND = {
-    "Lumina2Transformer2DModel": _lumina2,
-    "CogView4Transformer2DModel": _cogview4,
-    "HiDreamImageTransformer2DModel": _hidream,
-    "HunyuanImageTransformer2DModel": _hunyuan,
-}
+HAND = {LUMINA2: _lumina2, COGVIEW4: _cogview4, HIDREAM: _hidream, HUNYUAN: _hunyuan}
