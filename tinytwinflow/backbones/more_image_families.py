@@ -1,5 +1,7 @@
 """More families that make images of prompts: with several text encoders, experts, or a clock that runs backwards."""
 
+from types import MethodType
+
 import torch
 
 from .family import Configuration, Family, Pipeline
@@ -21,12 +23,31 @@ def _cogview4(model, x, t, cond):
     return {"hidden_states": x, "timestep": t, "encoder_hidden_states": cond["prompt_embeds"], **about}
 
 
+def _shared_out(part, x):
+    """What a layer of experts does with words that have no values, so no expert of their choice: all have as many."""
+    if not x.is_meta:
+        return type(part).forward(part, x)
+    words = x.flatten(0, 1).repeat_interleave(part.num_activated_experts, dim=0)
+    answers = [expert(some) for expert, some in zip(part.experts, words.tensor_split(len(part.experts)))]
+    chosen = torch.cat(answers).unflatten(0, (-1, part.num_activated_experts))
+    weights = (x.flatten(0, 1) @ part.gate.weight.T).softmax(-1)[:, : part.num_activated_experts, None]
+    return (chosen * weights).sum(1).view_as(x) + part.shared_experts(x)
+
+
 def _hidream(model, x, t, cond):
     # only in training do the experts pass on gradients, but there the model itself leaves its answer in patches
     model.train().training = False
+    for part in model.modules() if x.is_meta else ():
+        if hasattr(part, "experts"):
+            part.forward = MethodType(_shared_out, part)
+    # cut and padded by itself, but with sizes that are numbers: of its own it waits for the GPU, twice a row
+    tokens, mask, _, ids = model.patchify(x)
+    mask = tokens.new_ones(tokens.shape[:2]) if mask is None else mask
+    sides = [side // model.config.patch_size for side in x.shape[2:]]
+    image = {"hidden_states": tokens, "hidden_states_masks": mask, "img_ids": ids, "img_sizes": [sides] * len(x)}
     text = {"encoder_hidden_states_t5": cond["prompt_embeds"], "pooled_embeds": cond["pooled"]}
     layers = {"encoder_hidden_states_llama3": cond["llama_embeds"].transpose(0, 1)}
-    return {"hidden_states": x, "timesteps": t, **text, **layers}
+    return {**image, "timesteps": t, **text, **layers}
 
 
 def _hunyuan_image(model, x, t, cond):
