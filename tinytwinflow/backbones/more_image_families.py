@@ -53,8 +53,9 @@ def _hidream(model, x, t, cond):
 def _hunyuan_image(model, x, t, cond):
     prompt, glyphs = cond["prompt_embeds"], cond["glyph_embeds"]
     time = (1000 * t).to(x.dtype)  # what refines the prompt is shown it too, in this precision as by the pipeline
-    if x.is_meta:  # where masks cannot choose words: one text of all
-        prompt = torch.cat([prompt, prompt.new_empty(len(x), glyphs.shape[1], prompt.shape[2])], dim=1)
+    if x.is_meta:  # where masks cannot choose words: all, as if glyphs were words of the prompt once projected
+        more = model.context_embedder_2(glyphs).mean(-1, keepdim=True).expand(-1, -1, prompt.shape[2])
+        prompt = torch.cat([prompt, more], dim=1)
         text = {"encoder_hidden_states": prompt, "encoder_attention_mask": prompt.new_ones(prompt.shape[:2])}
         return {"hidden_states": x, "timestep": time, **text}
     text = {"encoder_hidden_states": prompt, "encoder_attention_mask": cond["prompt_mask"]}
@@ -103,7 +104,7 @@ MORE_IMAGES = {
         axes=lambda config: {"C": config["in_channels"], **dict(zip("HW", config["patch_size"]))},
         # its distilled model has a second time of its own; the guidance that it is shown as well comes with it
         off=("use_meanflow", "guidance_embeds"),
-        published={"hunyuanimage-2.1": Configuration({"text_embed_2_dim": 1472}, (64, 64, 64), 1000)},
+        published={"hunyuanimage-2.1": Configuration({"text_embed_2_dim": 1472}, (64, 64, 64), 256)},
         small={**_SMALL, "num_single_layers": 1, "num_refiner_layers": 1},
     ),
 }  # fmt: skip
