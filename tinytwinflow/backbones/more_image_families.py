@@ -63,6 +63,32 @@ def _hunyuan_image(model, x, t, cond):
     return {"hidden_states": x, "timestep": time, **text, **more}
 
 
+def _glm_text(pipeline, prompts, tokens):
+    """Of one length whoever is in the batch: the pipeline fills up before a prompt, to 16 or the longest of a batch."""
+    if tokens % 16:
+        raise ValueError(f"CogView4Pipeline makes lengths that are multiples of 16, got {tokens} tokens")
+    longest = pipeline.tokenizer.pad_token * tokens
+    embeds, _ = pipeline.encode_prompt(
+        [*prompts, longest], device=pipeline.device, max_sequence_length=tokens, **_UNGUIDED
+    )
+    return {"prompt_embeds": embeds[:-1]}
+
+
+def _four_texts(pipeline, prompts, tokens):
+    """Its Llama's layers, which come before the rows there."""
+    how = {**_UNGUIDED, "device": pipeline.device, "max_sequence_length": tokens}
+    embeds, _, layers, _, pooled, _ = pipeline.encode_prompt(prompts, **how)
+    return {"prompt_embeds": embeds, "llama_embeds": layers.transpose(0, 1), "pooled": pooled}
+
+
+def _text_and_glyphs(pipeline, prompts, tokens):
+    """Words, and what of them stands in quotes, letter by letter."""
+    pipeline.tokenizer_max_length = tokens
+    answer = pipeline.encode_prompt(prompts, device=pipeline.device, batch_size=len(prompts))
+    text = dict(zip(("prompt_embeds", "prompt_mask", "glyph_embeds", "glyph_mask"), answer))
+    return {**text, "prompt_mask": text["prompt_mask"].bool(), "glyph_mask": text["glyph_mask"].bool()}
+
+
 _MASK = {"prompt_mask": ("L",)}
 _UNGUIDED, _PLAIN = {"do_classifier_free_guidance": False}, {"guidance_scale": 1.0}
 _SMALL = {"num_layers": 1, "num_attention_heads": 2}
@@ -80,8 +106,9 @@ MORE_IMAGES = {
     "CogView4Transformer2DModel": Family(
         "time_condition_embed.timestep_embedder", "time_condition_embed.time_proj", _cogview4,
         {"prompt_embeds": ("L", "text_embed_dim")},
+        pipelines=(Pipeline("CogView4Pipeline", 128, (), plain=_PLAIN, encode=_glm_text),),
         published={"cogview4-6b": Configuration(
-            {"num_layers": 28, "num_attention_heads": 32, "attention_head_dim": 128}, (16, 128, 128), 224)},
+            {"num_layers": 28, "num_attention_heads": 32, "attention_head_dim": 128}, (16, 128, 128), 128)},
         small=_SMALL,
     ),
     "HiDreamImageTransformer2DModel": Family(
@@ -91,6 +118,7 @@ MORE_IMAGES = {
                           lambda config: config["caption_channels"][1]),
          "pooled": ("text_emb_dim",)},
         ("double_stream_blocks", "single_stream_blocks"), lambda y, x: -y,
+        pipelines=(Pipeline("HiDreamImagePipeline", 128, (), plain=_PLAIN, encode=_four_texts),),
         published={"hidream-i1": Configuration(
             {"patch_size": 2, "in_channels": 16, "caption_channels": [4096, 4096], "axes_dims_rope": [64, 32, 32],
              "llama_layers": [*range(32), *[31] * 16]}, (16, 128, 128), 128)},
@@ -104,6 +132,8 @@ MORE_IMAGES = {
         axes=lambda config: {"C": config["in_channels"], **dict(zip("HW", config["patch_size"]))},
         # its distilled model has a second time of its own; the guidance that it is shown as well comes with it
         off=("use_meanflow", "guidance_embeds"),
+        # its guidance is a part of the pipeline, no argument of a call: pipeline.guider = None switches it off
+        pipelines=(Pipeline("HunyuanImagePipeline", 256, (), encode=_text_and_glyphs),),
         published={"hunyuanimage-2.1": Configuration({"text_embed_2_dim": 1472}, (64, 64, 64), 256)},
         small={**_SMALL, "num_single_layers": 1, "num_refiner_layers": 1},
     ),
