@@ -63,6 +63,16 @@ def _hunyuan_image(model, x, t, cond):
     return {"hidden_states": x, "timestep": time, **text, **more}
 
 
+def _gemma_text(pipeline, prompts, tokens):
+    """After an instruction, but not the empty prompt: so the pipeline has it for its guidance."""
+    how = {"device": pipeline.device, "max_sequence_length": tokens}
+    if any(prompts):
+        embeds, mask = pipeline.encode_prompt(prompts, False, **how)[:2]
+    else:
+        embeds, mask = pipeline.encode_prompt(prompts, True, **how)[2:]
+    return {"prompt_embeds": embeds, "prompt_mask": mask.bool()}
+
+
 def _glm_text(pipeline, prompts, tokens):
     """Of one length whoever is in the batch: the pipeline fills up before a prompt, to 16 or the longest of a batch."""
     if tokens % 16:
@@ -98,8 +108,7 @@ MORE_IMAGES = {
         "time_caption_embed.timestep_embedder", "time_caption_embed.time_proj", _lumina2,
         {"prompt_embeds": ("L", "cap_feat_dim"), **_MASK}, ("context_refiner", "noise_refiner", "layers"),
         lambda y, x: -y, clock=lambda t: 1 - t, unit=lambda config: 1.0,
-        pipelines=(Pipeline("Lumina2Pipeline", 256, ("prompt_embeds", "prompt_mask", None, None), _UNGUIDED,
-                            plain=_PLAIN),),
+        pipelines=(Pipeline("Lumina2Pipeline", 256, (), plain=_PLAIN, encode=_gemma_text),),
         published={"lumina-image-2": Configuration({"cap_feat_dim": 2304}, (16, 128, 128), 256)},
         small={**_SMALL, "num_refiner_layers": 1, "num_kv_heads": 1, "hidden_size": 192},
     ),

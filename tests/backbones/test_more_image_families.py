@@ -1,15 +1,17 @@
-"""Pipelines of more families: prompts encoded and pictures painted as they do it, tiny and random."""
+"""More families of pictures: prompts encoded and pictures painted as their pipelines do it, and experts that learn."""
 
 import diffusers
 import pytest
 import torch
 import transformers
 from test_prompts import PROMPTS, clip, hidden, letters
+from test_velocity import given_cond, latents, model_of
 from tiny_more_images import COGVIEW4, HEADS, HIDREAM, HUNYUAN, LUMINA2
 
 from tinytwinflow.backbones.families import FAMILIES
 from tinytwinflow.backbones.painting import paint
 from tinytwinflow.backbones.prompts import decode_latents, encode_images, encode_text, load_pipeline
+from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.backbones.velocity_files import load_velocity
 from tinytwinflow.data.points import seeded
 
@@ -147,6 +149,7 @@ def test_lumina_is_told_how_to_paint_before_the_prompt(made):
     cond = encode_text(own, PROMPTS[:1], 240)
     wanted, _ = hidden(own.tokenizer, own.text_encoder, own.system_prompt + " <Prompt Start> " + PROMPTS[0], -2)
     close(cond["prompt_embeds"][0][cond["prompt_mask"][0]], wanted, atol=1e-5, rtol=1e-4)
+    assert not encode_text(own, [""], 240)["prompt_mask"].any(), "none of it, and these tokens have no beginning"
 
 
 def test_cogview_pads_before_the_prompt_to_multiples_of_16(made):
@@ -191,3 +194,30 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(kind, made):
     with torch.no_grad():
         wanted = (own.vae.encode(x).latent_dist.mode() - shift) * 1.5
     close(encode_images(x, own), wanted)
+
+
+@pytest.mark.parametrize("size", [(8, 6), (6, 6)])
+def test_the_experts_of_hidream_learn_whatever_mode_it_is_in(size):
+    """The gradient is the slope of what is computed, though diffusers cuts experts off where it does not train."""
+    torch.manual_seed(0)
+    net = Velocity(model_of(HIDREAM)).double()
+    x, t, cond = latents(net, 2)[:, :, : size[0], : size[1]].double(), torch.tensor([0.7, 0.4]), given_cond(net, 2)
+    weights = [p for name, p in net.named_parameters() if "ff_i" in name]
+    directions = [torch.randn_like(p) for p in weights]
+
+    def answer(step):
+        with torch.no_grad():
+            for p, way in zip(weights, directions):
+                p.add_(way, alpha=step)
+            y = net(x, t, 0 * t, cond).sum()
+            for p, way in zip(weights, directions):
+                p.add_(way, alpha=-step)
+        return y
+
+    slope = (answer(1e-6) - answer(-1e-6)) / 2e-6
+    for mode in (False, True):
+        net.train(mode).zero_grad()
+        y = net(x, t, 0 * t, cond)
+        y.sum().backward()
+        assert y.shape == x.shape and not net.model.training
+        close(sum((p.grad * way).sum() for p, way in zip(weights, directions)), slope, rtol=1e-4, atol=1e-6)
