@@ -56,15 +56,17 @@ def encode_text(pipeline, prompts, tokens=None):
     tokens, device = about.tokens if tokens is None else tokens, pipeline.device
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
-    own = {name: call[name].default for name in about.own if any(prompts)}
-    options = {**about.options, **own, "device": device, "max_sequence_length": tokens}
-    answer = pipeline.encode_prompt(list(prompts), **options)
-    cond = {name: value for name, value in zip(about.outputs, answer) if name}
-    if "pooled" not in cond:
-        cond["prompt_embeds"], cond["prompt_mask"] = _padded(cond["prompt_embeds"], cond.get("prompt_mask"), tokens)
-        full = cond["prompt_mask"].all(1).nonzero()
-        for i in full[:1]:
-            warnings.warn(f"{prompts[i][:60]!r} fills all {tokens} tokens: what is beyond is cut", stacklevel=2)
+    if about.encode:
+        cond = about.encode(pipeline, list(prompts), tokens)
+    else:
+        own = {name: call[name].default for name in about.own if any(prompts)}
+        options = {**about.options, **own, "device": device, "max_sequence_length": tokens}
+        answer = pipeline.encode_prompt(list(prompts), **options)
+        cond = {name: value for name, value in zip(about.outputs, answer) if name}
+        if "pooled" not in cond:
+            cond["prompt_embeds"], cond["prompt_mask"] = _padded(cond["prompt_embeds"], cond.get("prompt_mask"), tokens)
+    for i in cond["prompt_mask"].all(1).nonzero()[:1] if "prompt_mask" in cond else ():
+        warnings.warn(f"{prompts[i][:60]!r} fills all {tokens} tokens: what is beyond is cut", stacklevel=2)
     if getattr(pipeline.transformer.config, "guidance_embeds", False):
         cond["guidance"] = torch.full((len(prompts),), float(call["guidance_scale"].default), device=device)
     return cond
