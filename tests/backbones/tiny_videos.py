@@ -3,8 +3,11 @@
 Latents are (B, C, T, H, W), and of sound (B, C, T).
 """
 
+import math
+
 import diffusers
 import torch
+from tiny_first import sinusoids
 
 WAN, LTX, HUNYUAN = "WanTransformer3DModel", "LTXVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel"
 SANA, STABLE = "SanaVideoTransformer3DModel", "StableAudio3DiTModel"
@@ -28,8 +31,8 @@ TINY = {
         cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=12, num_layers=2, rope_max_seq_len=16,
     ),
     STABLE: dict(
-        io_channels=4, embed_dim=16, depth=2, num_heads=2, cond_token_dim=12, global_cond_dim=12,
-        local_add_cond_dim=5, num_memory_tokens=3,
+        io_channels=4, embed_dim=32, depth=2, num_heads=2, cond_token_dim=12, global_cond_dim=12,
+        local_add_cond_dim=5, num_memory_tokens=2,
     ),
 }  # fmt: skip
 LATENTS = {WAN: (4, 2, 6, 4), LTX: (4, 3, 2, 4), HUNYUAN: (4, 3, 2, 4), SANA: (4, 2, 6, 4), STABLE: (4, 7)}
@@ -40,6 +43,17 @@ PUBLISHED = {
     SANA: "time_embed_2.emb.timestep_embedder.linear_",
     STABLE: "to_timestep_embed_2.",
 }
+
+
+def octaves(time):
+    """128 cosines, then 128 sines, of 1/2 up to 10000 turns in the time 1, evenly in their logarithm."""
+    turns = torch.exp(torch.linspace(0, 1, 128) * math.log(20000) + math.log(0.5))
+    angle = time[:, None] * turns * 2 * math.pi
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+FIRST = {kind: lambda t: sinusoids(1000 * t) for kind in TINY} | {STABLE: octaves}
+SECOND = {kind: lambda t, r: sinusoids(1000 * r) for kind in TINY} | {STABLE: lambda t, r: octaves(r)}
 
 
 def words(n, width, generator, length=5):
