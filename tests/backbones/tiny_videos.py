@@ -76,7 +76,7 @@ def hunyuan_cond(config, n, generator):
     cond = dict(zip(("prompt_embeds", "prompt_mask"), words(n, config["text_embed_dim"], generator)))
     glyphs, mask = words(n, config["text_embed_2_dim"], generator, length=4)
     mask[0] = 0
-    return {**cond, "prompt_embeds_2": glyphs, "prompt_2_mask": mask}
+    return {**cond, "glyph_embeds": glyphs, "glyph_mask": mask}
 
 
 def stable_cond(config, n, generator):
@@ -107,7 +107,7 @@ def hunyuan(model, x, t, c):
         hidden_states=torch.cat([x, source, mask], dim=1), timestep=1000 * t,
         image_embeds=torch.zeros(len(x), 729, model.config.image_embed_dim),
         encoder_hidden_states=c["prompt_embeds"], encoder_attention_mask=c["prompt_mask"].to(x.dtype),
-        encoder_hidden_states_2=c["prompt_embeds_2"], encoder_attention_mask_2=c["prompt_2_mask"].to(x.dtype),
+        encoder_hidden_states_2=c["glyph_embeds"], encoder_attention_mask_2=c["glyph_mask"].to(x.dtype),
         return_dict=False,
     )[0]  # fmt: skip
 

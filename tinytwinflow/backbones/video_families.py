@@ -32,7 +32,7 @@ def _hunyuan(model, x, t, cond):
     # have a time embedder of their own, which is left as it is and sees the time rounded as in the pipeline
     picture = x.new_zeros(len(x), PICTURE_WORDS, model.config["image_embed_dim"])
     text = {"encoder_hidden_states": cond["prompt_embeds"], "encoder_attention_mask": cond["prompt_mask"]}
-    glyphs = {"encoder_hidden_states_2": cond["prompt_embeds_2"], "encoder_attention_mask_2": cond["prompt_2_mask"]}
+    glyphs = {"encoder_hidden_states_2": cond["glyph_embeds"], "encoder_attention_mask_2": cond["glyph_mask"]}
     x = torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], dim=1)
     return {"hidden_states": x, "timestep": (1000 * t).to(x.dtype), "image_embeds": picture, **text, **glyphs}
 
@@ -80,7 +80,7 @@ VIDEOS = {
     "HunyuanVideo15Transformer3DModel": Family(
         "time_embed.timestep_embedder", "time_embed.time_proj", _hunyuan,
         {"prompt_embeds": ("L", "text_embed_dim"), "prompt_mask": ("L",),
-         "prompt_embeds_2": ("M", "text_embed_2_dim"), "prompt_2_mask": ("M",)},
+         "glyph_embeds": ("G", "text_embed_2_dim"), "glyph_mask": ("G",)},
         axes=_hunyuan_axes, off=("use_meanflow",),
         small={**_SMALL, "num_refiner_layers": 1},
     ),
