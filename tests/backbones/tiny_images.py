@@ -1,5 +1,7 @@
-"""Tiny image transformers, and how the diffusers pipelines call them: Flux.2, Chroma, AuraFlow, LongCat-Image, Ovis-Image
-and Qwen-Image 2.1. Packing, places and masks are made by the pipelines' own functions."""
+"""Tiny image transformers, and how the diffusers pipelines call them.
+
+Packing, places and masks are made by the pipelines' own functions.
+"""
 
 import diffusers
 import torch
