@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tinytwinflow.backbones import families, states
-from tinytwinflow.backbones.families import FAMILIES, Configuration, Family, published_names
+from tinytwinflow.backbones import families, family, states
+from tinytwinflow.backbones.families import FAMILIES, published_names
+from tinytwinflow.backbones.family import Configuration, Family
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.benchmarks.speed_backbone import bench_backbone
 from tinytwinflow.cli.commands import main
@@ -37,17 +38,17 @@ class OwnTransformer2DModel(nn.Module):
 
 @pytest.fixture
 def own(monkeypatch):
-    family = Family(
+    about = Family(
         "time", "waves", lambda model, x, t, cond: {"image": x, "time": 1000 * t, "text": cond["prompt_embeds"]},
-        {"prompt_embeds": "words"}, ("layers",), published={"own": Configuration({"width": 32}, (4, 8, 8), tokens=3)},
-        small={"width": 16}, model=OwnTransformer2DModel,
+        {"prompt_embeds": ("L", "words")}, ("layers",), small={"width": 16},
+        published={"own": Configuration({"width": 32}, (4, 8, 8), tokens=3)}, model=OwnTransformer2DModel,
     )  # fmt: skip
-    monkeypatch.setitem(FAMILIES, "OwnTransformer2DModel", family)
-    return family
+    monkeypatch.setitem(FAMILIES, "OwnTransformer2DModel", about)
+    return about
 
 
 def test_the_example_of_the_contract_runs():
-    found = doctest.testmod(families)
+    found = doctest.testmod(family)
     assert found.attempted > 5 and not found.failed and "MyTransformer2DModel" not in FAMILIES
 
 

@@ -223,7 +223,7 @@ def test_the_loss_of_adapters_falls(kind):
     net = Velocity(model_of(kind, std=0.05))
     last = "model.all_final_layer.2-1" if kind == "ZImageTransformer2DModel" else "model.proj_out"
     lora.add(net, large.linear_layers(net), 4, also=("r_embedder", "twin_embedder", last))
-    x, cond = latents(16, 4, 4) * 0.1 + 1, given_cond(net, 16)
+    x, cond = latents(net, 16) * 0.1 + 1, given_cond(net, 16)
     loss, optimizer = TwinFlowLoss(order=1, share=0.5, one_step_share=0.5), optimizer_of([net], 1e-2)
 
     def now():

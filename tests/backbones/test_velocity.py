@@ -4,21 +4,22 @@ The oracles call the models by hand, as their pipelines do, and the pipelines' o
 """
 
 import copy
-import inspect
 import json
-import math
 from functools import cache, partial
 
 import pytest
+import tiny_first
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinytwinflow import TwinFlowLoss, generate, sample
 from tinytwinflow.backbones import states
-from tinytwinflow.backbones.families import FAMILIES, pack, unpack
+from tinytwinflow.backbones.families import FAMILIES
+from tinytwinflow.backbones.family import pack, unpack
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.backbones.velocity_files import EXTRA, load_structure, load_velocity, save_velocity
+from tinytwinflow.method.path import expand
 from tinytwinflow.runs.recipes import configured
 from tinytwinflow.training.distributed import MOST_GRAPHS, prepare
 from tinytwinflow.training.loop import train
@@ -27,40 +28,13 @@ diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
 close = torch.testing.assert_close
 
-TINY = {
-    "SD3Transformer2DModel": dict(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10,
-        pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,),
-    ),
-    "SanaTransformer2DModel": dict(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, caption_channels=12,
-        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, sample_size=8,
-        timestep_scale=0.5,
-    ),
-    "FluxTransformer2DModel": dict(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=1,
-        joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
-    ),
-    "QwenImageTransformer2DModel": dict(
-        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=1,
-        joint_attention_dim=12, axes_dims_rope=(4, 6, 6),
-    ),
-    "ZImageTransformer2DModel": dict(
-        in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=1, n_kv_heads=1, cap_feat_dim=12,
-        axes_dims=[4, 6, 6], axes_lens=[64, 16, 16],
-    ),
-}  # fmt: skip
-PACKED = {"FluxTransformer2DModel": "FluxPipeline", "QwenImageTransformer2DModel": "QwenImagePipeline"}
-MASKED = ("SanaTransformer2DModel", "QwenImageTransformer2DModel", "ZImageTransformer2DModel")
-PUBLISHED = {
-    "SD3Transformer2DModel": "time_text_embed_2.timestep_embedder.linear_",
-    "SanaTransformer2DModel": "time_embed_2.emb.timestep_embedder.linear_",
-    "FluxTransformer2DModel": "time_text_embed_2.timestep_embedder.linear_",
-    "QwenImageTransformer2DModel": "time_text_embed_2.timestep_embedder.linear_",
-    "ZImageTransformer2DModel": "t_embedder_2.mlp.",
-}
+FAMILY_TESTS = (tiny_first,)  # a module for some families: tiny settings, inputs, and the calls of their pipelines
+TINY, LATENTS, COND, HAND, FIRST, SECOND, PUBLISHED = (
+    {kind: value for module in FAMILY_TESTS for kind, value in getattr(module, name).items()}
+    for name in ("TINY", "LATENTS", "COND", "HAND", "FIRST", "SECOND", "PUBLISHED")
+)
 kinds = pytest.mark.parametrize("kind", [kind for kind in TINY if hasattr(diffusers, kind)])
+first_kinds = pytest.mark.parametrize("kind", list(tiny_first.TINY))
 times = st.floats(0.001, 1).map(lambda a: round(a, 4))
 signed = st.floats(-1, 1).map(lambda a: round(a, 4))
 
@@ -89,71 +63,33 @@ def net_of(kind):
     return velocity_of(kind)
 
 
-def given_cond(net, n, length=5, seed=0):
+def given_cond(net, n, seed=0):
     """Random conditions; the first row has a shorter prompt."""
-    draw, config = torch.Generator().manual_seed(seed), net.model.config
-    mask = torch.ones(n, length, dtype=torch.long)
-    mask[0, 3:] = 0
-    cond = {"prompt_mask": mask, "guidance": 1 + 4 * torch.rand(n, generator=draw)}
-    for name, key in net.cond.items():
-        if name == "prompt_embeds":
-            cond[name] = torch.randn(n, length, config[key], generator=draw)
-        if name == "pooled":
-            cond[name] = torch.randn(n, config[key], generator=draw)
-    return {name: cond[name] for name in net.cond}
+    return COND[kind_of(net)](net.model.config, n, torch.Generator().manual_seed(seed))
 
 
-def latents(n, height=8, width=6, seed=1):
-    return torch.randn(n, 4, height, width, generator=torch.Generator().manual_seed(seed))
+def kind_of(net):
+    return type(net.model).__name__
+
+
+def latents(net, n, seed=1):
+    return torch.randn(n, *LATENTS[kind_of(net)], generator=torch.Generator().manual_seed(seed))
 
 
 def by_hand(model, x, t, c):
     """The velocity noise - data as the model's pipeline computes it, t = sigma."""
-    kind, (n, channels, height, width) = type(model).__name__, x.shape
-    if kind in PACKED:
-        pipeline = getattr(diffusers, PACKED[kind])
-        tokens, sizes = pipeline._pack_latents(x, n, channels, height, width), (8 * height, 8 * width, 8)
-    if kind == "SD3Transformer2DModel":
-        steps = {"timestep": 1000 * t, "pooled_projections": c["pooled"]}
-        return model(hidden_states=x, encoder_hidden_states=c["prompt_embeds"], return_dict=False, **steps)[0]
-    if kind == "SanaTransformer2DModel":
-        text = {"encoder_hidden_states": c["prompt_embeds"], "encoder_attention_mask": c["prompt_mask"]}
-        return model(x, timestep=1000 * t * model.config.timestep_scale, return_dict=False, **text)[0]
-    if kind == "FluxTransformer2DModel":
-        img_ids = pipeline._prepare_latent_image_ids(n, height // 2, width // 2, "cpu", torch.float32)
-        y = model(
-            hidden_states=tokens, timestep=t, guidance=c.get("guidance"), pooled_projections=c["pooled"],
-            encoder_hidden_states=c["prompt_embeds"], txt_ids=torch.zeros(c["prompt_embeds"].shape[1], 3),
-            img_ids=img_ids, return_dict=False,
-        )[0]  # fmt: skip
-        return pipeline._unpack_latents(y, *sizes)
-    if kind == "QwenImageTransformer2DModel":
-        if "max_txt_seq_len" not in inspect.signature(model.pos_embed.forward).parameters:
-            pytest.skip("pipelines of this diffusers have a bug: they leave the mask out")
-        y = model(
-            hidden_states=tokens, timestep=t, encoder_hidden_states_mask=c["prompt_mask"],
-            encoder_hidden_states=c["prompt_embeds"], img_shapes=[[(1, height // 2, width // 2)]] * n,
-            return_dict=False,
-        )[0]  # fmt: skip
-        return pipeline._unpack_latents(y, *sizes)[:, :, 0]
-    texts = [prompt[: mask.sum()] for prompt, mask in zip(c["prompt_embeds"], c["prompt_mask"])]
-    y = model(list(x.unsqueeze(2).unbind(0)), 1 - t, texts, return_dict=False)[0]
-    return -torch.stack([one.float() for one in y]).squeeze(2)
+    return HAND[type(model).__name__](model, x, t, c)
 
 
-def sinusoids(time):
-    """128 cosines, then 128 sines, of frequencies 10000^(-k/128)."""
-    angle = time[:, None] * torch.exp(torch.arange(128) * (-math.log(10000) / 128))
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+def bare(embedder):
+    """An embedder as it is without hooks."""
+    embedder = copy.deepcopy(embedder)
+    embedder._forward_hooks.clear(), embedder._forward_pre_hooks.clear()
+    return embedder
 
 
 def layers_of(embedder):
     return [layer for layer in embedder.modules() if isinstance(layer, torch.nn.Linear)]
-
-
-def mlp(embedder, h):
-    first, last = layers_of(embedder)
-    return last(torch.nn.functional.silu(first(h)))
 
 
 def spy(net):
@@ -165,13 +101,13 @@ def spy(net):
 
 @kinds
 @settings(max_examples=6)
-@given(t=st.lists(times, min_size=1, max_size=3), height=st.sampled_from([4, 8]), masked=st.booleans())
-def test_at_r_equal_to_t_it_is_the_pretrained_velocity(kind, t, height, masked):
+@given(t=st.lists(times, min_size=1, max_size=3), masked=st.booleans())
+def test_at_r_equal_to_t_it_is_the_pretrained_velocity(kind, t, masked):
     """Bit for bit, whatever the extra embedders hold; called directly, the model is what it was."""
-    net, t, x = net_of(kind), torch.tensor(t), latents(len(t), height)
-    cond = given_cond(net, len(t))
-    if not masked and "prompt_mask" in cond:
-        cond["prompt_mask"] = torch.ones(len(t), 5, dtype=torch.bool)
+    net, t = net_of(kind), torch.tensor(t)
+    x, cond = latents(net, len(t)), given_cond(net, len(t))
+    if not masked:
+        cond |= {name: torch.ones_like(value).bool() for name, value in cond.items() if name.endswith("mask")}
     with torch.no_grad():
         v = by_hand(model_of(kind), x, t, cond)
         assert torch.equal(net(x, t, t, cond), v) and v.std() > 0.1
@@ -186,7 +122,7 @@ def test_at_birth_jumps_and_the_twin_are_the_pretrained_velocity(kind, t, r):
     for new in (net.r_embedder, net.twin_embedder):
         torch.nn.init.normal_(layers_of(new)[0].weight)
     birth = Velocity(model_of(kind))
-    x, cond, t, r = latents(2), given_cond(net, 2), torch.full((2,), t), torch.full((2,), r)
+    x, cond, t, r = latents(net, 2), given_cond(net, 2), torch.full((2,), t), torch.full((2,), r)
     with torch.no_grad():
         v = by_hand(birth.model, x, t, cond)
         assert torch.equal(birth(x, t, r, cond), v) and torch.equal(birth(x, -t, -t, cond), v)
@@ -199,16 +135,13 @@ def test_at_birth_jumps_and_the_twin_are_the_pretrained_velocity(kind, t, r):
 def test_the_embedding_is_the_sum_of_three_terms(kind, t, r):
     """emb(|t|) + (t - r) emb_r + [t < 0] emb_twin(|t|), by hand; emb_r is shown r, and by Z-Image t - r."""
     net, t, r = net_of(kind), torch.tensor(t), torch.tensor(r)
-    reverse = kind == "ZImageTransformer2DModel"
-    unit = 500 if kind == "SanaTransformer2DModel" else 1000
     seen, handle = spy(net)
     with torch.no_grad():
-        net(latents(3), t, r, given_cond(net, 3))
+        net(latents(net, 3), t, r, given_cond(net, 3))
         handle.remove()
-        clock = sinusoids(unit * (1 - t.abs() if reverse else t.abs()))
-        emb_r = mlp(net.r_embedder, sinusoids(unit * (t - r if reverse else r)))
-        wanted = mlp(net.model.get_submodule(net.family.embedder), clock) + (t - r)[:, None] * emb_r
-        wanted = wanted + torch.signbit(t)[:, None] * mlp(net.twin_embedder, clock)
+        embedder, clock = bare(net.model.get_submodule(net.family.embedder)), FIRST[kind](t.abs())
+        emb_r, emb_twin = net.r_embedder(SECOND[kind](t, r)), net.twin_embedder(clock)
+        wanted = embedder(clock) + expand(t - r, emb_r) * emb_r + expand(torch.signbit(t), emb_r) * emb_twin
     assert len(seen) == 1
     close(seen[0], wanted, rtol=1e-3, atol=1e-3)
 
@@ -219,14 +152,13 @@ def test_times_are_not_rounded_by_a_model_in_bfloat16(kind):
     net = copy.deepcopy(net_of(kind)).bfloat16()
     t = torch.tensor([0.899, 0.8995])
     assert t.bfloat16().unique().numel() == 1
-    clock = 1000 * (1 - t if kind == "ZImageTransformer2DModel" else t)
-    clock = clock / 2 if kind == "SanaTransformer2DModel" else clock
     seen, handle = spy(net)
     cond = {name: torch.cat([value, value]) for name, value in given_cond(net, 1).items()}
     with torch.no_grad():
-        y = net(latents(1).repeat(2, 1, 1, 1), t, t, cond)
+        y = net(torch.cat([latents(net, 1)] * 2), t, t, cond)
         handle.remove()
-        wanted = mlp(net.model.get_submodule(net.family.embedder), sinusoids(clock).bfloat16())
+        clock = FIRST[kind](t)
+        wanted = bare(net.model.get_submodule(net.family.embedder))(clock if clock.ndim == 1 else clock.bfloat16())
     close(seen[0], wanted, rtol=0.02, atol=0.02)
     assert not torch.equal(wanted[0], wanted[1]) and not torch.equal(y[0], y[1])
 
@@ -235,7 +167,7 @@ def test_times_are_not_rounded_by_a_model_in_bfloat16(kind):
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_any_precision_of_x(kind):
     """Weights in bfloat16 take float32 latents and give them back, as does autocast."""
-    net, x, t, cond = net_of(kind), latents(2), torch.tensor([0.3, 0.8]), given_cond(net_of(kind), 2)
+    net, x, t, cond = net_of(kind), latents(net_of(kind), 2), torch.tensor([0.3, 0.8]), given_cond(net_of(kind), 2)
     if "guidance" in cond:
         cond["guidance"] = torch.tensor([1.0, 4.0])  # 1000 times which diffusers rounds to bfloat16
         cond["guidance"] = (cond["guidance"] * 1000).bfloat16().float() / 1000
@@ -252,7 +184,7 @@ def test_any_precision_of_x(kind):
 def test_a_deep_copy_is_a_network_of_its_own(kind):
     """Its hooks are its own: its r terms come from its weights, and changing them leaves the first as it was."""
     net, twin = net_of(kind), copy.deepcopy(net_of(kind))
-    x, t, r, cond = latents(2), torch.tensor([0.9, -0.4]), torch.tensor([0.1, 0.3]), given_cond(net, 2)
+    x, t, r, cond = latents(net, 2), torch.tensor([0.9, -0.4]), torch.tensor([0.1, 0.3]), given_cond(net, 2)
     with torch.no_grad():
         before = net(x, t, r, cond)
         assert torch.equal(twin(x, t, r, cond), before)
@@ -263,7 +195,12 @@ def test_a_deep_copy_is_a_network_of_its_own(kind):
 
 @kinds
 def test_after_a_failed_call_the_model_is_free_of_its_times(kind):
-    net, x, t, cond = copy.deepcopy(net_of(kind)), latents(2), torch.tensor([0.4, 0.7]), given_cond(net_of(kind), 2)
+    net, x, t, cond = (
+        copy.deepcopy(net_of(kind)),
+        latents(net_of(kind), 2),
+        torch.tensor([0.4, 0.7]),
+        given_cond(net_of(kind), 2),
+    )
 
     def fail(*_):
         raise RuntimeError("out of memory")
@@ -283,7 +220,7 @@ def test_gradients_reach_the_extra_embedders(kind):
     net, cond = copy.deepcopy(net_of(kind)), given_cond(net_of(kind), 2)
     for t, r, of_r, of_twin in [(0.6, 0.2, True, False), (-0.6, -0.6, False, True), (0.6, 0.6, False, False)]:
         net.zero_grad()
-        net(latents(2), torch.full((2,), t), torch.full((2,), r), cond).square().mean().backward()
+        net(latents(net, 2), torch.full((2,), t), torch.full((2,), r), cond).square().mean().backward()
         for embedder, wanted in ((net.r_embedder, of_r), (net.twin_embedder, of_twin)):
             assert all(bool(p.grad.any()) == wanted for p in embedder.parameters())
     frozen = Velocity(model_of(kind).requires_grad_(False))
@@ -301,7 +238,7 @@ def test_packing_is_that_of_the_pipelines(n, channels, rows, columns):
 
 @kinds
 def test_rows_do_not_see_each_other_nor_masked_words(kind):
-    net, x, cond = net_of(kind), latents(3), given_cond(net_of(kind), 3)
+    net, x, cond = net_of(kind), latents(net_of(kind), 3), given_cond(net_of(kind), 3)
     t, r = torch.tensor([0.9, -0.5, 0.3]), torch.tensor([0.0, -0.2, 0.3])
     with torch.no_grad():
         y, turned = net(x, t, r, cond), {name: value.flip(0) for name, value in cond.items()}
@@ -309,7 +246,7 @@ def test_rows_do_not_see_each_other_nor_masked_words(kind):
         other = {**cond, "prompt_embeds": cond["prompt_embeds"].clone()}
         other["prompt_embeds"][0, 3:] += 1
         same = torch.allclose(net(x, t, r, other), y, rtol=1e-4, atol=1e-4)
-        assert same == (kind in MASKED)
+        assert same == ("prompt_mask" in cond)
         other["prompt_embeds"][0, :3] += 1
         assert not torch.allclose(net(x, t, r, other)[0], y[0], rtol=1e-2, atol=1e-2)
 
@@ -321,7 +258,7 @@ def test_blocks_are_all_blocks_in_the_order_of_use(kind):
     assert {id(m) for m in net.model.modules() if type(m).__name__ in names} == {id(block) for block in net.blocks()}
     for i, block in enumerate(net.blocks()):
         block.register_forward_pre_hook(lambda *_, i=i: used.append(i))
-    net(latents(1), torch.ones(1), torch.ones(1), given_cond(net, 1))
+    net(latents(net, 1), torch.ones(1), torch.ones(1), given_cond(net, 1))
     assert used == list(range(len(net.blocks())))
 
 
@@ -334,7 +271,7 @@ def test_blocks_of_a_backbone_are_compiled_once_whatever_their_adapters_are_swit
         config = configured("text", ["lora_rank=2", "weights=float32"])
         states.adapt(net, 2)
         state = states.backbone_state(net, config, partial(prepare, recompute=True, compile=how))
-        x, cond, loss = latents(8), given_cond(net, 8), TwinFlowLoss.paper(guidance=0.5, data_free=True)
+        x, cond, loss = latents(net, 8), given_cond(net, 8), TwinFlowLoss.paper(guidance=0.5, data_free=True)
         null = {name: value[:1] for name, value in cond.items()}
         return [(r["total"], len(graphs)) for r in train(state, loss, lambda i: (x, cond), 60, null=null)]
 
@@ -349,20 +286,20 @@ def test_without_memory(kind):
     with torch.device("meta"):
         net = Velocity(getattr(diffusers, kind).from_config(TINY[kind]))
         cond = {name: value.to("meta") for name, value in given_cond(net, 2).items()}
-        y = net(torch.empty(2, 4, 8, 6), torch.empty(2), torch.empty(2), cond)
-    assert y.is_meta and y.shape == (2, 4, 8, 6) and all(p.is_meta for p in net.parameters())
+        y = net(torch.empty(2, *LATENTS[kind]), torch.empty(2), torch.empty(2), cond)
+    assert y.is_meta and y.shape == (2, *LATENTS[kind]) and all(p.is_meta for p in net.parameters())
 
 
 @kinds
 def test_the_whole_loss_falls(kind):
     """All parts of TwinFlowLoss, with guidance, conditions in a dict and a null one of one row."""
     net = Velocity(model_of(kind, std=0.05))
-    x, cond, null = latents(16, 4, 4) * 0.1 + 1, given_cond(net, 16), given_cond(net, 1, seed=5)
+    x, cond, null = latents(net, 16) * 0.1 + 1, given_cond(net, 16), given_cond(net, 1, seed=5)
     loss = TwinFlowLoss(order=1, guidance=0.3, share=1 / 2, one_step_share=1 / 2)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
 
     def now():
-        many = x.repeat(8, 1, 1, 1), {name: torch.cat([value] * 8) for name, value in cond.items()}
+        many = torch.cat([x] * 8), {name: torch.cat([value] * 8) for name, value in cond.items()}
         with torch.no_grad():
             return loss(net, *many, null=null, generator=torch.Generator().manual_seed(7))
 
@@ -377,7 +314,7 @@ def test_the_whole_loss_falls(kind):
 
 
 def test_one_step_of_sampling_is_one_jump():
-    net, z = net_of("SD3Transformer2DModel"), latents(2)
+    net, z = net_of("SD3Transformer2DModel"), latents(net_of("SD3Transformer2DModel"), 2)
     cond = given_cond(net, 2)
     with torch.no_grad():
         close(sample(net, z, steps=1, cond=cond), z - net(z, torch.ones(2), torch.zeros(2), cond))
@@ -386,7 +323,7 @@ def test_one_step_of_sampling_is_one_jump():
 
 @kinds
 def test_what_is_saved_is_loaded_bit_for_bit(kind, tmp_path):
-    net, x, cond = net_of(kind), latents(2), given_cond(net_of(kind), 2)
+    net, x, cond = net_of(kind), latents(net_of(kind), 2), given_cond(net_of(kind), 2)
     t, r = torch.tensor([0.9, -0.5]), torch.tensor([0.2, 0.1])
     save_velocity(net, tmp_path / "transformer")
     for again in (load_velocity(tmp_path / "transformer"), load_velocity(tmp_path)):
@@ -410,12 +347,12 @@ def test_the_structure_is_what_is_loaded_but_for_its_values(kind, tmp_path):
     about = [{n: (v.shape, v.dtype) for n, v in net.state_dict().items()} for net in (empty, whole)]
     assert about[0] == about[1]
     empty.load_state_dict(whole.state_dict())
-    x, t, cond = latents(2), torch.tensor([0.9, -0.5]), given_cond(whole, 2)
+    x, t, cond = latents(whole, 2), torch.tensor([0.9, -0.5]), given_cond(whole, 2)
     with torch.no_grad():
         assert torch.equal(empty(x, t, 0 * t, cond), whole(x, t, 0 * t, cond))
 
 
-@kinds
+@first_kinds
 @pytest.mark.parametrize("sharded", [False, True])
 def test_weights_as_the_authors_publish_them(kind, sharded, tmp_path, caplog):
     """emb_r's among the model's own, in one file or several; the twin, which they have not, begins at zero."""
@@ -437,7 +374,7 @@ def test_weights_as_the_authors_publish_them(kind, sharded, tmp_path, caplog):
     for name in set(parts.values()):
         mine = {key: extra[key] for key in extra if parts[key] == name}
         safetensors.save_file(safetensors.load_file(tmp_path / name) | mine, tmp_path / name, {"format": "pt"})
-    net, x, cond = load_velocity(tmp_path), latents(2), given_cond(net_of(kind), 2)
+    net, x, cond = load_velocity(tmp_path), latents(net_of(kind), 2), given_cond(net_of(kind), 2)
     t, r = torch.tensor([0.9, 0.5]), torch.tensor([0.2, 0.1])
     with torch.no_grad():
         assert torch.equal(net(x, t, r, cond), net_of(kind)(x, t, r, cond))
@@ -539,9 +476,9 @@ def test_other_modules_are_refused():
         Velocity(net.model)
 
 
-@kinds
+@first_kinds
 def test_wrong_inputs_are_refused_in_one_line(kind):
-    net, x, t, cond = net_of(kind), latents(2), torch.tensor([0.2, 0.9]), given_cond(net_of(kind), 2)
+    net, x, t, cond = net_of(kind), latents(net_of(kind), 2), torch.tensor([0.2, 0.9]), given_cond(net_of(kind), 2)
     first = next(iter(cond))
     wrong = [
         (x[:, :3], t, cond, r"this model takes floats \(B, 4, H, W\)"),
@@ -557,9 +494,9 @@ def test_wrong_inputs_are_refused_in_one_line(kind):
         (x, t, {**cond, "prompt_embeds": cond["prompt_embeds"][:1]}, "prompt_embeds must be"),
         (x, t, {**cond, "prompt_embeds": cond["prompt_embeds"].long()}, "prompt_embeds must be floating-point"),
     ]
-    if net.patch > 1:
-        wrong.append((latents(2, 7, 6), t, cond, "H and W multiples of 2"))
-        wrong.append((latents(2, 8, 5), t, cond, "H and W multiples of 2"))
+    if net.axes["H"] > 1:
+        wrong.append((x[:, :, :7], t, cond, "with multiples in H of 2, W of 2"))
+        wrong.append((x[:, :, :, :5], t, cond, "with multiples in H of 2, W of 2"))
     if "pooled" in cond:
         wrong.append((x, t, {**cond, "pooled": cond["pooled"][:, :7]}, r"pooled must be .* \(2, 10\)"))
     if "prompt_mask" in cond:

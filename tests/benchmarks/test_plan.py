@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tinytwinflow import TwinFlowLoss, peers
 from tinytwinflow.backbones import lora
 from tinytwinflow.backbones import states as large
-from tinytwinflow.backbones.families import FAMILIES, Configuration, published_backbone, published_names
+from tinytwinflow.backbones.families import FAMILIES, published_backbone, published_names
+from tinytwinflow.backbones.family import Configuration
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.benchmarks import calls, plan
 from tinytwinflow.benchmarks.calls import Call

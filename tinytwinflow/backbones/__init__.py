@@ -1,11 +1,25 @@
 """Backbones: the flow transformers of diffusers.
 
-Rooms, in reading order: families, velocity, velocity_files, lora, lora_files, states, prompts, captions, painting.
+Rooms, in reading order: family, image_families, families, velocity, velocity_files, lora, lora_files, states, prompts,
+captions, painting.
 May import: training, data, nets, method, files, ranges, bars.
 """
 
-from . import captions, families, lora, lora_files, painting, prompts, states, velocity, velocity_files
+from . import (
+    captions,
+    families,
+    family,
+    image_families,
+    lora,
+    lora_files,
+    painting,
+    prompts,
+    states,
+    velocity,
+    velocity_files,
+)
 
 __all__ = [
-    "captions", "families", "lora", "lora_files", "painting", "prompts", "states", "velocity", "velocity_files",
+    "captions", "families", "family", "image_families", "lora", "lora_files", "painting", "prompts", "states",
+    "velocity", "velocity_files",
 ]  # fmt: skip

@@ -36,7 +36,7 @@ def load_pipeline(path, device="cpu", dtype=torch.bfloat16):
 
 def _pipeline_of(kind, where="pipeline"):
     """What the families say of a pipeline class. Raises ValueError that names the known ones."""
-    known = {family.pipeline.name: family.pipeline for family in FAMILIES.values() if family.pipeline}
+    known = {pipeline.name: pipeline for family in FAMILIES.values() for pipeline in family.pipelines}
     if kind not in known:
         raise ValueError(f"{where}: {kind} is none of the known pipelines: {', '.join(known)}")
     return known[kind]

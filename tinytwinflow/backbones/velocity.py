@@ -10,8 +10,10 @@ import copy
 import torch
 from torch import nn
 
+from ..method.path import expand
 from ..nets.times import check_times
 from .families import family_of
+from .family import free, sizes
 
 
 class Velocity(nn.Module):
@@ -22,9 +24,10 @@ class Velocity(nn.Module):
     pretrained velocity. Times stay in float32 up to their sinusoids, though the model would round them to its
     own precision; the sum is formed in float32.
 
-    x (B, C, H, W) latents as the model's pipeline scales them, any H and W that its patches divide; t, r (B,) in
-    [-1, 1]; cond a dict with what the family needs of prompt_embeds (B, L, D), prompt_mask (B, L) bool or whole
-    numbers, pooled (B, P), guidance (B,).  -> (B, C, H, W) in the precision of x.
+    x (B, *D) latents as the model's pipeline scales them, of images (B, C, H, W), videos (B, C, T, H, W) or sounds
+    (B, T, C), of any size that the model's patches divide; t, r (B,) in [-1, 1]; cond a dict of what the family needs,
+    as prompt_embeds (B, L, D), prompt_mask (B, L) bool or whole numbers, pooled (B, P), guidance (B,).
+    -> (B, *D) in the precision of x.
     Raises ValueError for a model of an unknown class or variant, and for inputs of other shapes.
     """
 
@@ -35,16 +38,13 @@ class Velocity(nn.Module):
         on = [name for name in self.family.off if config.get(name) not in (None, False)]
         if on:
             raise ValueError(f"{kind} with {on[0]}={config[on[0]]!r} is another variant of the model: not supported")
-        out = config.get("out_channels") or config["in_channels"]
-        if self.family.packed:
-            self.channels, self.patch, out = config["in_channels"] // 4, 2, out * config["patch_size"] ** 2 // 4
-        else:
-            self.channels, self.patch = config["in_channels"], config.get("patch_size", 2)
+        self.axes, out = self.family.axes(config), self.family.out(config)
+        self.channels = self.axes["C"]
         if out < self.channels:
             raise ValueError(f"{kind} makes {out} channels of {self.channels}: it is shown pictures too, not supported")
         if out != self.channels:
             raise ValueError(f"{kind} makes {out} channels of {self.channels}: only a velocity is wanted, no sigma")
-        self.cond = dict(self.family.cond, **({"guidance": None} if config.get("guidance_embeds") else {}))
+        self.cond = dict(self.family.cond, **({"guidance": ()} if config.get("guidance_embeds") else {}))
         self.model = model
         embedder = model.get_submodule(self.family.embedder)
         if any(isinstance(getattr(hook, "__self__", None), Velocity) for hook in embedder._forward_hooks.values()):
@@ -63,7 +63,7 @@ class Velocity(nn.Module):
         self.check(x, cond)
         check_times(x, t, r)
         dtype = next(self.model.get_submodule(self.family.embedder).parameters()).dtype
-        cond = {name: cond[name].to(dtype) if self.cond[name] else cond[name] for name in cond}
+        cond = {name: cond[name].to(dtype) if self._has_width(name) else cond[name] for name in cond}
         self._now = t.float(), r.float()
         try:
             inputs = self.family.inputs(self.model, x.to(dtype), self.family.clock(t.float().abs()), cond)
@@ -76,6 +76,10 @@ class Velocity(nn.Module):
         """All transformer blocks, in the order of use."""
         return [block for path in self.family.blocks for block in self.model.get_submodule(path)]
 
+    def _has_width(self, name):
+        """Whether a condition is embeddings or latents, which the model takes in its own precision."""
+        return bool({**self.cond, **self.family.optional}[name]) and not name.endswith("mask")
+
     def _sinusoids(self, time, dtype):
         time = time * self.family.unit(self.model.config)
         if self.family.sinusoids is None:
@@ -85,34 +89,51 @@ class Velocity(nn.Module):
     def _show(self, embedder, args):
         """Before the embedder: the time in full precision in place of the one the model made."""
         if self._now is not None:
-            return self._sinusoids(self.family.clock(self._now[0].abs()), args[0].dtype)
+            t = self._now[0].expand(len(args[0]))
+            return self._sinusoids(self.family.clock(t.abs()), args[0].dtype)
 
     def _add(self, embedder, args, emb):
         """After the embedder: the terms of r and of the twin."""
         if self._now is None:
             return None
-        t, r = self._now
+        t, r = (time.expand(len(emb)) for time in self._now)
         dtype = next(self.r_embedder.parameters()).dtype
         emb_r = self.r_embedder(self._sinusoids(self.family.second(t, r), dtype))
         emb_twin = self.twin_embedder(self._sinusoids(self.family.clock(t.abs()), dtype))
-        length, twin = (t - r)[:, None], torch.signbit(t)[:, None]
+        length, twin = expand(t - r, emb), expand(torch.signbit(t), emb)
         return (emb.float() + length * emb_r.float() + twin * emb_twin.float()).to(emb.dtype)
 
     def check(self, x, cond):
         """Raise ValueError, in one line, for inputs that the model does not take."""
-        fits = x.ndim == 4 and x.shape[1] == self.channels and not any(size % self.patch for size in x.shape[2:])
+        fits = x.ndim == 1 + len(self.axes) and all(
+            size == by if axis == "C" else size % by == 0 for size, (axis, by) in zip(x.shape[1:], self.axes.items())
+        )
         if not fits or not x.is_floating_point():
-            wanted = f"floats (B, {self.channels}, H, W) with H and W multiples of {self.patch}"
+            wanted = ", ".join(str(by) if axis == "C" else axis for axis, by in self.axes.items())
+            multiples = [f"{axis} of {by}" for axis, by in self.axes.items() if axis != "C" and by > 1]
+            wanted = f"floats (B, {wanted})" + (f" with multiples in {', '.join(multiples)}" if multiples else "")
             raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}, this model takes {wanted}")
         cond = {} if cond is None else cond
-        if not isinstance(cond, dict) or cond.keys() != self.cond.keys():
+        known = {**self.cond, **self.family.optional}
+        if not isinstance(cond, dict) or not self.cond.keys() <= cond.keys() <= known.keys():
             got = ", ".join(cond) or "none" if isinstance(cond, dict) else type(cond).__name__
-            raise ValueError(f"cond must be a dict of {', '.join(self.cond)}, got {got}")
-        prompt = cond["prompt_embeds"]
-        for name, key in self.cond.items():
-            shape = (len(x), *prompt.shape[1:2]) if name.startswith("prompt") else (len(x),)
-            shape = (*shape, self.model.config[key]) if key else shape
-            if cond[name].shape != shape or cond[name].is_floating_point() == (name == "prompt_mask"):
-                kind = "whole numbers or bool" if name == "prompt_mask" else "floating-point"
-                got = f"{cond[name].dtype} of shape {tuple(cond[name].shape)}"
-                raise ValueError(f"{name} must be {kind} of shape {shape}, got {got}")
+            more = f" and perhaps {', '.join(self.family.optional)}" if self.family.optional else ""
+            raise ValueError(f"cond must be a dict of {', '.join(self.cond)}{more}, got {got}")
+        lengths = {}
+        for name, axes in known.items():
+            if name in cond:
+                self._check_condition(name, axes, cond[name], len(x), lengths)
+
+    def _check_condition(self, name, axes, value, rows, lengths):
+        """Raise ValueError unless a condition has its axes; those that are free are written down in `lengths`."""
+        if value.ndim == 1 + len(axes):
+            for axis, size in zip(axes, value.shape[1:]):
+                if free(axis) and size % self.axes.get(axis[0], 1) == 0:
+                    lengths.setdefault(axis, size)
+        shape, mask = (rows, *sizes(axes, self.model.config, lengths)), name.endswith("mask")
+        if tuple(value.shape) != shape or value.is_floating_point() == mask:
+            kind = "whole numbers or bool" if mask else "floating-point"
+            wanted = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+            raise ValueError(
+                f"{name} must be {kind} of shape {wanted}, got {value.dtype} of shape {tuple(value.shape)}"
+            )

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..backbones.families import diffusers_class, published_backbone
+from ..backbones.family import free, sizes
 from ..backbones.velocity import Velocity
 from ..method.draws import turns_of
 from ..method.losses import TwinFlowLoss
@@ -45,12 +46,11 @@ def meta_backbone(name):
 
 def condition_for(net, rows, tokens, make=torch.empty, device="meta"):
     """A condition that fits a network: dict of (rows, ...), by default without values."""
-    widths = {"prompt_embeds": (tokens,), "prompt_mask": (tokens,), "pooled": (), "guidance": ()}
     found = {}
-    for name, key in net.cond.items():
-        shape = (rows, *widths[name], *([net.model.config[key]] if key else []))
-        kind = torch.bool if name == "prompt_mask" else torch.float32 if name == "guidance" else torch.bfloat16
-        found[name] = make(shape, device=device).to(kind)
+    for name, axes in net.cond.items():
+        lengths = {axis: tokens for axis in axes if free(axis)}
+        kind = torch.bool if name.endswith("mask") else torch.bfloat16 if axes else torch.float32
+        found[name] = make((rows, *sizes(axes, net.model.config, lengths)), device=device).to(kind)
     return found
 
 
