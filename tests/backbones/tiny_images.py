@@ -5,12 +5,13 @@ Packing, places and masks are made by the pipelines' own functions.
 
 import diffusers
 import torch
+from tiny_first import sinusoids
 
 HEADS = dict(num_layers=1, attention_head_dim=16, num_attention_heads=2)
 FLUX_LIKE = dict(**HEADS, in_channels=16, num_single_layers=1, joint_attention_dim=12, axes_dims_rope=(4, 6, 6))
 TINY = {
     "Flux2Transformer2DModel": dict(
-        **HEADS, in_channels=6, num_single_layers=1, joint_attention_dim=12, axes_dims_rope=(4, 4, 4, 4), mlp_ratio=1.0
+        **HEADS, in_channels=4, num_single_layers=1, joint_attention_dim=12, axes_dims_rope=(4, 4, 4, 4), mlp_ratio=1.0
     ),
     "ChromaTransformer2DModel": dict(
         **FLUX_LIKE, approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1
@@ -27,7 +28,7 @@ TINY = {
     ),
 }  # fmt: skip
 LATENTS = {
-    "Flux2Transformer2DModel": (6, 4, 3),
+    "Flux2Transformer2DModel": (4, 4, 3),
     "ChromaTransformer2DModel": (4, 8, 6),
     "AuraFlowTransformer2DModel": (4, 8, 6),
     "LongCatImageTransformer2DModel": (4, 8, 6),
@@ -42,6 +43,20 @@ PUBLISHED = {
     "OvisImageTransformer2DModel": "timestep_embedder_2.linear_",
     "QwenImage21Transformer2DModel": "time_text_embed_2.timestep_embedder.linear_",
 }
+
+
+def chroma_vector(t):
+    """For each of the 17 modulations of two blocks: the time, no guidance, and which modulation it is."""
+    time, which = sinusoids(1000 * t, 4), sinusoids(1000 * torch.arange(17), 8)
+    shown = torch.cat([time, sinusoids(0 * t, 4)], dim=1)
+    return torch.cat([shown[:, None].expand(-1, 17, -1), which.expand(len(t), -1, -1)], dim=2)
+
+
+FIRST = {kind: lambda t: sinusoids(1000 * t) for kind in TINY} | {"ChromaTransformer2DModel": chroma_vector}
+SECOND = {kind: lambda t, r, first=first: first(r) for kind, first in FIRST.items()}
+
+SEEN = ("ChromaTransformer2DModel",)  # its pipeline adds its mask to the logits, as 0 and 1: all words stay visible
+READ = ("QwenImage21Transformer2DModel",)  # its forward reads the values of masks, and there are none without memory
 
 
 def prompt(config, n, generator, key="joint_attention_dim", length=5):
