@@ -34,6 +34,7 @@ TINY, LATENTS, COND, HAND, FIRST, SECOND, PUBLISHED = (
     {kind: value for module in FAMILY_TESTS for kind, value in getattr(module, name).items()}
     for name in ("TINY", "LATENTS", "COND", "HAND", "FIRST", "SECOND", "PUBLISHED")
 )
+OPTIONAL = {kind: make for module in FAMILY_TESTS for kind, make in getattr(module, "OPTIONAL", {}).items()}
 kinds = pytest.mark.parametrize("kind", [kind for kind in TINY if hasattr(diffusers, kind)])
 first_kinds = pytest.mark.parametrize("kind", list(tiny_first.TINY))
 times = st.floats(0.001, 1).map(lambda a: round(a, 4))
@@ -251,6 +252,20 @@ def test_rows_do_not_see_each_other_nor_masked_words(kind):
         assert same == ("prompt_mask" in cond and kind not in tiny_images.SEEN)
         other["prompt_embeds"][0, :3] += 1
         assert not torch.allclose(net(x, t, r, other)[0], y[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OPTIONAL if hasattr(diffusers, kind)])
+def test_a_condition_that_may_be_absent_is_seen_as_the_pipeline_shows_it(kind):
+    net, x, t = net_of(kind), latents(net_of(kind), 3), torch.tensor([0.9, 0.5, 0.3])
+    cond = {**given_cond(net, 3), **OPTIONAL[kind](3, torch.Generator().manual_seed(2))}
+    with torch.no_grad():
+        y = net(x, t, t, cond)
+        assert torch.equal(y, by_hand(model_of(kind), x, t, cond))
+        for name in net.family.optional:
+            other = {**cond, name: torch.cat([cond[name][:2], cond[name][2:] + 1])}
+            assert torch.equal(net(x, t, t, other)[:2], y[:2]) and not torch.allclose(net(x, t, t, other)[2], y[2])
+            with pytest.raises(ValueError, match=f"{name} must be .* of shape"):
+                net(x, t, t, {**cond, name: cond[name][:, :-1]})
 
 
 @kinds
@@ -511,6 +526,16 @@ def test_wrong_inputs_are_refused_in_one_line(kind):
         with pytest.raises(ValueError, match=message) as error:
             net(x_, t_, t_, cond_)
         assert "\n" not in str(error.value)
+
+
+def test_images_that_are_larger_than_the_places_of_aura_flow_are_refused():
+    net, t = net_of("AuraFlowTransformer2DModel"), torch.ones(1)
+    with torch.no_grad():
+        assert net(torch.zeros(1, 4, 4, 16), t, t, given_cond(net, 1)).shape == (1, 4, 4, 16)
+    with pytest.raises(
+        ValueError, match=r"^x is of shape \(1, 4, 4, 18\), this model has places for H and W up to 16$"
+    ):
+        net(torch.zeros(1, 4, 4, 18), t, t, given_cond(net, 1))
 
 
 def with_weight(folder, name, value):

@@ -84,6 +84,14 @@ COND = {
 }
 
 
+def source(*shape):
+    """A picture to edit."""
+    return lambda n, generator: {"source": torch.randn(n, *shape, generator=generator)}
+
+
+OPTIONAL = {"Flux2Transformer2DModel": source(4, 2, 5), "LongCatImageTransformer2DModel": source(4, 8, 6)}
+
+
 def flux2(model, x, t, c):
     pipeline, ids = diffusers.Flux2Pipeline, diffusers.Flux2Pipeline._prepare_latent_ids(x)
     tokens, places = pipeline._pack_latents(x), ids

@@ -85,13 +85,16 @@ def _chroma(model, x, t, cond):
 
 
 def _aura_flow(model, x, t, cond):
+    side = int(model.config["pos_embed_max_size"] ** 0.5) * model.config["patch_size"]
+    if max(x.shape[2:]) > side:  # the model would take places from the other side
+        raise ValueError(f"x is of shape {tuple(x.shape)}, this model has places for H and W up to {side}")
     return {"hidden_states": x, "encoder_hidden_states": cond["prompt_embeds"], "timestep": t}
 
 
 def _ovis(model, x, t, cond):
     words = torch.arange(cond["prompt_embeds"].shape[1], device=x.device)
     ids = {"img_ids": _grid(x, 2), "txt_ids": torch.stack([0 * words, words, words], dim=1).float()}
-    return {**_aura_flow(model, pack(x), t, cond), **ids}
+    return {"hidden_states": pack(x), "encoder_hidden_states": cond["prompt_embeds"], "timestep": t, **ids}
 
 
 def _longcat(model, x, t, cond):
