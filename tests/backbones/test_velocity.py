@@ -9,6 +9,7 @@ from functools import cache, partial
 
 import pytest
 import tiny_first
+import tiny_images
 import tiny_videos
 import torch
 from hypothesis import given, settings
@@ -30,13 +31,14 @@ safetensors = pytest.importorskip("safetensors.torch")
 close = torch.testing.assert_close
 
 # modules for some families each: tiny settings, inputs, and the calls of their pipelines
-FAMILY_TESTS = (tiny_first, tiny_videos)
+FAMILY_TESTS = (tiny_first, tiny_images, tiny_videos)
 TINY, LATENTS, COND, HAND, FIRST, SECOND, PUBLISHED = (
     {kind: value for module in FAMILY_TESTS for kind, value in getattr(module, name).items()}
     for name in ("TINY", "LATENTS", "COND", "HAND", "FIRST", "SECOND", "PUBLISHED")
 )
+OPTIONAL = {kind: make for module in FAMILY_TESTS for kind, make in getattr(module, "OPTIONAL", {}).items()}
 kinds = pytest.mark.parametrize("kind", [kind for kind in TINY if hasattr(diffusers, kind)])
-NEEDS_VALUES = {tiny_videos.HUNYUAN}  # what its tensors hold decides what diffusers computes: no shapes without
+READ = {kind for module in FAMILY_TESTS for kind in getattr(module, "READ", ())}
 first_kinds = pytest.mark.parametrize("kind", list(tiny_first.TINY))
 times = st.floats(0.001, 1).map(lambda a: round(a, 4))
 signed = st.floats(-1, 1).map(lambda a: round(a, 4))
@@ -145,8 +147,9 @@ def test_the_embedding_is_the_sum_of_three_terms(kind, t, r):
         embedder, clock = bare(net.model.get_submodule(net.family.embedder)), FIRST[kind](t.abs())
         emb_r, emb_twin = net.r_embedder(SECOND[kind](t, r)), net.twin_embedder(clock)
         wanted = embedder(clock) + expand(t - r, emb_r) * emb_r + expand(torch.signbit(t), emb_r) * emb_twin
+        rest = embedder(FIRST[kind](torch.zeros(len(seen[0]) - 3)))  # the model's own, of conditions at time 0
     assert len(seen) == 1
-    close(seen[0], wanted, rtol=1e-3, atol=1e-3)
+    close(seen[0], torch.cat([wanted, rest]), rtol=1e-3, atol=1e-3)
 
 
 @kinds
@@ -162,7 +165,7 @@ def test_times_are_not_rounded_by_a_model_in_bfloat16(kind):
         handle.remove()
         clock = FIRST[kind](t)
         wanted = bare(net.model.get_submodule(net.family.embedder))(clock if clock.ndim == 1 else clock.bfloat16())
-    close(seen[0], wanted, rtol=0.02, atol=0.02)
+    close(seen[0][:2], wanted, rtol=0.02, atol=0.02)
     assert not torch.equal(wanted[0], wanted[1]) and not torch.equal(y[0], y[1])
 
 
@@ -249,15 +252,30 @@ def test_rows_do_not_see_each_other_nor_masked_words(kind):
         other = {**cond, "prompt_embeds": cond["prompt_embeds"].clone()}
         other["prompt_embeds"][0, 3:] += 1
         same = torch.allclose(net(x, t, r, other), y, rtol=1e-4, atol=1e-4)
-        assert same == ("prompt_mask" in cond)
+        assert same == ("prompt_mask" in cond and kind not in tiny_images.SEEN)
         other["prompt_embeds"][0, :3] += 1
         assert not torch.allclose(net(x, t, r, other)[0], y[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OPTIONAL if hasattr(diffusers, kind)])
+def test_a_condition_that_may_be_absent_is_seen_as_the_pipeline_shows_it(kind):
+    net, x, t = net_of(kind), latents(net_of(kind), 3), torch.tensor([0.9, 0.5, 0.3])
+    cond = {**given_cond(net, 3), **OPTIONAL[kind](3, torch.Generator().manual_seed(2))}
+    with torch.no_grad():
+        y = net(x, t, t, cond)
+        assert torch.equal(y, by_hand(model_of(kind), x, t, cond))
+        for name in net.family.optional:
+            other = {**cond, name: torch.cat([cond[name][:2], cond[name][2:] + 1])}
+            assert torch.equal(net(x, t, t, other)[:2], y[:2]) and not torch.allclose(net(x, t, t, other)[2], y[2])
+            with pytest.raises(ValueError, match=f"{name} must be .* of shape"):
+                net(x, t, t, {**cond, name: cond[name][:, :-1]})
 
 
 @kinds
 def test_blocks_are_all_blocks_in_the_order_of_use(kind):
     net, used = copy.deepcopy(net_of(kind)), []
-    names = {name for name in net.model._no_split_modules or net.model._repeated_blocks if name.endswith("Block")}
+    kept = net.model._no_split_modules or net.model._repeated_blocks
+    names = {name for name in kept if name.endswith("Block")}
     assert {id(m) for m in net.model.modules() if type(m).__name__ in names} == {id(block) for block in net.blocks()}
     for i, block in enumerate(net.blocks()):
         block.register_forward_pre_hook(lambda *_, i=i: used.append(i))
@@ -283,7 +301,7 @@ def test_blocks_of_a_backbone_are_compiled_once_whatever_their_adapters_are_swit
     assert 0 < compiled[4][1] == compiled[-1][1] < MOST_GRAPHS
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TINY if kind not in NEEDS_VALUES])
+@pytest.mark.parametrize("kind", [kind for kind in TINY if kind not in READ])
 def test_without_memory(kind):
     """On the meta device a network can be made, counted and run."""
     with torch.device("meta"):
@@ -516,6 +534,16 @@ def test_wrong_inputs_are_refused_in_one_line(kind):
         with pytest.raises(ValueError, match=message) as error:
             net(x_, t_, t_, cond_)
         assert "\n" not in str(error.value)
+
+
+def test_images_that_are_larger_than_the_places_of_aura_flow_are_refused():
+    net, t = net_of("AuraFlowTransformer2DModel"), torch.ones(1)
+    with torch.no_grad():
+        assert net(torch.zeros(1, 4, 4, 16), t, t, given_cond(net, 1)).shape == (1, 4, 4, 16)
+    with pytest.raises(
+        ValueError, match=r"^x is of shape \(1, 4, 4, 18\), this model has places for H and W up to 16$"
+    ):
+        net(torch.zeros(1, 4, 4, 18), t, t, given_cond(net, 1))
 
 
 def with_weight(folder, name, value):

@@ -35,6 +35,7 @@ TINY = {
         local_add_cond_dim=5, num_memory_tokens=2,
     ),
 }  # fmt: skip
+READ = (HUNYUAN,)  # what is in its tensors is read, so it makes no call without memory
 LATENTS = {WAN: (4, 2, 6, 4), LTX: (4, 3, 2, 4), HUNYUAN: (4, 3, 2, 4), SANA: (4, 2, 6, 4), STABLE: (4, 7)}
 PUBLISHED = {
     WAN: "condition_embedder_2.time_embedder.linear_",
@@ -91,12 +92,12 @@ def wan(model, x, t, c):
     return model(hidden_states=x, timestep=1000 * t, encoder_hidden_states=c["prompt_embeds"], return_dict=False)[0]
 
 
-def ltx(model, x, t, c):
+def ltx(model, x, t, c, rate=25):
     """At the pipeline's default of 25 frames a second, of an autoencoder that makes 8 x 32 x 32 pixels one."""
     pipeline, size = diffusers.LTXPipeline, dict(zip(("num_frames", "height", "width"), x.shape[2:]))
     y = model(
-        hidden_states=pipeline._pack_latents(x), encoder_hidden_states=c["prompt_embeds"], timestep=1000 * t,
-        encoder_attention_mask=c["prompt_mask"], **size, rope_interpolation_scale=(8 / 25, 32, 32), return_dict=False,
+        hidden_states=pipeline._pack_latents(x), encoder_hidden_states=c["prompt_embeds"], timestep=1000 * t, **size,
+        encoder_attention_mask=c["prompt_mask"], rope_interpolation_scale=(8 / rate, 32, 32), return_dict=False,
     )[0]  # fmt: skip
     return pipeline._unpack_latents(y, **size)
 

@@ -101,7 +101,7 @@ class Family:
     """
 
     embedder: str  # path of the MLP that embeds the time; what it is given has the precision of its weights
-    sinusoids: str | None  # path of the module that turns a time into the MLP's input; None if the MLP does so itself
+    sinusoids: str | Callable | None  # makes the MLP's input of times: path of a module, a function, or the MLP itself
     inputs: Callable  # (model, x, t, cond) -> the arguments of the model; the value of t given here is not used
     cond: dict  # name of a condition -> its axes
     blocks: tuple = ("transformer_blocks",)  # paths of the lists of transformer blocks, in the order of use

@@ -52,7 +52,8 @@ class Velocity(nn.Module):
         self.r_embedder, self.twin_embedder = (copy.deepcopy(embedder).requires_grad_() for _ in range(2))
         for new in (self.r_embedder, self.twin_embedder):
             last = [layer for layer in new.modules() if isinstance(layer, nn.Linear)][-1]
-            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
         self.train(model.training)
         # bound methods: in a deep copy of this network the hooks are those of the copy
         embedder.register_forward_pre_hook(self._show)
@@ -83,26 +84,27 @@ class Velocity(nn.Module):
 
     def _sinusoids(self, time, dtype):
         time = time * self.family.unit(self.model.config)
-        if self.family.sinusoids is None:
+        make = self.family.sinusoids
+        if make is None:
             return time
-        return self.model.get_submodule(self.family.sinusoids)(time).to(dtype)
+        return (make if callable(make) else self.model.get_submodule(make))(time).to(dtype)
 
     def _show(self, embedder, args):
         """Before the embedder: the time in full precision in place of the one the model made."""
         if self._now is not None:
-            t = self._now[0].expand(len(args[0]))
-            return self._sinusoids(self.family.clock(t.abs()), args[0].dtype)
+            shown = self._sinusoids(self.family.clock(self._now[0].abs()), args[0].dtype)
+            return torch.cat([shown, args[0][len(shown) :]])  # rows behind: the model's own, of conditions at time 0
 
     def _add(self, embedder, args, emb):
         """After the embedder: the terms of r and of the twin."""
         if self._now is None:
             return None
-        t, r = (time.expand(len(emb)) for time in self._now)
+        (t, r), emb, rest = self._now, emb[: len(self._now[0])], emb[len(self._now[0]) :]
         dtype = next(self.r_embedder.parameters()).dtype
         emb_r = self.r_embedder(self._sinusoids(self.family.second(t, r), dtype))
         emb_twin = self.twin_embedder(self._sinusoids(self.family.clock(t.abs()), dtype))
         length, twin = expand(t - r, emb), expand(torch.signbit(t), emb)
-        return (emb.float() + length * emb_r.float() + twin * emb_twin.float()).to(emb.dtype)
+        return torch.cat([(emb.float() + length * emb_r.float() + twin * emb_twin.float()).to(emb.dtype), rest])
 
     def check(self, x, cond):
         """Raise ValueError, in one line, for inputs that the model does not take."""
