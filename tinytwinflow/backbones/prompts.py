@@ -58,7 +58,8 @@ def encode_text(pipeline, prompts, tokens=None):
     takes = inspect.signature(pipeline.encode_prompt).parameters
     if "max_sequence_length" not in takes and tokens != about.tokens:
         raise ValueError(f"{type(pipeline).__name__} makes prompts of {about.tokens} tokens, not of {tokens}")
-    options = {**about.options, **own, "device": device, "max_sequence_length": tokens}
+    size = {"max_sequence_length": tokens, "batch_size": len(prompts)}
+    options = {**about.options, **own, **size, "device": device}
     answer = pipeline.encode_prompt(list(prompts), **{name: options[name] for name in options if name in takes})
     cond = {name: value for name, value in zip(about.outputs, answer) if name}
     if "prompt_mask" in cond or isinstance(cond["prompt_embeds"], list):
@@ -66,6 +67,8 @@ def encode_text(pipeline, prompts, tokens=None):
         full = cond["prompt_mask"].all(1).nonzero()
         for i in full[:1]:
             warnings.warn(f"{prompts[i][:60]!r} fills all {tokens} tokens: what is beyond is cut", stacklevel=2)
+    cond |= {name: value.bool() for name, value in cond.items() if name.endswith("mask")}
+    cond |= about.more(pipeline, len(prompts))
     if getattr(pipeline.transformer.config, "guidance_embeds", False):
         cond["guidance"] = torch.full((len(prompts),), float(call["guidance_scale"].default), device=device)
     return cond

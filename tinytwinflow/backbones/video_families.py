@@ -82,6 +82,9 @@ VIDEOS = {
         {"prompt_embeds": ("L", "text_embed_dim"), "prompt_mask": ("L",),
          "glyph_embeds": ("G", "text_embed_2_dim"), "glyph_mask": ("G",)},
         axes=_hunyuan_axes, off=("use_meanflow",),
+        # its guidance is a part of the pipeline, no argument: pipeline.guider = ClassifierFreeGuidance(1.0)
+        pipelines=(Pipeline("HunyuanVideo15Pipeline", 1000, ("prompt_embeds", "prompt_mask", "glyph_embeds",
+                                                             "glyph_mask"), frames=True),),
         small={**_SMALL, "num_refiner_layers": 1},
     ),
     "SanaVideoTransformer3DModel": Family(
