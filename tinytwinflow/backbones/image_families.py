@@ -238,5 +238,6 @@ IMAGES = {
         output=lambda y, x: y[:, -x.shape[2] * x.shape[3] :].mT.unflatten(2, x.shape[2:]),
         axes=lambda config: {"C": config["in_channels"], "H": 2, "W": 2},
         rows=lambda config, n: n - config["causal_condition"],
+        small=_SMALL,
     ),
 }  # fmt: skip

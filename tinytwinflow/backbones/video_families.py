@@ -85,7 +85,7 @@ VIDEOS = {
         # its guidance is a part of the pipeline, no argument: pipeline.guider = ClassifierFreeGuidance(1.0)
         pipelines=(Pipeline("HunyuanVideo15Pipeline", 1000, ("prompt_embeds", "prompt_mask", "glyph_embeds",
                                                              "glyph_mask"), frames=True),),
-        small={**_SMALL, "num_refiner_layers": 1},
+        small={**_SMALL, "num_refiner_layers": 1, "task_type": "t2v"},
     ),
     "SanaVideoTransformer3DModel": Family(
         *_TIME, _sana, _CAPTION, axes=_patch_axes, off=("guidance_embeds",),

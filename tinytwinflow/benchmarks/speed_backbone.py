@@ -64,13 +64,18 @@ def largest_that_fits(fits):
     return low
 
 
+def small_shape(net):
+    """The shape of a sample that a CPU can train a backbone's small variant on."""
+    return tuple({"C": by, "T": 2}.get(axis, 16) for axis, by in net.axes.items())
+
+
 def backbone_in_training(name, training, device, method, compile="none"):
     """A backbone in training.  -> State, settings, batch: rows -> x, cond, and steps: rows -> records without end."""
     loss = loss_for(method, training)
     config = configured("text", TRAININGS[training][1])
     small = {} if on_gpu(device) else FAMILIES[published_backbone(name)[0]].small
     net, about = named_structure(name, **small)
-    shape = about.latents if on_gpu(device) else tuple({"C": by, "T": 2}.get(axis, 16) for axis, by in net.axes.items())
+    shape = about.latents if on_gpu(device) else small_shape(net)
     with_random_weights(net, WEIGHT_DTYPES[config["weights"]], device)
     if config["lora_rank"]:
         states.adapt(net, config["lora_rank"])

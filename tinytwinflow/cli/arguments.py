@@ -123,6 +123,8 @@ def parser():
     give.add_argument("--prompts", help="of those samples: FILE.txt, FILE.jsonl or a folder of NAME.txt")
     give.add_argument("--device", default="cpu")
 
+    add("families", "the flow transformers of diffusers that are known, and what holds for each, tried on small ones")
+
     code = add("encode", "encode a folder of images into latents to train on")
     code.add_argument("images", metavar="FOLDER", help="images in a folder a class")
     code.add_argument("--vae", metavar="DIR", required=True, help="diffusers AutoencoderKL")

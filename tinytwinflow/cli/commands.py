@@ -9,7 +9,7 @@ import torch
 
 from ..backbones import captions, painting, prompts
 from ..backbones.families import published_names
-from ..benchmarks import compare, memory, pays, plan, report, speed, speed_backbone
+from ..benchmarks import checked, compare, memory, pays, plan, report, speed, speed_backbone
 from ..data.given import in_units
 from ..data.latents import autoencoder, decode, encode
 from ..data.readers import Folder
@@ -226,6 +226,11 @@ def run_export(args):
         pipeline = prompts.load_pipeline(args.pipeline, device_of(args.device), whole=True, backbone=backbone)
     export(args.folder, args.out, pipeline, [record["prompt"] for record in records])
     print(args.out)
+
+
+def run_families(args):
+    print(checked.table_of_families())
+    print("\n" + "\n".join(f"- {name}: {meaning}" for name, meaning in checked.CHECKS.items()))
 
 
 def run_bench(args):
