@@ -18,19 +18,41 @@ def _sana(model, x, t, cond):
     return {"hidden_states": x, "timestep": t, **text}
 
 
+def _pictures(x, cond):
+    """The picture in the making and, if there is one, that to edit."""
+    return [x, cond["source"]] if "source" in cond else [x]
+
+
+def _tokens(pictures):
+    return torch.cat([pack(picture) for picture in pictures], dim=1)
+
+
+def _first(tokens, x):
+    """The answer for x, that for the picture to edit cut off."""
+    return unpack(tokens[:, : x.shape[2] * x.shape[3] // 4], x)
+
+
+def _grid(x, side, picture=0, start=0):
+    """The places (picture, row, column) of the patches of an image, from `start` on.  -> (H/side W/side, 3) float"""
+    rows, columns = (torch.arange(size // side, device=x.device) + start for size in x.shape[2:])
+    at = torch.stack(torch.meshgrid(torch.full_like(rows[:1], picture), rows, columns, indexing="ij"), dim=-1)
+    return at.flatten(0, 2).float()
+
+
 def _flux(model, x, t, cond):
-    rows, columns = (torch.arange(size // 2, device=x.device) for size in x.shape[2:])
-    at = torch.stack(torch.meshgrid(torch.zeros_like(rows[:1]), rows, columns, indexing="ij"), dim=-1)
-    ids = {"img_ids": at.flatten(0, 2).float()}
+    pictures = _pictures(x, cond)
+    ids = {"img_ids": torch.cat([_grid(picture, 2, i) for i, picture in enumerate(pictures)])}
     ids["txt_ids"] = torch.zeros(cond["prompt_embeds"].shape[1], 3, device=x.device)
-    return {**_sd3(model, pack(x), t, cond), **ids, "guidance": cond.get("guidance")}
+    return {**_sd3(model, _tokens(pictures), t, cond), **ids, "guidance": cond.get("guidance")}
 
 
 def _qwen(model, x, t, cond):
     # a mask keeps attention from its fastest kernel even if it is all true, but to see whether it is would stop and
     # wait for the GPU at each call, and prompts of a batch are seldom of one length
     prompt, mask = cond["prompt_embeds"], cond["prompt_mask"].bool()
-    image = {"hidden_states": pack(x), "img_shapes": [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x)}
+    pictures = _pictures(x, cond)
+    shapes = [(1, picture.shape[2] // 2, picture.shape[3] // 2) for picture in pictures]
+    image = {"hidden_states": _tokens(pictures), "img_shapes": [shapes] * len(x)}
     text = {"encoder_hidden_states": prompt, "encoder_hidden_states_mask": mask}
     if "max_txt_seq_len" not in inspect.signature(model.pos_embed.forward).parameters:
         # before 0.37 diffusers took this mask and did not use it
@@ -53,24 +75,12 @@ def _z_image(model, x, t, cond):
     return {"x": list(x[:, :, None]), "t": t, "cap_feats": texts}
 
 
-def _grid(x, side, picture=0, start=0):
-    """The places (picture, row, column) of the patches of an image, from `start` on.  -> (H/side W/side, 3) float"""
-    rows, columns = (torch.arange(size // side, device=x.device) + start for size in x.shape[2:])
-    at = torch.stack(torch.meshgrid(torch.full_like(rows[:1], picture), rows, columns, indexing="ij"), dim=-1)
-    return at.flatten(0, 2).float()
-
-
-def _with_source(x, cond):
-    """The image, and after it that to be edited, if there is one."""
-    return [x, *(value for name, value in cond.items() if name == "source")]
-
-
 def _flux2(model, x, t, cond):
-    prompt, images, pad = cond["prompt_embeds"], _with_source(x, cond), nn.functional.pad
+    prompt, pictures, pad = cond["prompt_embeds"], _pictures(x, cond), nn.functional.pad
     words = torch.arange(prompt.shape[1], device=x.device)
     return {
-        "hidden_states": torch.cat([image.flatten(2).mT for image in images], dim=1),
-        "img_ids": torch.cat([pad(_grid(image, 1, 10 * i), (0, 1)) for i, image in enumerate(images)]),
+        "hidden_states": torch.cat([picture.flatten(2).mT for picture in pictures], dim=1),
+        "img_ids": torch.cat([pad(_grid(picture, 1, 10 * i), (0, 1)) for i, picture in enumerate(pictures)]),
         "encoder_hidden_states": prompt, "txt_ids": pad(words[:, None].float(), (3, 0)),
         "timestep": t, "guidance": cond.get("guidance"),
     }  # fmt: skip
@@ -98,9 +108,15 @@ def _ovis(model, x, t, cond):
 
 
 def _longcat(model, x, t, cond):
-    images, length = _with_source(x, cond), cond["prompt_embeds"].shape[1]
-    at = torch.cat([_grid(image, 2, 1 + i, length) for i, image in enumerate(images)])
-    return {**_ovis(model, x, t, cond), "hidden_states": torch.cat([*map(pack, images)], dim=1), "img_ids": at}
+    pictures, length = _pictures(x, cond), cond["prompt_embeds"].shape[1]
+    at = torch.cat([_grid(picture, 2, 1 + i, length) for i, picture in enumerate(pictures)])
+    return {**_ovis(model, x, t, cond), "hidden_states": _tokens(pictures), "img_ids": at}
+
+
+def _longcat_text(pipeline, prompts, tokens):
+    if tokens != pipeline.tokenizer_max_length:
+        raise ValueError(f"{type(pipeline).__name__} makes prompts of 512 tokens, not of {tokens}")
+    return {"prompt_embeds": pipeline.encode_prompt(prompts)[0]}
 
 
 def _qwen21(model, x, t, cond):
@@ -121,7 +137,8 @@ def _sinusoids(time):
 
 _TEXT = {"prompt_embeds": ("L", "joint_attention_dim")}
 _POOLED, _MASK = {"pooled": ("pooled_projection_dim",)}, {"prompt_mask": ("L",)}
-_PACKED = {"output": unpack, "axes": packed_axes, "out": packed_out}
+_PACKED = {"output": _first, "axes": packed_axes, "out": packed_out}
+_SOURCE = {"source": (lambda config: config["in_channels"] // 4, "H2", "W2")}
 _TIME = ("time_text_embed.timestep_embedder", "time_text_embed.time_proj")
 _UNGUIDED, _PLAIN = {"do_classifier_free_guidance": False}, {"guidance_scale": 1.0}
 _SMALL = {"num_layers": 1, "num_attention_heads": 2}
@@ -147,16 +164,19 @@ IMAGES = {
         small={**_SMALL, "num_cross_attention_heads": 1, "cross_attention_head_dim": 64, "cross_attention_dim": 64},
     ),
     "FluxTransformer2DModel": Family(
-        *_TIME, _flux, {**_TEXT, **_POOLED}, _BOTH, **_PACKED,
-        pipelines=(Pipeline("FluxPipeline", 512, ("prompt_embeds", "pooled", None)),),
+        *_TIME, _flux, {**_TEXT, **_POOLED}, _BOTH, **_PACKED, optional=_SOURCE,
+        pipelines=tuple(Pipeline(name, 512, ("prompt_embeds", "pooled", None))
+                        for name in ("FluxPipeline", "FluxKontextPipeline")),
         published={"flux": Configuration({}, (16, 128, 128), 512)},
         small={**_SMALL, "num_single_layers": 1},
     ),
     "QwenImageTransformer2DModel": Family(
-        *_TIME, _qwen, {**_TEXT, **_MASK}, **_PACKED, unit=lambda config: 1.0,
+        *_TIME, _qwen, {**_TEXT, **_MASK}, **_PACKED, unit=lambda config: 1.0, optional=_SOURCE,
         off=("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"),
-        pipelines=(Pipeline("QwenImagePipeline", 512, ("prompt_embeds", "prompt_mask"), frames=True,
-                            plain={"true_cfg_scale": 1.0}),),
+        # the last two read the picture among the words
+        pipelines=tuple(Pipeline(name, tokens, ("prompt_embeds", "prompt_mask"), frames=True,
+                                 plain={"true_cfg_scale": 1.0}) for name, tokens in (
+            ("QwenImagePipeline", 512), ("QwenImageEditPipeline", 2048), ("QwenImageEditPlusPipeline", 1024))),
         published={"qwen-image": Configuration({}, (16, 128, 128), 512)},
         small=_SMALL,
     ),
@@ -172,7 +192,7 @@ IMAGES = {
     "Flux2Transformer2DModel": Family(
         "time_guidance_embed.timestep_embedder", "time_guidance_embed.time_proj", _flux2, _TEXT, _BOTH,
         lambda y, x: y[:, : x.shape[2] * x.shape[3]].mT.unflatten(2, x.shape[2:]),
-        optional={"source": ("in_channels", "H1", "W1")},
+        optional={"source": ("in_channels", "H2", "W2")},
         pipelines=(Pipeline("Flux2Pipeline", 512, ("prompt_embeds", None)),
                    Pipeline("Flux2KleinPipeline", 512, ("prompt_embeds", None), plain=_PLAIN)),
         published={"flux.2": Configuration({}, (128, 64, 64), 512),
@@ -197,11 +217,9 @@ IMAGES = {
                "caption_projection_dim": 512},
     ),
     "LongCatImageTransformer2DModel": Family(
-        "time_embed.timestep_embedder", "time_embed.time_proj", _longcat, _TEXT, _BOTH,
-        **{**_PACKED, "output": lambda y, x: unpack(y[:, : x.shape[2] * x.shape[3] // 4], x)},
-        optional={"source": (lambda config: config["in_channels"] // 4, "H1", "W1")},
-        pipelines=(Pipeline("LongCatImagePipeline", 512, ("prompt_embeds", None),
-                            plain={**_PLAIN, "enable_prompt_rewrite": False}),),
+        "time_embed.timestep_embedder", "time_embed.time_proj", _longcat, _TEXT, _BOTH, **_PACKED, optional=_SOURCE,
+        pipelines=(Pipeline("LongCatImagePipeline", 512, (), plain={**_PLAIN, "enable_prompt_rewrite": False},
+                            encode=_longcat_text),),
         published={"longcat-image": Configuration({"num_layers": 10, "num_single_layers": 20}, (16, 128, 128), 512)},
         small={**_SMALL, "num_single_layers": 1},
     ),

@@ -58,19 +58,19 @@ class Velocity(nn.Module):
         # bound methods: in a deep copy of this network the hooks are those of the copy
         embedder.register_forward_pre_hook(self._show)
         embedder.register_forward_hook(self._add)
-        self._now = None  # the times t, r, as long as a call lasts
+        self.now = None  # the times t, r, (B,) or one for all rows, as long as a call lasts
 
     def forward(self, x, t, r, cond=None):
         self.check(x, cond)
         check_times(x, t, r)
         dtype = next(self.model.get_submodule(self.family.embedder).parameters()).dtype
         cond = {name: cond[name].to(dtype) if self._has_width(name) else cond[name] for name in cond}
-        self._now = t.float(), r.float()
+        self.now = t.float(), r.float()
         try:
             inputs = self.family.inputs(self.model, x.to(dtype), self.family.clock(t.float().abs()), cond)
             y = self.model(**inputs, return_dict=False)[0]
         finally:
-            self._now = None
+            self.now = None
         return self.family.output(y, x).to(x.dtype)
 
     def blocks(self):
@@ -90,17 +90,17 @@ class Velocity(nn.Module):
 
     def _show(self, embedder, args):
         """Before the embedder: the time in full precision in place of the one the model made."""
-        if self._now is not None:
+        if self.now is not None:
             rows = self.family.rows(self.model.config, len(args[0]))
-            t = self._now[0].expand(rows)
+            t = self.now[0].to(args[0].device).expand(rows)
             return torch.cat([self._sinusoids(self.family.clock(t.abs()), args[0].dtype), args[0][rows:]])
 
     def _add(self, embedder, args, emb):
         """After the embedder: the terms of r and of the twin."""
-        if self._now is None:
+        if self.now is None:
             return None
         rows = self.family.rows(self.model.config, len(emb))
-        t, r = (time.expand(rows) for time in self._now)
+        t, r = (time.to(emb.device).expand(rows) for time in self.now)
         dtype = next(self.r_embedder.parameters()).dtype
         emb_r = self.r_embedder(self._sinusoids(self.family.second(t, r), dtype)).float()
         emb_twin = self.twin_embedder(self._sinusoids(self.family.clock(t.abs()), dtype)).float()
