@@ -11,12 +11,13 @@ import pytest
 import tiny_first
 import tiny_images
 import tiny_more_images
+import tiny_videos
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinytwinflow import TwinFlowLoss, generate, sample
-from tinytwinflow.backbones import states
+from tinytwinflow.backbones import states, video_families
 from tinytwinflow.backbones.families import FAMILIES
 from tinytwinflow.backbones.family import pack, unpack
 from tinytwinflow.backbones.velocity import Velocity
@@ -30,14 +31,15 @@ diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
 close = torch.testing.assert_close
 
-# modules for some families: tiny settings, inputs, and the calls of their pipelines
-FAMILY_TESTS = (tiny_first, tiny_images, tiny_more_images)
+# modules for some families each: tiny settings, inputs, and the calls of their pipelines
+FAMILY_TESTS = (tiny_first, tiny_images, tiny_more_images, tiny_videos)
 TINY, LATENTS, COND, HAND, FIRST, SECOND, PUBLISHED = (
     {kind: value for module in FAMILY_TESTS for kind, value in getattr(module, name).items()}
     for name in ("TINY", "LATENTS", "COND", "HAND", "FIRST", "SECOND", "PUBLISHED")
 )
 OPTIONAL = {kind: make for module in FAMILY_TESTS for kind, make in getattr(module, "OPTIONAL", {}).items()}
 kinds = pytest.mark.parametrize("kind", [kind for kind in TINY if hasattr(diffusers, kind)])
+READ = {kind for module in FAMILY_TESTS for kind in getattr(module, "READ", ())}
 first_kinds = pytest.mark.parametrize("kind", list(tiny_first.TINY))
 times = st.floats(0.001, 1).map(lambda a: round(a, 4))
 signed = st.floats(-1, 1).map(lambda a: round(a, 4))
@@ -302,7 +304,7 @@ def test_blocks_of_a_backbone_are_compiled_once_whatever_their_adapters_are_swit
     assert 0 < compiled[4][1] == compiled[-1][1] < MOST_GRAPHS
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TINY if kind not in tiny_images.READ])
+@pytest.mark.parametrize("kind", [kind for kind in TINY if kind not in READ])
 def test_without_memory(kind):
     """On the meta device a network can be made, counted and run."""
     with torch.device("meta"):
@@ -313,8 +315,9 @@ def test_without_memory(kind):
 
 
 @kinds
-def test_the_whole_loss_falls(kind):
+def test_the_whole_loss_falls(kind, monkeypatch):
     """All parts of TwinFlowLoss, with guidance, conditions in a dict and a null one of one row."""
+    monkeypatch.setattr(video_families, "PICTURE_WORDS", 1)  # all are masked and cost half a minute
     net = Velocity(model_of(kind, std=0.05))
     x, cond, null = latents(net, 16) * 0.1 + 1, given_cond(net, 16), given_cond(net, 1, seed=5)
     loss = TwinFlowLoss(order=1, guidance=0.3, share=1 / 2, one_step_share=1 / 2)
@@ -355,7 +358,11 @@ def test_what_is_saved_is_loaded_bit_for_bit(kind, tmp_path):
     plain = getattr(diffusers, kind).from_pretrained(tmp_path / "transformer")
     with torch.no_grad():
         assert torch.equal(by_hand(plain, x, t.abs(), cond), by_hand(net.model, x, t.abs(), cond))
-    assert load_velocity(tmp_path, dtype=torch.bfloat16).r_embedder.state_dict().popitem()[1].dtype == torch.bfloat16
+    low = load_velocity(tmp_path, dtype=torch.bfloat16)
+    embedders = (low.model.get_submodule(low.family.embedder), low.r_embedder)
+    assert len({p.dtype for embedder in embedders for p in embedder.parameters()}) == 1
+    with torch.no_grad():
+        assert low.model.dtype == torch.bfloat16 and low(x, t, r, cond).isfinite().all()
     with pytest.raises(ValueError, match="already exists"):
         save_velocity(net, tmp_path / "transformer")
     roots = {PUBLISHED[kind].split(".")[0], PUBLISHED[kind].split(".")[0].replace("_2", "_twin")}

@@ -61,13 +61,19 @@ def encode_text(pipeline, prompts, tokens=None):
         cond = about.encode(pipeline, list(prompts), tokens)
     else:
         own = {name: call[name].default for name in about.own if any(prompts)}
-        options = {**about.options, **own, "device": device, "max_sequence_length": tokens}
-        answer = pipeline.encode_prompt(list(prompts), **options)
+        takes = inspect.signature(pipeline.encode_prompt).parameters
+        if "max_sequence_length" not in takes and tokens != about.tokens:
+            raise ValueError(f"{type(pipeline).__name__} makes prompts of {about.tokens} tokens, not of {tokens}")
+        size = {"max_sequence_length": tokens, "batch_size": len(prompts)}
+        options = {**about.options, **own, **size, "device": device}
+        answer = pipeline.encode_prompt(list(prompts), **{name: options[name] for name in options if name in takes})
         cond = {name: value for name, value in zip(about.outputs, answer) if name}
         if "prompt_mask" in cond or isinstance(cond["prompt_embeds"], list):
             cond["prompt_embeds"], cond["prompt_mask"] = _padded(cond["prompt_embeds"], cond.get("prompt_mask"), tokens)
     for i in cond["prompt_mask"].all(1).nonzero()[:1] if "prompt_mask" in cond else ():
         warnings.warn(f"{prompts[i][:60]!r} fills all {tokens} tokens: what is beyond is cut", stacklevel=2)
+    cond |= {name: value.bool() for name, value in cond.items() if name.endswith("mask")}
+    cond |= about.more(pipeline, len(prompts))
     if getattr(pipeline.transformer.config, "guidance_embeds", False):
         cond["guidance"] = torch.full((len(prompts),), float(call["guidance_scale"].default), device=device)
     return cond

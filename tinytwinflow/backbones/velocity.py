@@ -63,7 +63,8 @@ class Velocity(nn.Module):
     def forward(self, x, t, r, cond=None):
         self.check(x, cond)
         check_times(x, t, r)
-        dtype = next(self.model.get_submodule(self.family.embedder).parameters()).dtype
+        embedder = self.model.get_submodule(self.family.embedder)  # which a model may keep in float32, and says so
+        dtype = getattr(self.model, "dtype", next(embedder.parameters()).dtype)
         cond = {name: cond[name].to(dtype) if self._has_width(name) else cond[name] for name in cond}
         self.now = t.float(), r.float()
         try:
