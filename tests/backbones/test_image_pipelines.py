@@ -3,6 +3,7 @@
 As those of test_prompts and test_painting they are real, tiny and random, and their tokenizers know letters only.
 """
 
+import copy
 from functools import cache
 
 import pytest
@@ -10,7 +11,7 @@ import tiny_images
 import torch
 from test_prompts import PROMPTS, letters
 
-from tinytwinflow import sample
+from tinytwinflow import attach, sample
 from tinytwinflow.backbones.families import FAMILIES
 from tinytwinflow.backbones.prompts import decode_latents, encode_images, encode_text, load_pipeline
 from tinytwinflow.backbones.velocity_files import load_velocity
@@ -146,22 +147,50 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(kind, loaded):
     close(decode_latents(latent, pipeline), vae.decode(vae.encode(x).latent_dist.mode()).sample.detach())
 
 
-@kinds
-def test_a_painted_picture_is_the_pipelines_own(kind, made, loaded):
-    """In mode multi, r = t, the same noise becomes the very picture that diffusers makes of it."""
-    (pipeline, folder), own, (_, about) = made(kind), loaded(kind), ABOUT[kind]
-    net, prompts, tokens = load_velocity(folder), ["two black dogs", "the sea"], TOKENS[kind]
-    for parameter in net.r_embedder.parameters():
-        torch.nn.init.normal_(parameter)
-    shape = (16, 4, 8) if kind in (FLUX2, KLEIN) else (4, 8, 16)
-    cond, z = encode_text(own, prompts, tokens), torch.randn(2, *shape, generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        pictures = decode_latents(sample(net, z, steps=2, mode="multi", cond=cond), own)
-        first, second = decode_latents(sample(net, z[:1].expand_as(z), steps=2, mode="multi", cond=cond), own)
-    how = {"sigmas": [1.0, 0.5], "num_inference_steps": 2, "output_type": "pt", **about.plain}
+def pictures(pipeline, z, tokens, steps, **how):
+    """What a pipeline makes of two prompts, one by one.  -> (2, 3, H, W) in [0, 1]"""
+    kind, size = type(pipeline).__name__, [side * (4 if z.shape[1] == 16 else 2) for side in z.shape[2:]]
     how |= {"max_sequence_length": tokens} if kind != LONGCAT else {}
-    how |= dict(zip(("height", "width"), pictures.shape[2:]))
-    z = z if kind in (FLUX2, KLEIN, AURA) else pipeline._pack_latents(z, 2, *shape)
-    wanted = torch.cat([pipeline(prompt=prompts[i], latents=z[i : i + 1], **how).images for i in range(2)])
-    close(((pictures + 1) / 2).clamp(0, 1), wanted, atol=2e-5, rtol=0)
-    assert wanted.std() > 0.05 and (first - second).abs().max() > 2e-3, "the prompt matters, 100 times the tolerance"
+    how |= {"num_inference_steps": steps, "output_type": "pt", "height": size[0], "width": size[1]}
+    z = z if kind in (FLUX2, KLEIN, AURA) else pipeline._pack_latents(z, *z.shape)
+    both = zip(PROMPTS[1:3], z.split(1))
+    return torch.cat([pipeline(prompt=p, latents=noise, **how, **ABOUT[kind][1].plain).images for p, noise in both])
+
+
+@pytest.fixture
+def ready(made, loaded):
+    """A function: kind -> the pipeline, a network of its backbone with an embedder of r, conditions and noise."""
+
+    def make(kind):
+        (pipeline, folder), shape = made(kind), (16, 4, 8) if "Flux2" in kind else (4, 8, 16)
+        net, z = load_velocity(folder), torch.randn(2, *shape, generator=torch.Generator().manual_seed(7))
+        for parameter in net.r_embedder.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        return copy.deepcopy(pipeline), net, encode_text(loaded(kind), PROMPTS[1:3], TOKENS[kind]), z
+
+    return make
+
+
+def sampled(net, own, z, cond, steps, mode):
+    with torch.no_grad():
+        return ((decode_latents(sample(net, z, steps=steps, mode=mode, cond=cond), own) + 1) / 2).clamp(0, 1)
+
+
+@kinds
+def test_a_painted_picture_is_the_pipelines_own(kind, ready, loaded):
+    """In mode multi, r = t, the same noise becomes the very picture that diffusers makes of it."""
+    pipeline, net, cond, z = ready(kind)
+    wanted = pictures(pipeline, z, TOKENS[kind], 2, sigmas=[1.0, 0.5])
+    close(sampled(net, loaded(kind), z, cond, 2, "multi"), wanted, atol=2e-5, rtol=0)
+    first, second = sampled(net, loaded(kind), z[:1].expand_as(z), cond, 2, "multi")
+    assert wanted.std() > 0.05 and (first - second).abs().max() > 1e-3, "the prompt matters, 50 times the tolerance"
+
+
+@kinds
+def test_an_attached_pipeline_makes_what_the_sampler_makes(kind, ready, loaded):
+    pipeline, net, cond, z = ready(kind)
+    wanted = [sampled(net, loaded(kind), z, cond, steps, "any") for steps in (1, 2)]
+    attach(pipeline, net)
+    for steps, picture in enumerate(wanted, 1):
+        close(pictures(pipeline, z, TOKENS[kind], steps), picture, atol=2e-5, rtol=0)
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-3

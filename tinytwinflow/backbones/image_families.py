@@ -32,13 +32,17 @@ def _first(tokens, x):
     return unpack(tokens[:, : x.shape[2] * x.shape[3] // 4], x)
 
 
+def _grid(x, side, picture=0, start=0):
+    """The places (picture, row, column) of the patches of an image, from `start` on.  -> (H/side W/side, 3) float"""
+    rows, columns = (torch.arange(size // side, device=x.device) + start for size in x.shape[2:])
+    at = torch.stack(torch.meshgrid(torch.full_like(rows[:1], picture), rows, columns, indexing="ij"), dim=-1)
+    return at.flatten(0, 2).float()
+
+
 def _flux(model, x, t, cond):
-    pictures, ids = _pictures(x, cond), []
-    for i, picture in enumerate(pictures):
-        rows, columns = (torch.arange(size // 2, device=x.device) for size in picture.shape[2:])
-        at = torch.meshgrid(torch.full_like(rows[:1], i), rows, columns, indexing="ij")
-        ids.append(torch.stack(at, dim=-1).flatten(0, 2).float())
-    ids = {"img_ids": torch.cat(ids), "txt_ids": torch.zeros(cond["prompt_embeds"].shape[1], 3, device=x.device)}
+    pictures = _pictures(x, cond)
+    ids = {"img_ids": torch.cat([_grid(picture, 2, i) for i, picture in enumerate(pictures)])}
+    ids["txt_ids"] = torch.zeros(cond["prompt_embeds"].shape[1], 3, device=x.device)
     return {**_sd3(model, _tokens(pictures), t, cond), **ids, "guidance": cond.get("guidance")}
 
 
@@ -71,24 +75,12 @@ def _z_image(model, x, t, cond):
     return {"x": list(x[:, :, None]), "t": t, "cap_feats": texts}
 
 
-def _grid(x, side, picture=0, start=0):
-    """The places (picture, row, column) of the patches of an image, from `start` on.  -> (H/side W/side, 3) float"""
-    rows, columns = (torch.arange(size // side, device=x.device) + start for size in x.shape[2:])
-    at = torch.stack(torch.meshgrid(torch.full_like(rows[:1], picture), rows, columns, indexing="ij"), dim=-1)
-    return at.flatten(0, 2).float()
-
-
-def _with_source(x, cond):
-    """The image, and after it that to be edited, if there is one."""
-    return [x, *(value for name, value in cond.items() if name == "source")]
-
-
 def _flux2(model, x, t, cond):
-    prompt, images, pad = cond["prompt_embeds"], _with_source(x, cond), nn.functional.pad
+    prompt, pictures, pad = cond["prompt_embeds"], _pictures(x, cond), nn.functional.pad
     words = torch.arange(prompt.shape[1], device=x.device)
     return {
-        "hidden_states": torch.cat([image.flatten(2).mT for image in images], dim=1),
-        "img_ids": torch.cat([pad(_grid(image, 1, 10 * i), (0, 1)) for i, image in enumerate(images)]),
+        "hidden_states": torch.cat([picture.flatten(2).mT for picture in pictures], dim=1),
+        "img_ids": torch.cat([pad(_grid(picture, 1, 10 * i), (0, 1)) for i, picture in enumerate(pictures)]),
         "encoder_hidden_states": prompt, "txt_ids": pad(words[:, None].float(), (3, 0)),
         "timestep": t, "guidance": cond.get("guidance"),
     }  # fmt: skip
@@ -116,9 +108,9 @@ def _ovis(model, x, t, cond):
 
 
 def _longcat(model, x, t, cond):
-    images, length = _with_source(x, cond), cond["prompt_embeds"].shape[1]
-    at = torch.cat([_grid(image, 2, 1 + i, length) for i, image in enumerate(images)])
-    return {**_ovis(model, x, t, cond), "hidden_states": torch.cat([*map(pack, images)], dim=1), "img_ids": at}
+    pictures, length = _pictures(x, cond), cond["prompt_embeds"].shape[1]
+    at = torch.cat([_grid(picture, 2, 1 + i, length) for i, picture in enumerate(pictures)])
+    return {**_ovis(model, x, t, cond), "hidden_states": _tokens(pictures), "img_ids": at}
 
 
 def _qwen21(model, x, t, cond):
@@ -194,7 +186,7 @@ IMAGES = {
     "Flux2Transformer2DModel": Family(
         "time_guidance_embed.timestep_embedder", "time_guidance_embed.time_proj", _flux2, _TEXT, _BOTH,
         lambda y, x: y[:, : x.shape[2] * x.shape[3]].mT.unflatten(2, x.shape[2:]),
-        optional={"source": ("in_channels", "H1", "W1")},
+        optional={"source": ("in_channels", "H2", "W2")},
         pipelines=(Pipeline("Flux2Pipeline", 512, ("prompt_embeds", None)),
                    Pipeline("Flux2KleinPipeline", 512, ("prompt_embeds", None), plain=_PLAIN)),
         published={"flux.2": Configuration({}, (128, 64, 64), 512),
@@ -219,9 +211,7 @@ IMAGES = {
                "caption_projection_dim": 512},
     ),
     "LongCatImageTransformer2DModel": Family(
-        "time_embed.timestep_embedder", "time_embed.time_proj", _longcat, _TEXT, _BOTH,
-        **{**_PACKED, "output": lambda y, x: unpack(y[:, : x.shape[2] * x.shape[3] // 4], x)},
-        optional={"source": (lambda config: config["in_channels"] // 4, "H1", "W1")},
+        "time_embed.timestep_embedder", "time_embed.time_proj", _longcat, _TEXT, _BOTH, **_PACKED, optional=_SOURCE,
         pipelines=(Pipeline("LongCatImagePipeline", 512, ("prompt_embeds", None),
                             plain={**_PLAIN, "enable_prompt_rewrite": False}),),
         published={"longcat-image": Configuration({"num_layers": 10, "num_single_layers": 20}, (16, 128, 128), 512)},
@@ -233,11 +223,10 @@ IMAGES = {
         published={"ovis-image-7b": Configuration({}, (16, 128, 128), 256)},
         small={**_SMALL, "num_single_layers": 1},
     ),
-    "QwenImage21Transformer2DModel": Family(
+    "QwenImage21Transformer2DModel": Family(  # not published here: it reads its masks, so its bytes cannot be counted
         _TIME[0], _sinusoids, _qwen21, {"prompt_embeds": ("L", "context_in_dim"), **_MASK},
         output=lambda y, x: y[:, -x.shape[2] * x.shape[3] :].mT.unflatten(2, x.shape[2:]),
         axes=lambda config: {"C": config["in_channels"], "H": 2, "W": 2},
-        rows=lambda config, n: n - config["causal_condition"],
-        small=_SMALL,
+        rows=lambda config, n: n - config["causal_condition"], small=_SMALL,
     ),
 }  # fmt: skip
