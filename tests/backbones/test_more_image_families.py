@@ -221,3 +221,18 @@ def test_the_experts_of_hidream_learn_whatever_mode_it_is_in(size):
         y.sum().backward()
         assert y.shape == x.shape and not net.model.training
         close(sum((p.grad * way).sum() for p, way in zip(weights, directions)), slope, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind, config, message",
+    [
+        (HUNYUAN, {"use_meanflow": True}, "use_meanflow=True is another variant"),
+        (HUNYUAN, {"guidance_embeds": True}, "guidance_embeds=True is another variant"),
+        (HUNYUAN, {"in_channels": 8}, "makes 4 channels of 8: it is shown pictures too"),
+        (COGVIEW4, {"in_channels": 8}, "makes 4 channels of 8: it is shown pictures too"),
+    ],
+)
+def test_variants_of_another_meaning_are_refused(kind, config, message):
+    """A second time of its own, the guidance that comes with it; a refiner; control by a picture."""
+    with pytest.raises(ValueError, match=message):
+        Velocity(model_of(kind, **config))
