@@ -1,7 +1,7 @@
 """Backbones: the flow transformers of diffusers.
 
 Rooms, in reading order: family, image_families, more_image_families, families, velocity, velocity_files, lora,
-lora_files, states, prompts, captions, painting.
+lora_files, states, prompts, captions, scheduler, pipelines, painting.
 May import: training, data, nets, method, files, ranges, bars.
 """
 
@@ -14,6 +14,7 @@ from . import (
     lora_files,
     more_image_families,
     painting,
+    pipelines,
     prompts,
     states,
     velocity,
@@ -22,5 +23,5 @@ from . import (
 
 __all__ = [
     "captions", "families", "family", "image_families", "lora", "lora_files", "more_image_families", "painting",
-    "prompts", "states", "velocity", "velocity_files",
+    "pipelines", "prompts", "states", "velocity", "velocity_files",
 ]  # fmt: skip
