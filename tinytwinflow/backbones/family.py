@@ -117,6 +117,7 @@ class Family:
     clock: Callable = lambda t: t  # what the model calls the time |t|
     unit: Callable = lambda config: 1000.0  # config -> what the sinusoids expect for the time 1
     second: Callable = lambda t, r: r  # what emb_r is shown; the authors' published weights are for these
+    rows: Callable = lambda config, n: n  # how many of the n rows to embed are x's: behind are conditions', at time 0
     off: tuple = ()  # names in the model's config that must be None or False: other variants, called in other ways
     pipelines: tuple = ()  # how words and pictures are encoded, first those of a prompt; without, it is done elsewhere
     published: dict = field(default_factory=dict)  # name, as --net takes it, -> Configuration

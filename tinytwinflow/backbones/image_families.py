@@ -249,5 +249,6 @@ IMAGES = {
         _TIME[0], _sinusoids, _qwen21, {"prompt_embeds": ("L", "context_in_dim"), **_MASK},
         output=lambda y, x: y[:, -x.shape[2] * x.shape[3] :].mT.unflatten(2, x.shape[2:]),
         axes=lambda config: {"C": config["in_channels"], "H": 2, "W": 2},
+        rows=lambda config, n: n - config["causal_condition"],
     ),
 }  # fmt: skip
