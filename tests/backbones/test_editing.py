@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_painting import BLOCKS
 from test_prompts import FLUX, QWEN, parts_of
+from test_velocity import by_hand as without_picture
 from test_velocity import given_cond, latents, model_of, net_of
 
 from tinytwinflow.backbones.families import FAMILIES
@@ -65,6 +66,23 @@ def test_at_r_equal_to_t_it_is_the_pretrained_velocity_of_an_edit(kind, t, heigh
         assert torch.equal(v, by_hand(model_of(kind), x, t, cond))
         other = {**cond, "source": cond["source"].flip(-1)}
         assert (net(x, t, t, other) - v).abs().max() > 1e-2, "the picture matters, and where in it something is"
+
+
+def test_a_picture_may_be_at_time_0_whatever_the_time_of_the_noise():
+    """As Qwen-Image-Edit 2511 has it: half of its embeddings are of the picture, and stay as they are."""
+    net, t = Velocity(model_of("QwenImageTransformer2DModel", zero_cond_t=True)), torch.tensor([0.8, 0.3])
+    for new in (net.r_embedder, net.twin_embedder):
+        torch.nn.init.normal_(new.linear_2.weight)
+    x, cond, seen = latents(net, 2), edited(net, 2), []
+    words = given_cond(net, 2)
+    with torch.no_grad():
+        v = by_hand(net.model, x, t, cond)
+        assert torch.equal(net(x, t, t, cond), v)
+        assert not torch.allclose(by_hand(model_of("QwenImageTransformer2DModel"), x, t, cond), v, atol=1e-2)
+        assert torch.equal(net(x, t, t, words), without_picture(net.model, x, t, words))
+        net.model.time_text_embed.timestep_embedder.register_forward_hook(lambda *call: seen.append(call[2]))
+        net(x, t, t, cond), net(x, -t, 0 * t, cond)
+    assert torch.equal(seen[0][2:], seen[1][2:]) and not torch.isclose(seen[0][:2], seen[1][:2]).all(1).any()
 
 
 @kinds

@@ -186,7 +186,8 @@ IMAGES = {
     ),
     "QwenImageTransformer2DModel": Family(
         *_TIME, _qwen, {**_TEXT, **_MASK}, **_PACKED, unit=lambda config: 1.0, optional=_SOURCE,
-        off=("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"),
+        off=("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"),
+        rows=lambda config, n: n // 2 if config.get("zero_cond_t") else n,  # of 2511's edits a picture is at time 0
         pipelines=tuple(Pipeline(name, tokens, ("prompt_embeds", "prompt_mask"), frames=True,
                                  plain={"true_cfg_scale": 1.0}, sees=sees) for name, tokens, sees in (
             ("QwenImagePipeline", 512, None), ("QwenImageEditPipeline", 2048, _of_area(1024**2)),
