@@ -14,6 +14,7 @@ from test_prompts import FLUX, QWEN, parts_of
 from test_velocity import by_hand as without_picture
 from test_velocity import given_cond, latents, model_of, net_of
 
+from tinytwinflow import attach
 from tinytwinflow.backbones.families import FAMILIES
 from tinytwinflow.backbones.prompts import encode_images, encode_text
 from tinytwinflow.backbones.velocity import Velocity
@@ -188,6 +189,13 @@ def test_an_edit_is_that_of_the_pipeline(kind, name, tmp_path, monkeypatch):
         ours = sample(net, z, 2, "multi", cond=cond)
     answer = pipeline(picture, words, **call, num_inference_steps=2, output_type="latent").images
     close(ours, pipeline._unpack_latents(answer, 24, 16, 2).view_as(z), atol=2e-5, rtol=0)
+    torch.nn.init.normal_(net.r_embedder.linear_2.weight)
+    with torch.no_grad():
+        ours = sample(net, z, 1, cond=cond)
+    answer = attach(pipeline, net)(
+        picture, words, **call | {"sigmas": None}, num_inference_steps=1, output_type="latent"
+    )
+    close(pipeline._unpack_latents(answer.images, 24, 16, 2).view_as(z), ours, atol=2e-5, rtol=0)
     if name != "FluxKontextPipeline":
         many = encode_text(pipeline, [words, "snow"], 600, [picture.rotate(180), picture])
         assert (many["prompt_embeds"][0] - cond["prompt_embeds"][0]).abs().max() > 1e-3, "it sees"
