@@ -11,14 +11,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_painting import BLOCKS
 from test_prompts import FLUX, QWEN, parts_of
+from test_velocity import by_hand as without_picture
 from test_velocity import given_cond, latents, model_of, net_of
 
+from tinytwinflow import attach
 from tinytwinflow.backbones.families import FAMILIES
-from tinytwinflow.backbones.prompts import encode_images
+from tinytwinflow.backbones.prompts import encode_images, encode_text
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.method.samplers import sample
 
 diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 close = torch.testing.assert_close
 PIPELINES = {
     "FluxTransformer2DModel": ("FluxKontextPipeline",),
@@ -66,6 +69,23 @@ def test_at_r_equal_to_t_it_is_the_pretrained_velocity_of_an_edit(kind, t, heigh
         assert (net(x, t, t, other) - v).abs().max() > 1e-2, "the picture matters, and where in it something is"
 
 
+def test_a_picture_may_be_at_time_0_whatever_the_time_of_the_noise():
+    """As Qwen-Image-Edit 2511 has it: half of its embeddings are of the picture, and stay as they are."""
+    net, t = Velocity(model_of("QwenImageTransformer2DModel", zero_cond_t=True)), torch.tensor([0.8, 0.3])
+    for new in (net.r_embedder, net.twin_embedder):
+        torch.nn.init.normal_(new.linear_2.weight)
+    x, cond, seen = latents(net, 2), edited(net, 2), []
+    words = given_cond(net, 2)
+    with torch.no_grad():
+        v = by_hand(net.model, x, t, cond)
+        assert torch.equal(net(x, t, t, cond), v)
+        assert not torch.allclose(by_hand(model_of("QwenImageTransformer2DModel"), x, t, cond), v, atol=1e-2)
+        assert torch.equal(net(x, t, t, words), without_picture(net.model, x, t, words))
+        net.model.time_text_embed.timestep_embedder.register_forward_hook(lambda *call: seen.append(call[2]))
+        net(x, t, t, cond), net(x, -t, 0 * t, cond)
+    assert torch.equal(seen[0][2:], seen[1][2:]) and not torch.isclose(seen[0][:2], seen[1][:2]).all(1).any()
+
+
 @kinds
 def test_rows_do_not_see_each_others_pictures(kind):
     net, t, r = net_of(kind), torch.tensor([0.9, -0.5, 0.3]), torch.tensor([0.0, -0.2, 0.3])
@@ -111,42 +131,75 @@ def test_gradients_come_from_an_edit_and_weights_may_be_of_another_precision(kin
     assert y.dtype == torch.float32 and y.isfinite().all()
 
 
-@pipelines
-def test_two_steps_are_those_of_the_pipeline(kind, name, tmp_path, monkeypatch):
-    """From a picture of pixels to edited latents: its autoencoder's middle, the units, the order of tokens."""
-    assert name in [pipeline.name for pipeline in FAMILIES[kind].pipelines]
+def parts_with_eyes(parts):
+    """The parts of Qwen-Image's editing pipelines, whose text encoder sees: its tokenizer knows the signs for that."""
+    tokenizer, signs = (
+        parts["tokenizer"],
+        [f"<|{n}|>" for n in ("image_pad", "video_pad", "vision_start", "vision_end")],
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": signs})
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16, patch_size=4,
+                  spatial_merge_size=2, temporal_patch_size=2, window_size=16, fullatt_block_indexes=[0])  # fmt: skip
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=parts["text_encoder"].config.text_config.to_dict(), vision_config=vision,
+        **dict(zip(names, tokenizer.convert_tokens_to_ids(signs))),
+    )  # fmt: skip
+    how = dict(patch_size=4, merge_size=2, temporal_patch_size=2)
+    processor = transformers.Qwen2VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(**how, min_pixels=64, max_pixels=4096), tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(**how),
+    )  # fmt: skip
+    return {**parts, "processor": processor, "text_encoder": transformers.Qwen2_5_VLForConditionalGeneration(config)}
+
+
+def pipeline_of(kind, name, folder):
+    """A tiny editing pipeline with random weights, whose scheduler takes Euler's steps."""
     torch.manual_seed(0)
     base = FLUX if kind.startswith("Flux") else QWEN
-    parts, _ = parts_of(base, tmp_path / "tokenizer")
-    parts = {key: part for key, part in parts.items() if key in ("vae", "tokenizer", "text_encoder")}
-    model = getattr(diffusers, kind).from_config(BLOCKS[base]).eval()
-    for p in [*model.parameters(), *parts["vae"].parameters()]:
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.25)
-    parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler()
-    if base == FLUX:
-        pipeline = diffusers.FluxKontextPipeline(**parts, transformer=model, text_encoder_2=None, tokenizer_2=None)
-    else:
-        pipeline = getattr(diffusers, name)(**parts, transformer=model, processor=None)
-        module = sys.modules[type(pipeline).__module__]
-        size = (24, 16, None) if name == "QwenImageEditPipeline" else (24, 16)
-        monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: size)
-    net = Velocity(model)
-    cond = {
-        key: torch.randn(1, *(5 if axis == "L" else model.config[axis] for axis in axes))
-        for key, axes in FAMILIES[kind].cond.items() if not key.endswith("mask")
-    }  # fmt: skip
+    parts, _ = parts_of(base, folder / "tokenizer")
+    parts = parts if base == FLUX else parts_with_eyes(parts)
+    parts["transformer"] = getattr(diffusers, kind).from_config(BLOCKS[base])
+    for part in parts.values():
+        for at, p in part.eval().named_parameters() if isinstance(part, torch.nn.Module) else ():
+            if p.ndim > 1 and "embed_tokens" not in at:
+                torch.nn.init.normal_(p, std=0.25)
+    return getattr(diffusers, name)(**parts | {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()})
+
+
+@pipelines
+def test_an_edit_is_that_of_the_pipeline(kind, name, tmp_path, monkeypatch):
+    """From words and pixels to edited latents: what the text encoder is shown, the autoencoder's middle, its units,
+    the order of the tokens, in two steps."""
+    assert name in [pipeline.name for pipeline in FAMILIES[kind].pipelines]
+    pipeline, words = pipeline_of(kind, name, tmp_path), "two black dogs"
     z, picture = torch.randn(1, 4, 12, 8), Image.effect_noise((24, 16), 90).convert("RGB")
-    call = {"image": picture, "latents": pipeline._pack_latents(z, *z.shape), "height": 24, "width": 16}
-    call |= {"prompt_embeds": cond["prompt_embeds"], "sigmas": [1.0, 0.5], "num_inference_steps": 2}
-    if base == FLUX:
-        call |= {"pooled_prompt_embeds": cond["pooled"], "max_area": 24 * 16, "_auto_resize": False}
-        cond["guidance"] = torch.tensor([3.5])
-    else:
-        cond["prompt_mask"] = torch.ones(1, 5, dtype=torch.bool)
-        call |= {"prompt_embeds_mask": cond["prompt_mask"], "true_cfg_scale": 1.0}
-    wanted = pipeline._unpack_latents(pipeline(**call, output_type="latent").images, 24, 16, 2).view_as(z)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    call = {"latents": pipeline._pack_latents(z, *z.shape), "height": 24, "width": 16, "sigmas": [1.0, 0.5]}
+    call |= FAMILIES[kind].pipelines[0].plain
+    if name == "FluxKontextPipeline":
+        call |= {"max_area": 24 * 16, "_auto_resize": False, "max_sequence_length": 30}
+    else:  # in place of a million pixels for the autoencoder
+        sizes, module = {1024**2: (24, 16), 384**2: (16, 16)}, sys.modules[type(pipeline).__module__]
+        more = (None,) if name == "QwenImageEditPipeline" else ()
+        monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: (*sizes[area], *more))
+    pixels, net = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1, Velocity(pipeline.transformer)
+    cond = encode_text(pipeline, [words], 30 if "guidance" in net.cond else 600, [picture])
+    cond["source"] = encode_images(pixels, pipeline)
     with torch.no_grad():
-        cond["source"] = encode_images(pixels, pipeline)
-        close(sample(net, z, 2, "multi", cond=cond), wanted, atol=2e-5, rtol=0)
+        ours = sample(net, z, 2, "multi", cond=cond)
+    answer = pipeline(picture, words, **call, num_inference_steps=2, output_type="latent").images
+    close(ours, pipeline._unpack_latents(answer, 24, 16, 2).view_as(z), atol=2e-5, rtol=0)
+    torch.nn.init.normal_(net.r_embedder.linear_2.weight)
+    with torch.no_grad():
+        ours = sample(net, z, 1, cond=cond)
+    answer = attach(pipeline, net)(
+        picture, words, **call | {"sigmas": None}, num_inference_steps=1, output_type="latent"
+    )
+    close(pipeline._unpack_latents(answer.images, 24, 16, 2).view_as(z), ours, atol=2e-5, rtol=0)
+    if name != "FluxKontextPipeline":
+        many = encode_text(pipeline, [words, "snow"], 600, [picture.rotate(180), picture])
+        assert (many["prompt_embeds"][0] - cond["prompt_embeds"][0]).abs().max() > 1e-3, "it sees"
+        with pytest.raises(ValueError, match=f"^{name} reads a prompt together with the picture to edit: give one"):
+            encode_text(pipeline, [words], 600)
+        with pytest.raises(ValueError, match=r"^a prompt and its picture are \d+ tokens, and 60 were asked for$"):
+            encode_text(pipeline, [words], 60, [picture])

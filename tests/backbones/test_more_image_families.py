@@ -1,5 +1,7 @@
 """More families of pictures: prompts encoded and pictures painted as their pipelines do it, and experts that learn."""
 
+import copy
+
 import diffusers
 import pytest
 import torch
@@ -8,12 +10,11 @@ from test_prompts import PROMPTS, clip, hidden, letters
 from test_velocity import given_cond, latents, model_of
 from tiny_more_images import COGVIEW4, HEADS, HIDREAM, HUNYUAN, LUMINA2
 
+from tinytwinflow import attach, sample
 from tinytwinflow.backbones.families import FAMILIES
-from tinytwinflow.backbones.painting import paint
 from tinytwinflow.backbones.prompts import decode_latents, encode_images, encode_text, load_pipeline
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.backbones.velocity_files import load_velocity
-from tinytwinflow.data.points import seeded
 
 close = torch.testing.assert_close
 kinds = pytest.mark.parametrize("kind", [LUMINA2, COGVIEW4, HIDREAM, HUNYUAN])
@@ -110,25 +111,46 @@ def made(tmp_path_factory):
     return pipeline
 
 
+def called(pipeline, z, steps, **how):
+    """What a pipeline makes of the words, one after the other, without guidance."""
+    kind, side = type(pipeline.transformer).__name__, 16 * pipeline.vae_scale_factor
+    pipeline.default_sample_size = 16  # HiDream scales what is asked for to pictures of this many latents
+    pipeline.set_progress_bar_config(disable=True)
+    how = {"num_inference_steps": steps, "height": side, "width": side, **FAMILIES[kind].pipelines[0].plain, **how}
+    how |= {} if kind == HUNYUAN else {"max_sequence_length": TOKENS[kind]}
+    return torch.cat([pipeline(words, latents=x[None], **how).images for words, x in zip(WORDS, z)])
+
+
 @kinds
-def test_a_painted_picture_is_the_pipelines_own(kind, made):
-    (pipeline, folder), shape, keys = made(kind), (4, 16, 16), [(0, 3), (5, 1)]
+def test_pictures_are_the_pipelines_own(kind, made):
+    """In mode multi r = t, where emb_r must not matter."""
+    (pipeline, folder), z = made(kind), torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(7))
     net, own = load_velocity(folder), load_pipeline(folder, dtype=torch.float32)
     for parameter in net.r_embedder.parameters():
-        torch.nn.init.normal_(parameter)  # in mode multi r = t, where it must not matter
+        torch.nn.init.normal_(parameter)
     cond = encode_text(own, WORDS, TOKENS[kind])
-    pictures = decode_latents(paint(net, cond, keys, shape, steps=2, mode="multi", seed=7), own)
-    side, wanted = pictures.shape[2], []
-    pipeline.default_sample_size = 16  # HiDream scales what is asked for to pictures of this many latents
-    call = {"num_inference_steps": 2, "sigmas": [1.0, 0.5], "height": side, "width": side, "output_type": "pt"}
-    call |= FAMILIES[kind].pipelines[0].plain
-    call |= {} if kind == HUNYUAN else {"max_sequence_length": TOKENS[kind]}
-    call |= {"timesteps": [1000.0, 500.0]} if kind == COGVIEW4 else {}
-    for words, key in zip(WORDS, keys):
-        wanted.append(pipeline(words, latents=torch.randn(1, *shape, generator=seeded(7, 4, *key)), **call).images)
-    close(((pictures + 1) / 2).clamp(0, 1), torch.cat(wanted), atol=2e-5, rtol=0)
-    first, second = decode_latents(paint(net, cond, [(0, 3), (0, 3)], shape, 2, "multi", 7), own)
-    assert torch.cat(wanted).std() > 0.05 and (first - second).abs().max() > 2e-3, "the prompt matters"
+    with torch.no_grad():
+        pictures = decode_latents(sample(net, z, 2, "multi", cond=cond), own)
+        first, second = decode_latents(sample(net, z[:1].expand(2, -1, -1, -1), 2, "multi", cond=cond), own)
+    grid = {"timesteps": [1000.0, 500.0]} if kind == COGVIEW4 else {}
+    wanted = called(pipeline, z, 2, sigmas=[1.0, 0.5], output_type="pt", **grid)
+    close(((pictures + 1) / 2).clamp(0, 1), wanted, atol=2e-5, rtol=0)
+    assert wanted.std() > 0.05 and (first - second).abs().max() > 2e-3, "the prompt matters"
+
+
+@kinds
+def test_an_attached_pipeline_makes_what_the_sampler_makes(kind, made):
+    (pipeline, folder), z = made(kind), torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(7))
+    net, cond = load_velocity(folder), encode_text(pipeline, WORDS, TOKENS[kind])
+    for parameter in net.r_embedder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    plain, pipeline = called(pipeline, z, 1, output_type="latent"), copy.deepcopy(pipeline)
+    attach(pipeline, copy.deepcopy(net))
+    for steps in (1, 2):
+        with torch.no_grad():
+            wanted = sample(net, z, steps, cond=cond)
+        close(called(pipeline, z, steps, output_type="latent"), wanted, atol=1e-4, rtol=1e-4)
+        assert (wanted - plain).std() > 1e-2 * plain.std()
 
 
 @kinds
@@ -221,3 +243,18 @@ def test_the_experts_of_hidream_learn_whatever_mode_it_is_in(size):
         y.sum().backward()
         assert y.shape == x.shape and not net.model.training
         close(sum((p.grad * way).sum() for p, way in zip(weights, directions)), slope, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind, config, message",
+    [
+        (HUNYUAN, {"use_meanflow": True}, "use_meanflow=True is another variant"),
+        (HUNYUAN, {"guidance_embeds": True}, "guidance_embeds=True is another variant"),
+        (HUNYUAN, {"in_channels": 8}, "makes 4 channels of 8: it is shown pictures too"),
+        (COGVIEW4, {"in_channels": 8}, "makes 4 channels of 8: it is shown pictures too"),
+    ],
+)
+def test_variants_of_another_meaning_are_refused(kind, config, message):
+    """A second time of its own, the guidance that comes with it; a refiner; control by a picture."""
+    with pytest.raises(ValueError, match=message):
+        Velocity(model_of(kind, **config))

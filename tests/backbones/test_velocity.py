@@ -485,7 +485,7 @@ def test_folders_that_hold_no_flow_transformer_are_refused(tmp_path):
         ("FluxTransformer2DModel", {"in_channels": 8, "out_channels": 16}, "makes 4 channels of 2: only a velocity"),
         ("QwenImageTransformer2DModel", {"out_channels": 8}, "makes 8 channels of 4"),
         ("QwenImageTransformer2DModel", {"guidance_embeds": True}, "guidance_embeds=True is another variant"),
-        ("QwenImageTransformer2DModel", {"zero_cond_t": True}, "zero_cond_t=True is another variant"),
+        ("QwenImageTransformer2DModel", {"use_layer3d_rope": True}, "use_layer3d_rope=True is another variant"),
         ("SanaTransformer2DModel", {"guidance_embeds": True}, "guidance_embeds=True is another variant"),
         ("ZImageTransformer2DModel", {"siglip_feat_dim": 8}, "siglip_feat_dim=8 is another variant"),
     ],

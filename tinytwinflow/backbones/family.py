@@ -82,6 +82,7 @@ class Pipeline:
     frames: bool = False  # whether its autoencoder is one of videos: an axis of frames, a mean and deviation a channel
     plain: dict = field(default_factory=dict)  # arguments of a call that switch off guidance, and what changes sizes
     encode: Callable | None = None  # (pipeline, prompts, tokens) -> conditions, where its encode_prompt needs more
+    sees: Callable | None = None  # (pipeline, picture to edit) -> as its text encoder is shown it; None if it is not
     more: Callable = lambda pipeline, n: {}  # (pipeline, n) -> conditions of n rows that are not of the prompt
 
 

@@ -1,6 +1,7 @@
 """The families that make images of prompts."""
 
 import inspect
+import sys
 
 import torch
 from torch import nn
@@ -129,6 +130,17 @@ def _sinusoids(time):
     return get_timestep_embedding(time, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
 
 
+def _of_area(pixels):
+    """Pictures resized to about so many pixels, as Qwen-Image's editing pipelines show them to their text encoder."""
+
+    def sees(pipeline, picture):
+        dimensions = sys.modules[type(pipeline).__module__].calculate_dimensions
+        width, height = dimensions(pixels, picture.width / picture.height)[:2]
+        return pipeline.image_processor.resize(picture, height, width)
+
+    return sees
+
+
 _TEXT = {"prompt_embeds": ("L", "joint_attention_dim")}
 _POOLED, _MASK = {"pooled": ("pooled_projection_dim",)}, {"prompt_mask": ("L",)}
 _PACKED = {"output": _first, "axes": packed_axes, "out": packed_out}
@@ -166,11 +178,12 @@ IMAGES = {
     ),
     "QwenImageTransformer2DModel": Family(
         *_TIME, _qwen, {**_TEXT, **_MASK}, **_PACKED, unit=lambda config: 1.0, optional=_SOURCE,
-        off=("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"),
-        # the last two read the picture among the words
+        off=("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"),
+        rows=lambda config, n: n // 2 if config.get("zero_cond_t") else n,  # of 2511's edits a picture is at time 0
         pipelines=tuple(Pipeline(name, tokens, ("prompt_embeds", "prompt_mask"), frames=True,
-                                 plain={"true_cfg_scale": 1.0}) for name, tokens in (
-            ("QwenImagePipeline", 512), ("QwenImageEditPipeline", 2048), ("QwenImageEditPlusPipeline", 1024))),
+                                 plain={"true_cfg_scale": 1.0}, sees=sees) for name, tokens, sees in (
+            ("QwenImagePipeline", 512, None), ("QwenImageEditPipeline", 2048, _of_area(1024**2)),
+            ("QwenImageEditPlusPipeline", 1024, _of_area(384**2)))),
         published={"qwen-image": Configuration({}, (16, 128, 128), 512)},
         small=_SMALL,
     ),

@@ -47,11 +47,12 @@ def pipeline_of(kind, where="pipeline"):
 
 
 @torch.no_grad()
-def encode_text(pipeline, prompts, tokens=None):
+def encode_text(pipeline, prompts, tokens=None, pictures=None):
     """Conditions of a list of prompts, by the names that a `Velocity` takes them by.  -> dict of (n, ...).
 
     tokens: length of prompt_embeds (of SD3: of T5's part). Where a mask tells how much of it the prompt fills, a prompt
     that fills all is warned of, because the pipeline cuts what is beyond; of others diffusers itself does.
+    pictures: of PIL, that to edit of each prompt, for pipelines that read it among the words; others let it be.
     """
     about, call = pipeline_of(type(pipeline).__name__), inspect.signature(type(pipeline).__call__).parameters
     tokens, device = about.tokens if tokens is None else tokens, pipeline.device
@@ -59,6 +60,8 @@ def encode_text(pipeline, prompts, tokens=None):
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if about.encode:
         cond = about.encode(pipeline, list(prompts), tokens)
+    elif about.sees:
+        cond = _with_pictures(pipeline, about, prompts, tokens, pictures)
     else:
         own = {name: call[name].default for name in about.own if any(prompts)}
         takes = inspect.signature(pipeline.encode_prompt).parameters
@@ -77,6 +80,20 @@ def encode_text(pipeline, prompts, tokens=None):
     if getattr(pipeline.transformer.config, "guidance_embeds", False):
         cond["guidance"] = torch.full((len(prompts),), float(call["guidance_scale"].default), device=device)
     return cond
+
+
+def _with_pictures(pipeline, about, prompts, tokens, pictures):
+    """Conditions of prompts that are read together with the picture to edit, of which nothing is cut."""
+    if pictures is None or len(pictures) != len(prompts):
+        raise ValueError(f"{about.name} reads a prompt together with the picture to edit: give one for each prompt")
+    rows = []
+    for words, picture in zip(prompts, pictures):  # of several pictures a pipeline may make parts of one prompt
+        embeds, _ = pipeline.encode_prompt([words], image=[about.sees(pipeline, picture)], device=pipeline.device)
+        rows.append(embeds[0])
+    longest = max(map(len, rows))
+    if longest > tokens:
+        raise ValueError(f"a prompt and its picture are {longest} tokens, and {tokens} were asked for")
+    return dict(zip(("prompt_embeds", "prompt_mask"), _padded(rows, None, tokens)))
 
 
 def _padded(embeds, mask, tokens):
