@@ -86,12 +86,11 @@ class _Feed:
     def __init__(self, net, scheduler):
         self.net, self.scheduler = net, scheduler
         # bound methods: in a deep copy of a pipeline the hooks are those of the copy
-        net.model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        net.model.register_forward_pre_hook(self.begin)
         net.model.register_forward_hook(self.end, always_call=True)
 
-    def begin(self, model, args, kwargs):
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self.net.now = tuple(time.expand(len(x)) for time in self.scheduler.interval())
+    def begin(self, model, args):
+        self.net.now = self.scheduler.interval()
 
     def end(self, model, args, output):
         self.net.now = None

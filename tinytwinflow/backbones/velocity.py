@@ -58,7 +58,7 @@ class Velocity(nn.Module):
         # bound methods: in a deep copy of this network the hooks are those of the copy
         embedder.register_forward_pre_hook(self._show)
         embedder.register_forward_hook(self._add)
-        self.now = None  # the times t, r, as long as a call lasts
+        self.now = None  # the times t, r, (B,) or one for all rows, as long as a call lasts
 
     def forward(self, x, t, r, cond=None):
         self.check(x, cond)
@@ -91,35 +91,23 @@ class Velocity(nn.Module):
 
     def _show(self, embedder, args):
         """Before the embedder: the time in full precision in place of the one the model made."""
-<<<<<<< HEAD
         if self.now is not None:
-            t = self.now[0].to(args[0].device)
-            shown = self._sinusoids(self.family.clock(t.abs()), args[0].dtype)
-            return torch.cat([shown, args[0][len(shown) :]])  # rows behind: the model's own, of conditions at time 0
-=======
-        if self._now is not None:
             rows = self.family.rows(self.model.config, len(args[0]))
-            t = self._now[0].expand(rows)
+            t = self.now[0].to(args[0].device).expand(rows)
             return torch.cat([self._sinusoids(self.family.clock(t.abs()), args[0].dtype), args[0][rows:]])
->>>>>>> fam-a
 
     def _add(self, embedder, args, emb):
         """After the embedder: the terms of r and of the twin."""
         if self.now is None:
             return None
-<<<<<<< HEAD
-        t, r = (time.to(emb.device) for time in self.now)
-        emb, rest = emb[: len(t)], emb[len(t) :]
-=======
         rows = self.family.rows(self.model.config, len(emb))
-        t, r = (time.expand(rows) for time in self._now)
->>>>>>> fam-a
+        t, r = (time.to(emb.device).expand(rows) for time in self.now)
         dtype = next(self.r_embedder.parameters()).dtype
         emb_r = self.r_embedder(self._sinusoids(self.family.second(t, r), dtype)).float()
         emb_twin = self.twin_embedder(self._sinusoids(self.family.clock(t.abs()), dtype)).float()
         length, twin = expand(t - r, emb_r), expand(torch.signbit(t), emb_r)
-        whole = emb[: len(t)].float() + length * emb_r + twin * emb_twin
-        return torch.cat([whole.to(emb.dtype), emb[len(t) :]])
+        whole = emb[:rows].float() + length * emb_r + twin * emb_twin
+        return torch.cat([whole.to(emb.dtype), emb[rows:]])
 
     def check(self, x, cond):
         """Raise ValueError, in one line, for inputs that the model does not take."""
