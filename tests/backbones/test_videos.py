@@ -219,26 +219,30 @@ def test_glyphs_and_the_duration_matter_and_masked_glyphs_do_not():
 
 def test_the_experts_of_wan_are_a_velocity_each():
     """The pipeline's steps with two transformers are Euler's along one Velocity at times from boundary_ratio up, and
-    along the other below."""
+    along the other below; attached, each is shown the second time and they jump."""
     torch.manual_seed(0)
-    high, low = model_of(WAN), model_of(WAN)
-    for parameter in low.parameters():
+    nets = [Velocity(model_of(WAN)) for _ in range(2)]
+    for parameter in (*nets[1].model.parameters(), *nets[0].r_embedder.parameters(), *nets[1].r_embedder.parameters()):
         torch.nn.init.normal_(parameter, std=0.2)
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
-    )
-    pipeline = diffusers.WanPipeline(
-        None, None, vae, diffusers.FlowMatchEulerDiscreteScheduler(), high, low, boundary_ratio=0.6
-    )
+    plain = [model_of(WAN) for _ in nets]
+    plain[1].load_state_dict(nets[1].model.state_dict())
+    parts = (None, None, diffusers.AutoencoderKLWan(**WAN_VAE), diffusers.FlowMatchEulerDiscreteScheduler())
+    pipeline = diffusers.WanPipeline(*parts, *plain, boundary_ratio=0.6)
     pipeline.set_progress_bar_config(disable=True)
-    nets = [Velocity(copy.deepcopy(model)) for model in (high, low)]
-    x = z = latents(nets[0], 1)
-    text = given_cond(nets[0], 1)["prompt_embeds"]
+    z, text = latents(nets[0], 1), {"prompt_embeds": given_cond(nets[0], 1)["prompt_embeds"]}
     how = {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 1.0, "output_type": "latent"}
-    found = pipeline(prompt_embeds=text, latents=z, num_inference_steps=4, **how).frames
-    sigmas = pipeline.scheduler.sigmas
-    assert (sigmas[:-1] >= 0.6).sum() not in (0, 4)
-    with torch.no_grad():
-        for t, r in zip(sigmas, sigmas[1:]):
-            x = x - (t - r) * nets[int(t < 0.6)](x, t[None], t[None], {"prompt_embeds": text})
-    close(found, x)
+
+    def same_as_ours(jump):
+        found, x = pipeline(**text, latents=z, num_inference_steps=4, **how).frames, z
+        sigmas = pipeline.scheduler.sigmas.float()
+        assert (sigmas[:-1] >= 0.6).sum() not in (0, 4)
+        with torch.no_grad():
+            for t, r in zip(sigmas, sigmas[1:]):
+                x = x - (t - r) * nets[int(t < 0.6)](x, t[None], (r if jump else t)[None], text)
+        close(found, x, atol=1e-4, rtol=1e-4)
+        return found
+
+    followed = same_as_ours(jump=False)
+    for part, net in zip(("transformer", "transformer_2"), nets):
+        attach(pipeline, copy.deepcopy(net), part=part)
+    assert (same_as_ours(jump=True) - followed).std() > 0.01
