@@ -86,7 +86,8 @@ def test_a_published_name_belongs_to_one_family():
 @pytest.mark.parametrize(
     "name, billions",
     {"flux.2": 32, "flux.2-klein-4b": 3.9, "chroma": 8.9, "auraflow-0.3": 6.8, "longcat-image": 6.3,
-     "ovis-image-7b": 7.4}.items(),
+     "ovis-image-7b": 7.4, "wan2.1-1.3b": 1.42, "wan2.1-14b": 14.3, "wan2.2-5b": 5.0, "ltx-video-2b": 1.92,
+     "sana-video-2b": 2.06, "stable-audio-3-medium": 1.45}.items(),
 )  # fmt: skip
 def test_a_published_model_has_as_many_parameters_as_they_say_and_takes_its_usual_sample(name, billions):
     pytest.importorskip("diffusers")

@@ -10,6 +10,8 @@ from test_prompts import PROMPTS, letters
 from test_velocity import given_cond, latents, model_of, net_of
 from tiny_videos import HUNYUAN, LTX, SANA, STABLE, WAN
 
+from tinytwinflow import attach, sample
+from tinytwinflow.backbones import video_families
 from tinytwinflow.backbones.families import FAMILIES
 from tinytwinflow.backbones.prompts import encode_text, load_pipeline
 from tinytwinflow.backbones.velocity import Velocity
@@ -91,31 +93,37 @@ def made(tmp_path_factory):
     return make
 
 
+def called(pipeline, z, steps):
+    """The latents that a pipeline makes of noise without guidance."""
+    kind = type(pipeline.transformer).__name__
+    about = FAMILIES[kind].pipelines[0]
+    how = {"num_inference_steps": steps, "output_type": "latent", **about.plain}
+    if kind == STABLE:
+        return pipeline(WORDS, latents=z, **how).audios
+    how |= {"frames" if kind == SANA else "num_frames": 17, "height": 64, "width": 128}
+    how |= {} if kind == HUNYUAN else {"max_sequence_length": TOKENS[kind]}
+    if kind == LTX:
+        found = pipeline(WORDS, latents=pipeline._pack_latents(z), **how).frames
+        return pipeline._unpack_latents(found, *z.shape[2:])
+    return pipeline(WORDS, latents=z, **how).frames
+
+
 WORDS = ['a sign that says "stop"', *PROMPTS[1:3]]
 
 
 @kinds
 def test_conditions_and_latents_are_those_of_the_pipeline(kind, made):
     """One row or several; Euler's steps along the Velocity of the folder, from the same noise, end where its do."""
-    (pipeline, folder), about = made(kind), FAMILIES[kind].pipelines[0]
+    pipeline, folder = made(kind)
+    if kind == HUNYUAN:
+        assert video_families.PICTURE_WORDS == pipeline.vision_num_semantic_tokens
     net, own, tokens = load_velocity(folder), load_pipeline(folder, dtype=torch.float32), TOKENS[kind]
     cond = encode_text(own, WORDS, tokens)
     assert cond.keys() == net.cond.keys() and cond["prompt_embeds"].shape[:2] == (3, tokens)
     for name, value in encode_text(own, WORDS[2:], tokens).items():
         close(value[0], cond[name][2], atol=1e-5, rtol=1e-4)
     x = z = latents(net, 3)
-    how = {"num_inference_steps": 3, "output_type": "latent", **about.plain}
-    if kind == STABLE:
-        found = pipeline(WORDS, latents=z, **how).audios
-    else:
-        how |= {"num_frames": 17, "height": 64, "width": 128, "max_sequence_length": tokens}
-        if kind == HUNYUAN:
-            del how["max_sequence_length"]
-        if kind == SANA:
-            how["frames"] = how.pop("num_frames")
-        noise = pipeline._pack_latents(z) if kind == LTX else z
-        found = pipeline(WORDS, latents=noise, **how).frames
-        found = pipeline._unpack_latents(found, *z.shape[2:]) if kind == LTX else found
+    found = called(pipeline, z, 3)
     with torch.no_grad():
         for t, r in zip(pipeline.scheduler.sigmas, pipeline.scheduler.sigmas[1:]):
             x = x - (t - r) * net(x, t.expand(3), t.expand(3), cond)
@@ -124,6 +132,23 @@ def test_conditions_and_latents_are_those_of_the_pipeline(kind, made):
         one = torch.ones(3)
         apart = net(z, one, one, cond) - net(z, one, one, {**cond, **turned})
     assert apart.abs().max() > 0.01, "the prompt matters"
+
+
+@kinds
+def test_an_attached_pipeline_makes_what_the_sampler_makes(kind, made):
+    pipeline = copy.deepcopy(made(kind)[0])
+    net = Velocity(copy.deepcopy(pipeline.transformer))
+    for parameter in net.r_embedder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    z, cond = latents(net, 3), encode_text(pipeline, WORDS, TOKENS[kind])
+    plain = called(pipeline, z, 1)
+    attach(pipeline, copy.deepcopy(net))
+    for steps in (1, 2):
+        with torch.no_grad():
+            wanted = sample(net, z, steps, "any", cond=cond)
+        found = called(pipeline, z, steps)
+        close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
+        assert (found - plain).std() > 0.01 * plain.std()
 
 
 def test_each_video_has_its_own_frames_a_second():
@@ -139,6 +164,14 @@ def test_each_video_has_its_own_frames_a_second():
     assert (y - plain).abs().amax((1, 2, 3, 4)).min() > 5e-4, "50 times the tolerance"
     with pytest.raises(ValueError, match=r"frame_rate must be floating-point of shape \(2,\), got torch.float32 of"):
         net(x, t, t, {**cond, "frame_rate": torch.full((1,), 25.0)})
+
+
+def test_sizes_that_the_patches_do_not_divide_are_refused():
+    net, t = net_of(WAN), torch.ones(1)
+    for shape in ((1, 4, 2, 5, 4), (1, 4, 2, 6, 3)):
+        with pytest.raises(ValueError, match=r"takes floats \(B, 4, T, H, W\) with multiples in H of 2, W of 2$"):
+            net(torch.zeros(shape), t, t, given_cond(net, 1))
+    assert net(torch.zeros(1, 4, 1, 2, 2), t, t, given_cond(net, 1)).shape == (1, 4, 1, 2, 2)
 
 
 def test_one_time_a_token_is_one_time_a_row():
@@ -186,26 +219,30 @@ def test_glyphs_and_the_duration_matter_and_masked_glyphs_do_not():
 
 def test_the_experts_of_wan_are_a_velocity_each():
     """The pipeline's steps with two transformers are Euler's along one Velocity at times from boundary_ratio up, and
-    along the other below."""
+    along the other below; attached, each is shown the second time and they jump."""
     torch.manual_seed(0)
-    high, low = model_of(WAN), model_of(WAN)
-    for parameter in low.parameters():
+    nets = [Velocity(model_of(WAN)) for _ in range(2)]
+    for parameter in (*nets[1].model.parameters(), *nets[0].r_embedder.parameters(), *nets[1].r_embedder.parameters()):
         torch.nn.init.normal_(parameter, std=0.2)
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
-    )
-    pipeline = diffusers.WanPipeline(
-        None, None, vae, diffusers.FlowMatchEulerDiscreteScheduler(), high, low, boundary_ratio=0.6
-    )
+    plain = [model_of(WAN) for _ in nets]
+    plain[1].load_state_dict(nets[1].model.state_dict())
+    parts = (None, None, diffusers.AutoencoderKLWan(**WAN_VAE), diffusers.FlowMatchEulerDiscreteScheduler())
+    pipeline = diffusers.WanPipeline(*parts, *plain, boundary_ratio=0.6)
     pipeline.set_progress_bar_config(disable=True)
-    nets = [Velocity(copy.deepcopy(model)) for model in (high, low)]
-    x = z = latents(nets[0], 1)
-    text = given_cond(nets[0], 1)["prompt_embeds"]
+    z, text = latents(nets[0], 1), {"prompt_embeds": given_cond(nets[0], 1)["prompt_embeds"]}
     how = {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 1.0, "output_type": "latent"}
-    found = pipeline(prompt_embeds=text, latents=z, num_inference_steps=4, **how).frames
-    sigmas = pipeline.scheduler.sigmas
-    assert (sigmas[:-1] >= 0.6).sum() not in (0, 4)
-    with torch.no_grad():
-        for t, r in zip(sigmas, sigmas[1:]):
-            x = x - (t - r) * nets[int(t < 0.6)](x, t[None], t[None], {"prompt_embeds": text})
-    close(found, x)
+
+    def same_as_ours(jump):
+        found, x = pipeline(**text, latents=z, num_inference_steps=4, **how).frames, z
+        sigmas = pipeline.scheduler.sigmas.float()
+        assert (sigmas[:-1] >= 0.6).sum() not in (0, 4)
+        with torch.no_grad():
+            for t, r in zip(sigmas, sigmas[1:]):
+                x = x - (t - r) * nets[int(t < 0.6)](x, t[None], (r if jump else t)[None], text)
+        close(found, x, atol=1e-4, rtol=1e-4)
+        return found
+
+    followed = same_as_ours(jump=False)
+    for part, net in zip(("transformer", "transformer_2"), nets):
+        attach(pipeline, copy.deepcopy(net), part=part)
+    assert (same_as_ours(jump=True) - followed).std() > 0.01

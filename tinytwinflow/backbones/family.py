@@ -91,7 +91,7 @@ class Configuration:
     """A published model of a family."""
 
     settings: dict  # of the model's class, where they differ from its defaults
-    latents: tuple  # shape of a usual sample: (C, H, W), (C, T, H, W), (T, C)
+    latents: tuple  # shape of a usual sample: (C, H, W), (C, T, H, W), (C, T)
     tokens: int  # of a usual prompt
 
 

@@ -52,8 +52,8 @@ class JumpScheduler(Euler):
             return self.step_index
         return self.begin_index or 0
 
-    def step(self, model_output, timestep, sample, return_dict=True):
-        """One step, see diffusers."""
+    def step(self, model_output, timestep, sample, return_dict=True, generator=None):
+        """One step, see diffusers; nothing is drawn, though some pipelines give a generator."""
         if self.step_index is None and self.begin_index is None:
             self.set_begin_index(self.index_for_timestep(timestep) or 0)
         if self._seen != self._due():

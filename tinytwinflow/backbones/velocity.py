@@ -25,7 +25,7 @@ class Velocity(nn.Module):
     own precision; the sum is formed in float32.
 
     x (B, *D) latents as the model's pipeline scales them, of images (B, C, H, W), videos (B, C, T, H, W) or sounds
-    (B, T, C), of any size that the model's patches divide; t, r (B,) in [-1, 1]; cond a dict of what the family needs,
+    (B, C, T), of any size that the model's patches divide; t, r (B,) in [-1, 1]; cond a dict of what the family needs,
     as prompt_embeds (B, L, D), prompt_mask (B, L) bool or whole numbers, pooled (B, P), guidance (B,).
     -> (B, *D) in the precision of x.
     Raises ValueError for a model of an unknown class or variant, and for inputs of other shapes.
