@@ -1,7 +1,7 @@
 """Backbones: the flow transformers of diffusers.
 
 Rooms, in reading order: family, image_families, families, velocity, velocity_files, lora, lora_files, states, prompts,
-captions, painting.
+captions, texts, painting.
 May import: training, data, nets, method, files, ranges, bars.
 """
 
@@ -15,11 +15,12 @@ from . import (
     painting,
     prompts,
     states,
+    texts,
     velocity,
     velocity_files,
 )
 
 __all__ = [
     "captions", "families", "family", "image_families", "lora", "lora_files", "painting", "prompts", "states",
-    "velocity", "velocity_files",
+    "texts", "velocity", "velocity_files",
 ]  # fmt: skip

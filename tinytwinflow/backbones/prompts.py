@@ -99,6 +99,29 @@ def encode_images(x, pipeline):
     return ((latent[:, :, 0] if frames else latent).float() - mean) / std
 
 
+def load_decoder(path, device="cpu"):
+    """A diffusers pipeline folder of which the autoencoder alone is read, in float32: enough for `decode_latents`.
+
+    Raises ValueError if the folder is no pipeline of a family.
+    """
+    index = read_json(Path(path) / "model_index.json", "diffusers pipeline")
+    kind = index.get("_class_name")
+    _pipeline_of(kind, path)
+    others = {name: None for name, about in index.items() if isinstance(about, list) and name != "vae"}
+    with damage_named(path, f"no whole {kind}"):
+        own = diffusers_class(kind, path).from_pretrained(
+            str(path), local_files_only=True, torch_dtype=torch.float32, **others
+        )
+    return own.to(device)
+
+
+def picture_unit(path):
+    """What the sides of a pipeline's pictures must be multiples of: its autoencoder's factor times a patch's side."""
+    pipeline, config = load_decoder(path), read_json(Path(path) / "transformer/config.json", "diffusers pipeline")
+    axes = next(f.axes for f in FAMILIES.values() if any(p.name == type(pipeline).__name__ for p in f.pipelines))
+    return pipeline.vae_scale_factor * axes(config)["H"]
+
+
 @torch.no_grad()
 def decode_latents(x, pipeline):
     """Images, about in [-1, 1], from scaled latents: the inverse.  (n, C, h, w) -> (n, 3, H, W) float32."""

@@ -98,7 +98,7 @@ def read_ahead(data):
         pool.shutdown(cancel_futures=True)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)  # two a bucket
 def _shuffled(n, seed, epoch):
     return torch.randperm(n, generator=seeded(seed, 0, epoch))
 
@@ -108,6 +108,27 @@ def rows_of_step(n, batch_size, step, seed):
     index = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = index.div(n, rounding_mode="floor")
     return torch.cat([_shuffled(n, seed, epoch)[index[epochs == epoch] % n] for epoch in epochs.unique().tolist()])
+
+
+@functools.lru_cache(maxsize=2)
+def _turns(counts):
+    """The order of sum(counts) turns: turn i of n of a group is due at (i + 1/2) / n of the way.  -> groups, turns"""
+    groups = np.repeat(np.arange(len(counts)), counts)
+    turns = np.concatenate([np.arange(n) for n in counts])
+    order = np.argsort((turns + 0.5) / np.repeat(counts, counts), kind="stable")
+    return groups[order], turns[order]
+
+
+def group_of_step(counts, step):
+    """Whose turn a step is, of groups of so many rows, and how many turns the group has had.  -> group, turns
+
+    Among any sum(counts) steps from a multiple of it on each group has as many as it has rows, spread evenly.
+    """
+    if len(counts) == 1:
+        return 0, step
+    groups, turns = _turns(tuple(counts))
+    rounds, at = divmod(step, len(groups))
+    return int(groups[at]), int(rounds * counts[groups[at]] + turns[at])
 
 
 def kept_apart(n, drawn=False):
