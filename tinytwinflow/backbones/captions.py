@@ -14,7 +14,7 @@ from ..data.readers import Folder, hidden, read_picture, refuse_small
 from ..files import damage_named
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-RATIOS = (1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16)  # width / height of buckets, the commonest first
+RATIOS = (1, 4 / 3, 3 / 2, 16 / 9)  # of the sides of buckets, which lie or stand, the commonest first
 
 
 def _text(path):
@@ -63,7 +63,7 @@ def read_prompts(path):
 
 
 def bucket_sides(size, count=1, unit=1):
-    """Sides of pictures of the first so many RATIOS: multiples of unit, their area about size^2.  -> widths, heights
+    """Widths and heights of pictures, a square, one of 4:3, of 3:4 and so on: multiples of unit, of about size^2 pixels.
 
     Raises ValueError if size or count do not fit.
 
@@ -74,11 +74,12 @@ def bucket_sides(size, count=1, unit=1):
         raise ValueError(f"size must be at least 1, got {size}")
     if size % unit:
         raise ValueError(f"size must be a multiple of {unit} for this pipeline, got {size}")
-    if count not in range(1, len(RATIOS) + 1, 2):
-        raise ValueError(f"buckets must be one of {', '.join(map(str, range(1, len(RATIOS) + 1, 2)))}, got {count}")
-    long = [size * ratio**0.5 for ratio in RATIOS[:count]]
-    sides = [tuple(unit * round(side / unit) for side in (width, size**2 / width)) for width in long]
-    if len(set(sides)) < count:
+    known = range(1, 2 * len(RATIOS), 2)
+    if count not in known:
+        raise ValueError(f"buckets must be one of {', '.join(map(str, known))}, got {count}")
+    lying = [tuple(unit * round(size * ratio**k / unit) for k in (0.5, -0.5)) for ratio in RATIOS[: count // 2 + 1]]
+    sides = list(dict.fromkeys(side for one in lying for side in (one, one[::-1])))
+    if len(sides) < count:
         raise ValueError(f"size {size} is too small for {count} buckets of sides that are multiples of {unit}")
     return sides
 

@@ -107,12 +107,11 @@ def load_decoder(path, device="cpu"):
     index = read_json(Path(path) / "model_index.json", "diffusers pipeline")
     kind = index.get("_class_name")
     _pipeline_of(kind, path)
-    others = {name: None for name, about in index.items() if isinstance(about, list) and name != "vae"}
+    parts = {name: None for name, about in index.items() if isinstance(about, list)}
     with damage_named(path, f"no whole {kind}"):
-        own = diffusers_class(kind, path).from_pretrained(
-            str(path), local_files_only=True, torch_dtype=torch.float32, **others
-        )
-    return own.to(device)
+        vae = diffusers_class(index["vae"][1], path)
+        parts["vae"] = vae.from_pretrained(str(path), subfolder="vae", local_files_only=True, torch_dtype=torch.float32)
+        return diffusers_class(kind, path)(**parts).to(device)
 
 
 def picture_unit(path):
