@@ -188,15 +188,15 @@ counts = st.lists(st.integers(1, 12), min_size=1, max_size=7)
 
 @given(counts)
 def test_groups_take_turns_in_proportion(counts):
-    """Of each round exactly as many as rows; at any step as many as is their share, but for half the groups and one;
-    and a turn is the number of turns before it."""
+    """Of each round exactly as many as rows; at any step their share of it but for half a turn, where there are two
+    groups; and a turn is the number of turns before it."""
     n, had = sum(counts), [0] * len(counts)
     for step in range(3 * n):
         group, turn = group_of_step(counts, step)
         assert turn == had[group]
         had[group] += 1
         for rows, turns in zip(counts, had):
-            assert abs(turns - (step + 1) * rows / n) <= 1 + len(counts) / 2
+            assert abs(turns - (step + 1) * rows / n) <= 0.5 + max(0, len(counts) / 2 - 1) * rows / n + 1e-9
         if (step + 1) % n == 0:
             assert had == [(step + 1) // n * rows for rows in counts]
 
@@ -389,6 +389,12 @@ def test_latents_of_any_axes_are_shown_as_colours(shape):
     flat = x[:, None] if len(shape) == 3 else x[:, :, 0] if len(shape) == 5 else x
     grey = flat.shape[1] < 3
     close(small, flat.mean(1, keepdim=True).expand(-1, 3, -1, -1) if grey else flat[:, :3])
+
+
+def test_decoding_leaves_all_random_streams_alone(folder_of):
+    before = torch.get_rng_state()
+    assert pixels_of(torch.zeros(2, 4, 3, 5), folder_of(SD3)).shape == (2, 3, 6, 10)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_captions_are_dropped_as_labels_are(world, tmp_path):

@@ -63,7 +63,7 @@ def read_prompts(path):
 
 
 def bucket_sides(size, count=1, unit=1):
-    """Widths and heights of pictures, a square, one of 4:3, of 3:4 and so on: multiples of unit, of about size^2 pixels.
+    """Widths and heights of pictures, a square, of 4:3, 3:4 and so on: multiples of unit, about size^2 pixels each.
 
     Raises ValueError if size or count do not fit.
 
