@@ -1,7 +1,7 @@
 """Backbones: the flow transformers of diffusers.
 
-Rooms, in reading order: family, image_families, families, velocity, velocity_files, lora, lora_files, states, prompts,
-captions, texts, painting.
+Rooms, in reading order: family, image_families, more_image_families, families, velocity, velocity_files, lora,
+lora_files, states, prompts, captions, texts, scheduler, pipelines, painting.
 May import: training, data, nets, method, files, ranges, bars.
 """
 
@@ -12,7 +12,9 @@ from . import (
     image_families,
     lora,
     lora_files,
+    more_image_families,
     painting,
+    pipelines,
     prompts,
     states,
     texts,
@@ -21,6 +23,6 @@ from . import (
 )
 
 __all__ = [
-    "captions", "families", "family", "image_families", "lora", "lora_files", "painting", "prompts", "states",
-    "texts", "velocity", "velocity_files",
+    "captions", "families", "family", "image_families", "lora", "lora_files", "more_image_families", "painting",
+    "pipelines", "prompts", "states", "texts", "velocity", "velocity_files",
 ]  # fmt: skip

@@ -1,8 +1,9 @@
 """Families: all kinds of flow transformers that are known, by the name of their class in diffusers."""
 
 from .image_families import IMAGES
+from .more_image_families import MORE_IMAGES
 
-FAMILIES = {**IMAGES}
+FAMILIES = {**IMAGES, **MORE_IMAGES}
 
 
 def family_of(kind, where):

@@ -81,6 +81,7 @@ class Pipeline:
     own: tuple = ()  # arguments that it fills in itself when it makes a picture, but not for the empty prompt
     frames: bool = False  # whether its autoencoder is one of videos: an axis of frames, a mean and deviation a channel
     plain: dict = field(default_factory=dict)  # arguments of a call that switch off guidance, and what changes sizes
+    encode: Callable | None = None  # (pipeline, prompts, tokens) -> conditions, where its encode_prompt needs more
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,37 @@ def _sana(model, x, t, cond):
     return {"hidden_states": x, "timestep": t, **text}
 
 
+def _pictures(x, cond):
+    """The picture in the making and, if there is one, that to edit."""
+    return [x, cond["source"]] if "source" in cond else [x]
+
+
+def _tokens(pictures):
+    return torch.cat([pack(picture) for picture in pictures], dim=1)
+
+
+def _first(tokens, x):
+    """The answer for x, that for the picture to edit cut off."""
+    return unpack(tokens[:, : x.shape[2] * x.shape[3] // 4], x)
+
+
 def _flux(model, x, t, cond):
-    rows, columns = (torch.arange(size // 2, device=x.device) for size in x.shape[2:])
-    at = torch.stack(torch.meshgrid(torch.zeros_like(rows[:1]), rows, columns, indexing="ij"), dim=-1)
-    ids = {"img_ids": at.flatten(0, 2).float()}
-    ids["txt_ids"] = torch.zeros(cond["prompt_embeds"].shape[1], 3, device=x.device)
-    return {**_sd3(model, pack(x), t, cond), **ids, "guidance": cond.get("guidance")}
+    pictures, ids = _pictures(x, cond), []
+    for i, picture in enumerate(pictures):
+        rows, columns = (torch.arange(size // 2, device=x.device) for size in picture.shape[2:])
+        at = torch.meshgrid(torch.full_like(rows[:1], i), rows, columns, indexing="ij")
+        ids.append(torch.stack(at, dim=-1).flatten(0, 2).float())
+    ids = {"img_ids": torch.cat(ids), "txt_ids": torch.zeros(cond["prompt_embeds"].shape[1], 3, device=x.device)}
+    return {**_sd3(model, _tokens(pictures), t, cond), **ids, "guidance": cond.get("guidance")}
 
 
 def _qwen(model, x, t, cond):
     # a mask keeps attention from its fastest kernel even if it is all true, but to see whether it is would stop and
     # wait for the GPU at each call, and prompts of a batch are seldom of one length
     prompt, mask = cond["prompt_embeds"], cond["prompt_mask"].bool()
-    image = {"hidden_states": pack(x), "img_shapes": [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x)}
+    pictures = _pictures(x, cond)
+    shapes = [(1, picture.shape[2] // 2, picture.shape[3] // 2) for picture in pictures]
+    image = {"hidden_states": _tokens(pictures), "img_shapes": [shapes] * len(x)}
     text = {"encoder_hidden_states": prompt, "encoder_hidden_states_mask": mask}
     if "max_txt_seq_len" not in inspect.signature(model.pos_embed.forward).parameters:
         # before 0.37 diffusers took this mask and did not use it
@@ -54,7 +72,8 @@ def _z_image(model, x, t, cond):
 
 _TEXT = {"prompt_embeds": ("L", "joint_attention_dim")}
 _POOLED, _MASK = {"pooled": ("pooled_projection_dim",)}, {"prompt_mask": ("L",)}
-_PACKED = {"output": unpack, "axes": packed_axes, "out": packed_out}
+_PACKED = {"output": _first, "axes": packed_axes, "out": packed_out}
+_SOURCE = {"source": (lambda config: config["in_channels"] // 4, "H2", "W2")}
 _TIME = ("time_text_embed.timestep_embedder", "time_text_embed.time_proj")
 _UNGUIDED, _PLAIN = {"do_classifier_free_guidance": False}, {"guidance_scale": 1.0}
 _SMALL = {"num_layers": 1, "num_attention_heads": 2}
@@ -80,15 +99,19 @@ IMAGES = {
     ),
     "FluxTransformer2DModel": Family(
         *_TIME, _flux, {**_TEXT, **_POOLED}, ("transformer_blocks", "single_transformer_blocks"), **_PACKED,
-        pipelines=(Pipeline("FluxPipeline", 512, ("prompt_embeds", "pooled", None)),),
+        optional=_SOURCE,
+        pipelines=tuple(Pipeline(name, 512, ("prompt_embeds", "pooled", None))
+                        for name in ("FluxPipeline", "FluxKontextPipeline")),
         published={"flux": Configuration({}, (16, 128, 128), 512)},
         small={**_SMALL, "num_single_layers": 1},
     ),
     "QwenImageTransformer2DModel": Family(
-        *_TIME, _qwen, {**_TEXT, **_MASK}, **_PACKED, unit=lambda config: 1.0,
+        *_TIME, _qwen, {**_TEXT, **_MASK}, **_PACKED, unit=lambda config: 1.0, optional=_SOURCE,
         off=("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"),
-        pipelines=(Pipeline("QwenImagePipeline", 512, ("prompt_embeds", "prompt_mask"), frames=True,
-                            plain={"true_cfg_scale": 1.0}),),
+        # the last two read the picture among the words
+        pipelines=tuple(Pipeline(name, tokens, ("prompt_embeds", "prompt_mask"), frames=True,
+                                 plain={"true_cfg_scale": 1.0}) for name, tokens in (
+            ("QwenImagePipeline", 512), ("QwenImageEditPipeline", 2048), ("QwenImageEditPlusPipeline", 1024))),
         published={"qwen-image": Configuration({}, (16, 128, 128), 512)},
         small=_SMALL,
     ),

@@ -57,19 +57,19 @@ class Velocity(nn.Module):
         # bound methods: in a deep copy of this network the hooks are those of the copy
         embedder.register_forward_pre_hook(self._show)
         embedder.register_forward_hook(self._add)
-        self._now = None  # the times t, r, as long as a call lasts
+        self.now = None  # the times t, r, (B,) or one for all rows, as long as a call lasts
 
     def forward(self, x, t, r, cond=None):
         self.check(x, cond)
         check_times(x, t, r)
         dtype = next(self.model.get_submodule(self.family.embedder).parameters()).dtype
         cond = {name: cond[name].to(dtype) if self._has_width(name) else cond[name] for name in cond}
-        self._now = t.float(), r.float()
+        self.now = t.float(), r.float()
         try:
             inputs = self.family.inputs(self.model, x.to(dtype), self.family.clock(t.float().abs()), cond)
             y = self.model(**inputs, return_dict=False)[0]
         finally:
-            self._now = None
+            self.now = None
         return self.family.output(y, x).to(x.dtype)
 
     def blocks(self):
@@ -88,15 +88,15 @@ class Velocity(nn.Module):
 
     def _show(self, embedder, args):
         """Before the embedder: the time in full precision in place of the one the model made."""
-        if self._now is not None:
-            t = self._now[0].expand(len(args[0]))
+        if self.now is not None:
+            t = self.now[0].to(args[0].device).expand(len(args[0]))
             return self._sinusoids(self.family.clock(t.abs()), args[0].dtype)
 
     def _add(self, embedder, args, emb):
         """After the embedder: the terms of r and of the twin."""
-        if self._now is None:
+        if self.now is None:
             return None
-        t, r = (time.expand(len(emb)) for time in self._now)
+        t, r = (time.to(emb.device).expand(len(emb)) for time in self.now)
         dtype = next(self.r_embedder.parameters()).dtype
         emb_r = self.r_embedder(self._sinusoids(self.family.second(t, r), dtype))
         emb_twin = self.twin_embedder(self._sinusoids(self.family.clock(t.abs()), dtype))

@@ -1,6 +1,7 @@
 """Files of backbones: folders that diffusers reads and writes, and beside the weights what `Velocity` adds to them."""
 
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,9 +73,26 @@ def save_velocity(net, path):
     os.replace(writing, path)
 
 
+def holds_model(path):
+    """Whether there is a whole model in `path`, a transformer folder or a pipeline folder."""
+    return any((Path(path) / name).is_file() for name in ("config.json", "transformer/config.json"))
+
+
+def kind_of_model(path):
+    """The class of a model and its name on the hub, None if its folder tells none."""
+    about = read_json(_folder(path) / "config.json", "diffusers model")
+    name = str(about.get("_name_or_path", ""))
+    return about.get("_class_name"), name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None
+
+
+def _folder(path):
+    """The folder of the transformer in `path`."""
+    return Path(path) / "transformer" if (Path(path) / "transformer").is_dir() else Path(path)
+
+
 def _found(path):
     """The folder of the transformer in `path`, the name of its class, and the class."""
-    folder = Path(path) / "transformer" if (Path(path) / "transformer").is_dir() else Path(path)
+    folder = _folder(path)
     about = read_json(folder / "config.json", "diffusers model")
     kind = about.get("_class_name")
     family_of(kind, folder)

@@ -5,9 +5,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import torch
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from ..files import aside
 
@@ -126,13 +123,6 @@ def draw_one(path, x, title):
     figure, ((axis,),) = _canvas(1)
     panel(axis, x, title, ONE)
     _save(figure, path)
-
-
-def draw_grid(path, x, columns):
-    """Write images (n, 3, H, W) about in [-1, 1] as a PNG of their own pixels, row after row; beyond is cut."""
-    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    with aside(path) as file:
-        to_pil_image(make_grid(pixels, columns, padding=2, pad_value=255)).save(file, "PNG")
 
 
 def draw_comparison(path, rows, floors, names, families):

@@ -2,9 +2,10 @@
 
 import torch
 
+from ..backbones.painting import save_grid
 from ..backbones.prompts import decode_latents, load_decoder
 from ..backbones.texts import read_conditions
-from ..evaluation.pictures import draw_grid, draw_one
+from ..evaluation.pictures import draw_one
 from ..method.conditions import count_rows, take
 from ..training.loop import autocast
 from .folder import sampled
@@ -40,7 +41,8 @@ def draw_look(run, name):
         if not many.isfinite().all():
             raise FloatingPointError(f"step {step}: samples are not finite")
         if run.writes:
-            draw_grid(run.folder / name, pixels_of(many, run.config["vae"], run.device), columns=3)
+            pixels = pixels_of(many, run.config["vae"], run.device).clamp(-1, 1)
+            save_grid(run.folder / name, ((pixels + 1) * 127.5).round().to(torch.uint8), columns=3)
     elif run.writes:
         draw_one(run.folder / name, x.numpy(), f"step {step}, 1 NFE")
     return x
