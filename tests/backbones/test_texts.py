@@ -155,8 +155,8 @@ def test_a_shard_holds_one_bucket_and_each_prompt_keeps_its_image(in_buckets, fo
         begin += len(rows)
 
 
-def test_the_command_embeds_buckets_says_how_many_and_goes_on(in_buckets, folder_of, slopes, tmp_path, capsys):
-    """A stop costs no shard that is whole; another size or number of buckets is refused in one line."""
+def test_the_command_embeds_buckets_says_how_many_and_goes_on(folder_of, slopes, tmp_path, capsys):
+    """A stop costs no shard that is whole, and all ends the same; other sizes or buckets are refused in one line."""
     out, more = tmp_path / "out", ["--pipeline", folder_of(SD3), "--tokens", 5]
 
     def run(*words):
@@ -165,10 +165,20 @@ def test_the_command_embeds_buckets_says_how_many_and_goes_on(in_buckets, folder
 
     assert run("--buckets", 3)[1].err == "tinytwinflow: --buckets are of images: --size S encodes them too\n"
     assert "size must be a multiple of 4 for this pipeline, got 47" in run("--size", 47)[1].err
+    read, calls = Pairs.read, []
+
+    def stops(self, rows, generator):
+        calls.append(rows.tolist())
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return read(self, rows, generator)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pairs, "read", lambda *_: throw(KeyboardInterrupt()))
+        patch.setattr(Pairs, "read", stops)
         assert run("--size", 48, "--buckets", 3)[0] == 130
-    assert (out / "null.safetensors").exists() and not (out / "texts.json").exists()
+    assert calls == [[2, 4, 6, 7], [0, 1], [3, 5]]
+    there = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert sorted(there) == ["null.safetensors", "texts-00000.safetensors", "texts-00001.safetensors"]
     for words in (["--size", 44, "--buckets", 3], ["--size", 48], ["--size", 48, "--buckets", 5], []):
         code, said = run(*words)
         assert code == 2 and "was begun with images" in said.err.splitlines()[-1]
@@ -176,11 +186,10 @@ def test_the_command_embeds_buckets_says_how_many_and_goes_on(in_buckets, folder
     lines = [f"{n} images of {w} x {h} pixels" for n, (w, h) in ((4, (56, 40)), (2, (48, 48)), (2, (40, 56)))]
     assert code == 0 and said.out.splitlines() == [*lines, f"8 prompts and images: {out}"]
     assert "already holds texts" in run("--size", 48, "--buckets", 3)[1].err
-    assert Texts(out, 2).counts == Texts(in_buckets, 2).counts
-
-
-def throw(error):
-    raise error
+    assert all((out / name).stat().st_mtime_ns == made for name, made in there.items())
+    assert run("--size", 48, "--buckets", 3, "--out", tmp_path / "whole")[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == [*sorted(there), "texts-00002.safetensors", "texts.json"]
+    assert all(path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes() for path in out.iterdir())
 
 
 counts = st.lists(st.integers(1, 12), min_size=1, max_size=7)
