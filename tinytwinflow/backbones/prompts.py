@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 from ..files import damage_named, read_json
 from .families import FAMILIES, diffusers_class
@@ -60,13 +61,19 @@ def encode_text(pipeline, prompts, tokens=None):
         cond = about.encode(pipeline, list(prompts), tokens)
     else:
         own = {name: call[name].default for name in about.own if any(prompts)}
-        options = {**about.options, **own, "device": device, "max_sequence_length": tokens}
-        answer = pipeline.encode_prompt(list(prompts), **options)
+        takes = inspect.signature(pipeline.encode_prompt).parameters
+        if "max_sequence_length" not in takes and tokens != about.tokens:
+            raise ValueError(f"{type(pipeline).__name__} makes prompts of {about.tokens} tokens, not of {tokens}")
+        size = {"max_sequence_length": tokens, "batch_size": len(prompts)}
+        options = {**about.options, **own, **size, "device": device}
+        answer = pipeline.encode_prompt(list(prompts), **{name: options[name] for name in options if name in takes})
         cond = {name: value for name, value in zip(about.outputs, answer) if name}
-        if "pooled" not in cond:
+        if "prompt_mask" in cond or isinstance(cond["prompt_embeds"], list):
             cond["prompt_embeds"], cond["prompt_mask"] = _padded(cond["prompt_embeds"], cond.get("prompt_mask"), tokens)
     for i in cond["prompt_mask"].all(1).nonzero()[:1] if "prompt_mask" in cond else ():
         warnings.warn(f"{prompts[i][:60]!r} fills all {tokens} tokens: what is beyond is cut", stacklevel=2)
+    cond |= {name: value.bool() for name, value in cond.items() if name.endswith("mask")}
+    cond |= about.more(pipeline, len(prompts))
     if getattr(pipeline.transformer.config, "guidance_embeds", False):
         cond["guidance"] = torch.full((len(prompts),), float(call["guidance_scale"].default), device=device)
     return cond
@@ -86,22 +93,28 @@ def _padded(embeds, mask, tokens):
 
 
 def _units(pipeline):
-    """Mean and deviation of latents, a backbone sees (latent - mean) / deviation; and whether there is a frame axis."""
+    """How latents lie: whether with an axis of frames, and whether patches of how many pixels a side are channels; then
+    their mean and deviation: a backbone sees (latent - mean) / deviation.
+    """
     vae, frames = pipeline.vae, pipeline_of(type(pipeline).__name__).frames
+    if hasattr(vae, "bn"):
+        variance = vae.bn.running_var + vae.config["batch_norm_eps"]
+        return frames, 2, vae.bn.running_mean.view(-1, 1, 1), variance.sqrt().view(-1, 1, 1)
     if frames:
         keys = ("latents_mean", "latents_std")
-        return *(torch.tensor(vae.config[key], device=vae.device).view(-1, 1, 1) for key in keys), frames
-    return vae.config.get("shift_factor") or 0.0, 1 / vae.config["scaling_factor"], frames
+        return frames, 1, *(torch.tensor(vae.config[key], device=vae.device).view(-1, 1, 1) for key in keys)
+    return frames, 1, vae.config.get("shift_factor") or 0.0, 1 / vae.config["scaling_factor"]
 
 
 @torch.no_grad()
 def encode_images(x, pipeline):
     """Scaled latents of images in [-1, 1], the middle of the posterior.  (n, 3, H, W) -> (n, C, h, w) float32."""
-    vae, (mean, std, frames) = pipeline.vae, _units(pipeline)
+    vae, (frames, side, mean, std) = pipeline.vae, _units(pipeline)
     x = x.to(vae.device, vae.dtype)
     answer = vae.encode(x[:, :, None] if frames else x)
     latent = answer.latent if hasattr(answer, "latent") else answer.latent_dist.mode()
-    return ((latent[:, :, 0] if frames else latent).float() - mean) / std
+    latent = (latent[:, :, 0] if frames else latent).float()
+    return (nn.functional.pixel_unshuffle(latent, side) - mean) / std
 
 
 def load_decoder(path, device="cpu"):
@@ -129,7 +142,7 @@ def picture_unit(path):
 @torch.no_grad()
 def decode_latents(x, pipeline):
     """Images, about in [-1, 1], from scaled latents: the inverse.  (n, C, h, w) -> (n, 3, H, W) float32."""
-    vae, (mean, std, frames) = pipeline.vae, _units(pipeline)
-    latent = (x.to(vae.device) * std + mean).to(vae.dtype)
+    vae, (frames, side, mean, std) = pipeline.vae, _units(pipeline)
+    latent = nn.functional.pixel_shuffle(x.to(vae.device) * std + mean, side).to(vae.dtype)
     image = vae.decode(latent[:, :, None] if frames else latent).sample
     return (image[:, :, 0] if frames else image).float()

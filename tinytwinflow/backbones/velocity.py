@@ -52,7 +52,8 @@ class Velocity(nn.Module):
         self.r_embedder, self.twin_embedder = (copy.deepcopy(embedder).requires_grad_() for _ in range(2))
         for new in (self.r_embedder, self.twin_embedder):
             last = [layer for layer in new.modules() if isinstance(layer, nn.Linear)][-1]
-            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
         self.train(model.training)
         # bound methods: in a deep copy of this network the hooks are those of the copy
         embedder.register_forward_pre_hook(self._show)
@@ -62,7 +63,8 @@ class Velocity(nn.Module):
     def forward(self, x, t, r, cond=None):
         self.check(x, cond)
         check_times(x, t, r)
-        dtype = next(self.model.get_submodule(self.family.embedder).parameters()).dtype
+        embedder = self.model.get_submodule(self.family.embedder)  # which a model may keep in float32, and says so
+        dtype = getattr(self.model, "dtype", next(embedder.parameters()).dtype)
         cond = {name: cond[name].to(dtype) if self._has_width(name) else cond[name] for name in cond}
         self.now = t.float(), r.float()
         try:
@@ -82,26 +84,30 @@ class Velocity(nn.Module):
 
     def _sinusoids(self, time, dtype):
         time = time * self.family.unit(self.model.config)
-        if self.family.sinusoids is None:
+        make = self.family.sinusoids
+        if make is None:
             return time
-        return self.model.get_submodule(self.family.sinusoids)(time).to(dtype)
+        return (make if callable(make) else self.model.get_submodule(make))(time).to(dtype)
 
     def _show(self, embedder, args):
         """Before the embedder: the time in full precision in place of the one the model made."""
         if self.now is not None:
-            t = self.now[0].to(args[0].device).expand(len(args[0]))
-            return self._sinusoids(self.family.clock(t.abs()), args[0].dtype)
+            rows = self.family.rows(self.model.config, len(args[0]))
+            t = self.now[0].to(args[0].device).expand(rows)
+            return torch.cat([self._sinusoids(self.family.clock(t.abs()), args[0].dtype), args[0][rows:]])
 
     def _add(self, embedder, args, emb):
         """After the embedder: the terms of r and of the twin."""
         if self.now is None:
             return None
-        t, r = (time.to(emb.device).expand(len(emb)) for time in self.now)
+        rows = self.family.rows(self.model.config, len(emb))
+        t, r = (time.to(emb.device).expand(rows) for time in self.now)
         dtype = next(self.r_embedder.parameters()).dtype
-        emb_r = self.r_embedder(self._sinusoids(self.family.second(t, r), dtype))
-        emb_twin = self.twin_embedder(self._sinusoids(self.family.clock(t.abs()), dtype))
-        length, twin = expand(t - r, emb), expand(torch.signbit(t), emb)
-        return (emb.float() + length * emb_r.float() + twin * emb_twin.float()).to(emb.dtype)
+        emb_r = self.r_embedder(self._sinusoids(self.family.second(t, r), dtype)).float()
+        emb_twin = self.twin_embedder(self._sinusoids(self.family.clock(t.abs()), dtype)).float()
+        length, twin = expand(t - r, emb_r), expand(torch.signbit(t), emb_r)
+        whole = emb[:rows].float() + length * emb_r + twin * emb_twin
+        return torch.cat([whole.to(emb.dtype), emb[rows:]])
 
     def check(self, x, cond):
         """Raise ValueError, in one line, for inputs that the model does not take."""

@@ -53,7 +53,11 @@ def load_structure(path, dtype=torch.float32):
     folder, kind, model = _found(path)
     with damage_named(folder, f"no {kind}"):
         structure = model.from_config(read_json(folder / "config.json", "diffusers model"))
-    return Velocity(structure).to(dtype)
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, value in structure.state_dict(keep_vars=True).items():  # of all else the values are not in files
+        if value.is_floating_point():
+            value.data = value.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+    return Velocity(structure)
 
 
 def save_velocity(net, path):
