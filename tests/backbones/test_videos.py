@@ -11,7 +11,7 @@ from test_velocity import given_cond, latents, model_of, net_of
 from tiny_videos import HUNYUAN, LTX, SANA, STABLE, WAN
 
 from tinytwinflow.backbones.families import FAMILIES
-from tinytwinflow.backbones.prompts import encode_text, load_pipeline
+from tinytwinflow.backbones.prompts import encode_text, load_pipeline, picture_unit
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.backbones.velocity_files import load_velocity
 
@@ -124,6 +124,12 @@ def test_conditions_and_latents_are_those_of_the_pipeline(kind, made):
         one = torch.ones(3)
         apart = net(z, one, one, cond) - net(z, one, one, {**cond, **turned})
     assert apart.abs().max() > 0.01, "the prompt matters"
+
+
+@kinds
+def test_images_are_not_embedded_for_what_makes_none(kind, made):
+    with pytest.raises(ValueError, match=f"{FAMILIES[kind].pipelines[0].name} makes no pictures$"):
+        picture_unit(made(kind)[1])
 
 
 def test_each_video_has_its_own_frames_a_second():

@@ -133,10 +133,16 @@ def load_decoder(path, device="cpu"):
 
 
 def picture_unit(path):
-    """What the sides of a pipeline's pictures must be multiples of: its autoencoder's factor times a patch's side."""
+    """What the sides of a pipeline's pictures must be multiples of: its autoencoder's factor times a patch's side.
+
+    Raises ValueError if it makes something else than pictures.
+    """
     pipeline, config = load_decoder(path), read_json(Path(path) / "transformer/config.json", "diffusers pipeline")
-    axes = next(f.axes for f in FAMILIES.values() if any(p.name == type(pipeline).__name__ for p in f.pipelines))
-    return pipeline.vae_scale_factor * axes(config)["H"]
+    kind = type(pipeline).__name__
+    axes = next(f.axes for f in FAMILIES.values() if any(p.name == kind for p in f.pipelines))(config)
+    if [*axes] != ["C", "H", "W"]:
+        raise ValueError(f"{path}: {kind} makes no pictures")
+    return pipeline.vae_scale_factor * _units(pipeline)[1] * axes["H"]
 
 
 @torch.no_grad()
