@@ -66,7 +66,7 @@ def test_sizes_are_looked_at_before_anything_is_encoded(tmp_path):
         Image.new("RGB", (40, 32 + (i < 2))).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a cat")
     assert len(Pairs(tmp_path, 32)) == 3
-    with pytest.raises(ValueError, match="2.png: 40 x 32 pixels, smaller than size 33$"):
+    with pytest.raises(ValueError, match="2.png: 40 x 32 pixels, smaller than 33 x 33$"):
         Pairs(tmp_path, 33)
     (tmp_path / "1.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="1.png: cut short, or not an image"):

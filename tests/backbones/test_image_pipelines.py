@@ -13,7 +13,14 @@ from test_prompts import PROMPTS, letters
 
 from tinytwinflow import attach, sample
 from tinytwinflow.backbones.families import FAMILIES
-from tinytwinflow.backbones.prompts import decode_latents, encode_images, encode_text, load_pipeline
+from tinytwinflow.backbones.prompts import (
+    decode_latents,
+    encode_images,
+    encode_text,
+    load_decoder,
+    load_pipeline,
+    picture_unit,
+)
 from tinytwinflow.backbones.velocity_files import load_velocity
 
 diffusers = pytest.importorskip("diffusers")
@@ -130,6 +137,14 @@ def test_conditions_have_the_names_and_rows_that_the_backbones_take(kind, loaded
 def test_a_length_that_the_pipeline_does_not_take_is_refused(loaded):
     with pytest.raises(ValueError, match=f"^{LONGCAT} makes prompts of 512 tokens, not of 30$"):
         encode_text(loaded(LONGCAT), ["a cat"], 30)
+
+
+@kinds
+def test_the_autoencoder_alone_decodes_and_says_what_sides_are_multiples_of(kind, made, loaded):
+    """All of these halve the sides, and two by two pixels of a latent are a token."""
+    x = torch.randn(1, 16 if kind in (FLUX2, KLEIN) else 4, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(decode_latents(x, load_decoder(made(kind)[1])), decode_latents(x, loaded(kind)))
+    assert picture_unit(made(kind)[1]) == 4
 
 
 @kinds

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tinytwinflow.backbones.captions import Pairs, Texts, embed, read_prompts
+from tinytwinflow.backbones.captions import Pairs, read_prompts
 from tinytwinflow.backbones.families import FAMILIES
 from tinytwinflow.backbones.prompts import decode_latents, encode_images, encode_text, load_pipeline
+from tinytwinflow.backbones.texts import Texts, embed
 from tinytwinflow.data import batches
 from tinytwinflow.data.readers import to_unit
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tinytwinflow import TwinFlowLoss
 from tinytwinflow.backbones import lora
 from tinytwinflow.backbones import states as large
-from tinytwinflow.backbones.captions import Texts
 from tinytwinflow.backbones.families import FAMILIES
+from tinytwinflow.backbones.texts import Texts
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.backbones.velocity_files import load_velocity
 from tinytwinflow.benchmarks import speed_backbone as bench_large

@@ -13,7 +13,7 @@ from tiny_videos import HUNYUAN, LTX, SANA, STABLE, WAN
 from tinytwinflow import attach, sample
 from tinytwinflow.backbones import video_families
 from tinytwinflow.backbones.families import FAMILIES
-from tinytwinflow.backbones.prompts import encode_text, load_pipeline
+from tinytwinflow.backbones.prompts import encode_text, load_pipeline, picture_unit
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.backbones.velocity_files import load_velocity
 
@@ -149,6 +149,12 @@ def test_an_attached_pipeline_makes_what_the_sampler_makes(kind, made):
         found = called(pipeline, z, steps)
         close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
         assert (found - plain).std() > 0.01 * plain.std()
+
+
+@kinds
+def test_images_are_not_embedded_for_what_makes_none(kind, made):
+    with pytest.raises(ValueError, match=f"{FAMILIES[kind].pipelines[0].name} makes no pictures$"):
+        picture_unit(made(kind)[1])
 
 
 def test_each_video_has_its_own_frames_a_second():

@@ -175,7 +175,7 @@ def test_missing_and_damaged_sets_are_named(home, tmp_path):
     refused(r"labels must lie in \[0, 9\], got up to 10", "cifar10", 4, folder=tmp_path, size=32)
 
     pictures = write_folder(tmp_path / "pictures")
-    refused("30 x 24 pixels, smaller than size 32", str(pictures), 12, size=32)
+    refused("30 x 24 pixels, smaller than 32 x 32", str(pictures), 12, size=32)
     whole = (pictures / "class-0" / "0.png").read_bytes()
     wrong_length = whole[:8] + b"\0\0\0\1" + whole[12:]  # of the first chunk: the reader has its own words for it
     for content in (b"not a picture", whole[:200], wrong_length):

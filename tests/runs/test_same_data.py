@@ -14,7 +14,7 @@ from PIL import Image
 from test_commands import SMALL, fails
 
 import tinytwinflow as ttf
-from tinytwinflow.backbones.captions import Texts
+from tinytwinflow.backbones.texts import Texts
 from tinytwinflow.cli.commands import main
 from tinytwinflow.data.batches import known_of, mark_of, spread
 from tinytwinflow.data.given import Stream, Table

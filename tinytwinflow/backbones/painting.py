@@ -79,8 +79,13 @@ def draw_grid(pipeline, prompts, path, nfes=(1, 2, 4), seed=0, **how):
     if not prompts:
         raise ValueError("a grid needs at least one prompt")
     columns = [paint(pipeline, dict(enumerate(prompts)), [0], steps, seed, **how) for steps in nfes]
+    save_grid(path, torch.cat(columns, 1).flatten(0, 1), len(nfes))
+
+
+def save_grid(path, pictures, columns):
+    """Write pictures, bytes (n, 3, H, W), row after row into one PNG."""
     with aside(path) as file:
-        to_pil_image(make_grid(torch.cat(columns, 1).flatten(0, 1), nrow=len(nfes), padding=2)).save(file, "PNG")
+        to_pil_image(make_grid(pictures, nrow=columns, padding=2)).save(file, "PNG")
 
 
 def _check_layout(records, layout, n):

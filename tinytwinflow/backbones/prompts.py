@@ -134,6 +134,34 @@ def encode_images(x, pipeline):
     return (nn.functional.pixel_unshuffle(latent, side) - mean) / std
 
 
+def load_decoder(path, device="cpu"):
+    """A diffusers pipeline folder of which the autoencoder alone is read, in float32: enough for `decode_latents`.
+
+    Raises ValueError if the folder is no pipeline of a family.
+    """
+    index = read_json(Path(path) / "model_index.json", "diffusers pipeline")
+    kind = index.get("_class_name")
+    pipeline_of(kind, path)
+    parts = {name: None for name, about in index.items() if isinstance(about, list)}
+    with damage_named(path, f"no whole {kind}"):
+        vae = diffusers_class(index["vae"][1], path)
+        parts["vae"] = vae.from_pretrained(str(path), subfolder="vae", local_files_only=True, torch_dtype=torch.float32)
+        return diffusers_class(kind, path)(**parts).to(device)
+
+
+def picture_unit(path):
+    """What the sides of a pipeline's pictures must be multiples of: its autoencoder's factor times a patch's side.
+
+    Raises ValueError if it makes something else than pictures.
+    """
+    pipeline, config = load_decoder(path), read_json(Path(path) / "transformer/config.json", "diffusers pipeline")
+    kind = type(pipeline).__name__
+    axes = next(f.axes for f in FAMILIES.values() if any(p.name == kind for p in f.pipelines))(config)
+    if [*axes] != ["C", "H", "W"]:
+        raise ValueError(f"{path}: {kind} makes no pictures")
+    return pipeline.vae_scale_factor * _units(pipeline)[1] * axes["H"]
+
+
 @torch.no_grad()
 def decode_latents(x, pipeline):
     """Images, about in [-1, 1], from scaled latents: the inverse.  (n, C, h, w) -> (n, 3, H, W) float32."""

@@ -97,6 +97,10 @@ def parser():
         "--pipeline", metavar="DIR", required=True, help="diffusers pipeline; its transformer is not read"
     )
     words.add_argument("--size", type=int, help="encode the folder's images too, their middle square of this side")
+    words.add_argument(
+        "--buckets", type=int, default=1, metavar="B",
+        help="in place of squares the nearest of so many ratios: 1:1, 4:3, 3:4, 3:2, 2:3, 16:9, 9:16 (default 1)",
+    )  # fmt: skip
     words.add_argument("--tokens", type=int, help="length of a prompt (default: the pipeline's)")
     words.add_argument("--out", metavar="DIR", default="texts")
     words.add_argument("--device", default="cpu")
@@ -192,7 +196,7 @@ def config_of(args, recipe):
         config["data"] = args.data
     if "data_dir" in config:
         config["data_dir"] = str(Path(args.data_dir or config["data_dir"]).resolve())
-    for key in ("init_from", "features", "vae", "model"):
+    for key in ("init_from", "features", "vae", "model", "validation"):
         kind, path = published_kind(config.get(key, "")) if key == "init_from" else ("", config.get(key, ""))
         if path and path != "classifier":
             config[key] = f"{kind}:" * bool(kind) + str(Path(path).resolve())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..backbones import captions, painting, prompts
+from ..backbones import captions, painting, prompts, texts
 from ..backbones.families import published_names
 from ..benchmarks import checked, compare, memory, pays, plan, report, speed, speed_backbone
 from ..data.given import in_units
@@ -74,7 +74,8 @@ def run_train(args):
     if world is not None and world.rank > 0:
         return
     if "model" in config:
-        print(f"{folder}/samples.png: latents as colours; python -m tinytwinflow paint makes images of prompts")
+        shown = "1, 2, 4 NFE" if config["vae"] else "1, 2, 4 NFE as colours, --set vae=PIPELINE decodes"
+        print(f"{folder}/samples.png: latents at {shown}; python -m tinytwinflow paint makes images of prompts")
     elif measured:
         print(f"{folder} had taken its last step and was measured: python -m tinytwinflow evaluate does so anew")
     elif args.unmeasured:
@@ -193,10 +194,16 @@ def run_memory(args):
 
 
 def run_embed(args):
-    records = captions.read_prompts(args.prompts)
-    pairs = captions.Pairs(args.prompts, args.size) if args.size is not None else None
-    words = pairs.prompts if pairs else [record["prompt"] for record in records]
-    captions.embed(words, prompts.load_pipeline(args.pipeline, device_of(args.device)), args.out, pairs, args.tokens)
+    words, pairs = [record["prompt"] for record in captions.read_prompts(args.prompts)], None
+    if args.size is None and args.buckets != 1:
+        raise ValueError("--buckets are of images: --size S encodes them too")
+    if args.size is not None:
+        sides = captions.bucket_sides(args.size, args.buckets, prompts.picture_unit(args.pipeline))
+        pairs = captions.Pairs(args.prompts, args.size, sides)
+        words = pairs.prompts
+        for (width, height), rows in pairs.buckets.items():
+            print(f"{len(rows)} images of {width} x {height} pixels")
+    texts.embed(words, prompts.load_pipeline(args.pipeline, device_of(args.device)), args.out, pairs, args.tokens)
     print(f"{len(words)} prompts{' and images' if pairs else ''}: {args.out}")
 
 

@@ -26,9 +26,10 @@ class DataSet(Protocol):
     fresh     n, draw -> x, labels to measure against, not more than n; draws 0 and 1 have no sample in common
 
     It may also have batch_size, for the record, null, a condition of one row that stands for none, held_out, False
-    where `fresh` gives samples that are trained on, too, which is said beside what is measured, and count and mark, how
-    many samples there are and a fingerprint of them, by which a run knows its data again. And neighbours, n -> up to n
-    samples, none of draw 1: the nearest of a sample is looked for among them, instead of among those of draw 0.
+    where `fresh` gives samples that are trained on, too, which is said beside what is measured, shapes, all there are
+    where batches differ, `shape` the most frequent, and count and mark, how many samples there are and a fingerprint of
+    them, by which a run knows its data again. And neighbours, n -> up to n samples, none of draw 1: the nearest of a
+    sample is looked for among them, instead of among those of draw 0.
 
     A set of your own, given to `fit` or to `runs.run.begin`:
 
@@ -98,7 +99,7 @@ def read_ahead(data):
         pool.shutdown(cancel_futures=True)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)  # two a bucket
 def _shuffled(n, seed, epoch):
     return torch.randperm(n, generator=seeded(seed, 0, epoch))
 
@@ -108,6 +109,27 @@ def rows_of_step(n, batch_size, step, seed):
     index = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = index.div(n, rounding_mode="floor")
     return torch.cat([_shuffled(n, seed, epoch)[index[epochs == epoch] % n] for epoch in epochs.unique().tolist()])
+
+
+@functools.lru_cache(maxsize=2)
+def _turns(counts):
+    """The order of sum(counts) turns: turn i of n of a group is due at (i + 1/2) / n of the way.  -> groups, turns"""
+    groups = np.repeat(np.arange(len(counts)), counts)
+    turns = np.concatenate([np.arange(n) for n in counts])
+    order = np.argsort((turns + 0.5) / np.repeat(counts, counts), kind="stable")
+    return groups[order], turns[order]
+
+
+def group_of_step(counts, step):
+    """Whose turn a step is, of groups of so many rows, and how many turns the group has had.  -> group, turns
+
+    Among any sum(counts) steps from a multiple of it on each group has as many as it has rows, spread evenly.
+    """
+    if len(counts) == 1:
+        return 0, step
+    groups, turns = _turns(tuple(counts))
+    rounds, at = divmod(step, len(groups))
+    return int(groups[at]), int(rounds * counts[groups[at]] + turns[at])
 
 
 def kept_apart(n, drawn=False):

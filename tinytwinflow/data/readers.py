@@ -146,10 +146,10 @@ def read_picture(path):
     return image.convert("RGB")
 
 
-def refuse_small(path, sides, size):
-    """Raise ValueError if a picture is smaller than size x size.  sides: width, height"""
-    if min(sides) < size:
-        raise ValueError(f"{path}: {sides[0]} x {sides[1]} pixels, smaller than size {size}")
+def refuse_small(path, sides, wanted):
+    """Raise ValueError if a picture is smaller than what is to be cut of it.  sides, wanted: width, height"""
+    if sides[0] < wanted[0] or sides[1] < wanted[1]:
+        raise ValueError(f"{path}: {sides[0]} x {sides[1]} pixels, smaller than {wanted[0]} x {wanted[1]}")
 
 
 def _grey(path, image):
@@ -226,7 +226,7 @@ class Folder:
     def _one(self, row):
         path = self.paths[row]
         image = read_picture(path)
-        refuse_small(path, image.size, self.size)
+        refuse_small(path, image.size, (self.size, self.size))
         return tv.pil_to_tensor(tv.center_crop(tv.resize(image, self.size, antialias=True), self.size))
 
     def read(self, rows, generator):

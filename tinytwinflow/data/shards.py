@@ -28,9 +28,14 @@ def claim(out, path, settings):
     write_json(path, settings)
 
 
-def shard_rows(count, shard, name):
-    """Names of shards, and which of so many rows are in each.  name: "texts-{:05d}.npy"  ->  dict name -> (rows,)"""
-    return {name.format(i): rows for i, rows in enumerate(torch.arange(count).split(shard))}
+def shard_rows(rows, shard, name):
+    """Names of shards, and which rows are in each: up to so many of one group.
+
+    rows: their number, or a tuple of groups (n,).  name: "texts-{:05d}.npy"  ->  dict name -> (rows,)
+    """
+    groups = rows if isinstance(rows, tuple) else (torch.arange(rows),)
+    parts = [part for group in groups for part in group.split(shard)]
+    return {name.format(i): part for i, part in enumerate(parts)}
 
 
 def write_shards(out, index, settings, shards, make, save):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..backbones.captions import LATENTS, Texts
 from ..backbones.states import backbone_state, build_backbone
+from ..backbones.texts import LATENTS, Texts
 from ..data.images import Images
 from ..data.points import Points
 from ..evaluation.features import Classifier, train_classifier

@@ -5,11 +5,14 @@ import sys
 
 import torch
 
+from ..backbones.prompts import decode_latents, load_decoder
 from ..backbones.states import build_backbone
+from ..backbones.texts import read_conditions
 from ..data.batches import known_of, null_of
 from ..data.latents import autoencoder
 from ..evaluation.features import Inception
-from ..files import reason
+from ..files import damage_named, reason
+from ..method.conditions import count_rows
 from ..method.path import same_shape
 from ..method.twin import check_field
 from ..nets import PredictsData
@@ -31,7 +34,12 @@ def refuse_misfits(config, data, net=None, folder=None, measured=True):
         with without_weights():
             net = build_backbone(config, weights=False)
         x, cond = data.batch(0)
-        net.check(x, cond), net.check(x[:1], data.null)
+        net.check(x, cond)
+        for shape in getattr(data, "shapes", [data.shape]):
+            net.check(torch.zeros(1, *shape), data.null)
+        if config["validation"]:
+            cond = read_conditions(config["validation"])
+            net.check(torch.zeros(count_rows(cond), *data.shape), cond)
     elif net is not None:
         if config.get("predicts") == "data" and not isinstance(net, PredictsData):
             raise ValueError(f"{method_of(config)} takes a network that predicts x: net=nets.PredictsData(net)")
@@ -56,7 +64,10 @@ def refuse_misfits(config, data, net=None, folder=None, measured=True):
         if data.shape[0] != 3 and not config.get("vae"):
             raise ValueError(f"Inception takes RGB images, not {data.shape[0]} channels: --set features=classifier")
         del judged
-    if config.get("vae"):
+    if config.get("vae") and "model" in config:
+        with damage_named(config["vae"], f"decodes no latents of shape {tuple(data.shape)}"):
+            decode_latents(torch.zeros(1, *data.shape)[..., :8, :8], load_decoder(config["vae"]))
+    elif config.get("vae"):
         autoencoder(config["vae"])
 
 

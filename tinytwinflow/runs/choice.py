@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..backbones.captions import TEXTS_INDEX
+from ..backbones.texts import TEXTS_INDEX
 from ..data.given import Table, as_data_set
 from ..data.latents import Latents, is_latents
 from ..data.points import is_table

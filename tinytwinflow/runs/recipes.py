@@ -12,7 +12,7 @@ OF_IMAGES = (
     *COMMON, "net", "predicts", "shifted", "size", "data_dir", "flip", "subset", "features", "sample_every",
     "time_shape", "eval_samples",
 )  # fmt: skip
-OF_BACKBONES = (*(name for name in COMMON if name != "muon_lr"), *BACKBONE, "sample_every")
+OF_BACKBONES = (*(name for name in COMMON if name != "muon_lr"), *BACKBONE, "sample_every", "vae")
 FOR_IMAGES = {"conditional": True, "clip_norm": 1.0, "log_every": 10, "eval_samples": 10000}
 
 

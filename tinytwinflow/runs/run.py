@@ -15,20 +15,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..bars import bar, terms_in
 from ..data.batches import known_of, null_of, read_ahead
-from ..evaluation.pictures import draw_one
 from ..files import aside, full_disk_named, write_json
-from ..method.conditions import count_rows, take
 from ..training.checkpoints import NAME, has_checkpoint, keep_state, read_saved, restore_state
 from ..training.distributed import World, first, refuse_graphs
-from ..training.loop import ASTRAY, OPTIONS, autocast, read_terms, train
+from ..training.loop import ASTRAY, OPTIONS, read_terms, train
 from ..training.state import State
 from .build import data_of, state_of
 from .checks import refuse_misfits, same_data
-from .folder import Trained, read_config, read_log, sampled
+from .drawing import draw_look, look
+from .folder import Trained, read_config, read_log
 from .settings import loss_of
 
 RESULTS = ("metrics.json", "samples.png")  # of a measured run, in the order in which they are written
@@ -221,18 +218,6 @@ def _leave(run, record):
             file.write(json.dumps(record) + "\n")
     x, final = None, "model" in config and last  # of others, `evaluate` draws the last
     if final or step % config.get("sample_every", config["steps"] + 1) == 0:
-        x, name = look(run), "samples.png" if final else f"samples-{step:06d}.png"
-        if run.writes:
-            draw_one(run.folder / name, x.numpy(), f"step {step}, 1 NFE")
+        x = draw_look(run, "samples.png" if final else f"samples-{step:06d}.png")
     if step % config["checkpoint_every"] == 0 or last:
         run.keep(x)
-
-
-def look(run):
-    """One-step samples as they are now: of a few prompts, or of each label."""
-    n, cond = 64, torch.arange(64) % run.data.classes if run.config["conditional"] and run.data.classes else None
-    if run.config["conditional"] and not run.data.classes:
-        cond = take((run.data.batch(0) if hasattr(run.data, "null") else run.data.fresh(4))[1], slice(0, 4))
-        n = count_rows(cond)
-    with autocast(run.device, run.config["precision"]):  # as in training, so that nothing is compiled for it
-        return sampled(run.state.average, n, run.data.shape, 1, "any", run.config["seed"], cond, run.device)

@@ -62,7 +62,7 @@ MEASURING = {
     ),
     "eval_samples": setting(20000, "samples that are measured", "[2, inf)", unit="samples"),
     "features": setting("classifier", "what judges images: a classifier trained here, or a file of Inception v3"),
-    "vae": setting("", "autoencoder that decodes latents for Inception and for pictures"),
+    "vae": setting("", "autoencoder that decodes latents for Inception and for pictures; of a backbone, its pipeline"),
 }
 BACKBONE = {
     "model": setting("model", "folder of a diffusers flow transformer, or of a pipeline with one"),
@@ -73,6 +73,7 @@ BACKBONE = {
         "adamw", "adafactor: inside the backward pass, for all parameters", choices=("adamw", "adafactor")
     ),
     "latents": setting([], "shape of a latent, where the data hold none"),
+    "validation": setting("", "prompts that pictures are drawn of, a folder of texts; none: four that are trained on"),
 }
 GROUPS = {
     "data": DATA, "network": NETWORK, "training": TRAINING, "loss (method twinflow)": LOSS, "many processes": PLACING,
