@@ -1,7 +1,7 @@
 """Backbones: the flow transformers of diffusers.
 
-Rooms, in reading order: family, image_families, families, velocity, velocity_files, lora, lora_files, states, prompts,
-captions, painting.
+Rooms, in reading order: family, image_families, families, velocity, quantised, velocity_files, lora, lora_files,
+states, prompts, captions, painting.
 May import: training, data, nets, method, files, ranges, bars.
 """
 
@@ -14,12 +14,13 @@ from . import (
     lora_files,
     painting,
     prompts,
+    quantised,
     states,
     velocity,
     velocity_files,
 )
 
 __all__ = [
-    "captions", "families", "family", "image_families", "lora", "lora_files", "painting", "prompts", "states",
-    "velocity", "velocity_files",
+    "captions", "families", "family", "image_families", "lora", "lora_files", "painting", "prompts", "quantised",
+    "states", "velocity", "velocity_files",
 ]  # fmt: skip

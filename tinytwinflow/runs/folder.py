@@ -124,7 +124,7 @@ def painter(folder, device="cpu"):
     """
     where = str(Path(folder).resolve())
     if not (Path(folder) / "log.jsonl").exists():
-        return load_velocity(folder, torch.bfloat16).to(device).requires_grad_(False), None, where
+        return load_velocity(folder, torch.bfloat16, frozen=True).to(device).requires_grad_(False), None, where
     net, config, shape, step = backbone_of(folder)
     return states.view(net.to(device), config), shape, f"{where}, step {step}"
 

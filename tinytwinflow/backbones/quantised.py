@@ -1,0 +1,119 @@
+"""Quantised backbones: frozen weights of 4 or 8 bits, as diffusers loads them, under adapters that learn.
+
+nf4 is of bitsandbytes, int8 and float8 are of torchao. All linear layers are quantised but for the MLP that embeds the
+time: what is new in a `Velocity` begins as a copy of it, and learns.
+"""
+
+import importlib.util
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..files import damage_named, read_json
+
+PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "float8": "torchao"}
+QUANTIZE = ("none", *PACKAGES)
+TORCHAO = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}
+NF4_BLOCK, NF4_GROUP = 64, 256  # weights that share a scale, and scales that share one
+
+
+def quantisation(folder, quantize, frozen, embedder="", dtype=torch.bfloat16):
+    """Whether the weights of a diffusers folder are quantised once loaded, and what `from_pretrained` is told for it.
+
+    quantize: one of QUANTIZE; frozen: whether no weights learn and each process holds them whole; embedder: path of
+    what is not quantised; dtype: of the rest and of products. Raises ValueError for weights that are to learn, a
+    package that is missing, a folder that is quantised in another way or is to be quantised twice.  -> bool, dict
+    """
+    there = read_json(folder / "config.json", "diffusers model").get("quantization_config")
+    kind = quantize
+    if there:
+        with damage_named(folder / "config.json", "no quantization_config of diffusers"):
+            kind = _kind_of(dict(there))
+        if kind is None:
+            ways = "bitsandbytes in 4 bits, or torchao's " + " or ".join(TORCHAO.values())
+            raise ValueError(f"{folder}: its weights are quantised in a way not known here: {ways}")
+    if kind == "none":
+        return False, {}
+    if not frozen:
+        where = f"{folder}: its weights are quantised (quantization_config)" if there else f"quantize={quantize}"
+        raise ValueError(f"{where}: such do not learn and stay whole: --set lora_rank=64 parallel=ddp")
+    if importlib.util.find_spec(PACKAGES[kind]) is None:
+        where = f"{folder}: its weights are {kind} and need" if there else f"quantize={kind} needs"
+        raise ValueError(f"{where} {PACKAGES[kind]}: pip install 'tinytwinflow[quantized]'")
+    if there and quantize != "none":
+        raise ValueError(f"{folder}: its weights are quantised already, as {kind}: --set quantize=none")
+    return True, {} if there else {"quantization_config": _config_for(kind, embedder, dtype)}
+
+
+def _kind_of(about):
+    """What a quantization_config is, in our words; None if it is something else."""
+    if about["quant_method"] == "bitsandbytes":
+        return "nf4" if about.get("load_in_4bit") or about.get("_load_in_4bit") else None
+    if about["quant_method"] == "torchao":
+        return {name: kind for kind, name in TORCHAO.items()}.get(about["quant_type"]["default"]["_type"])
+    return None
+
+
+def _config_for(kind, embedder, dtype):
+    """The settings of diffusers for a kind."""
+    import diffusers
+
+    if kind == "nf4":
+        more = {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": [embedder]}
+        return diffusers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **more
+        )
+    from torchao import quantization
+
+    return diffusers.TorchAoConfig(getattr(quantization, TORCHAO[kind])(), modules_to_not_convert=[embedder])
+
+
+def make_trainable(model, embedder, dtype):
+    """Make a model that was loaded quantised fit to be trained under, in place: its time embedder in floats."""
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # of bitsandbytes: on a CPU it would pack weights at a call without gradient, and from then on give none
+            layer.support_avx512bf16_for_cpu = False
+    outer = model.get_submodule(embedder)
+    for name, layer in [*outer.named_modules()]:
+        if hasattr(layer, "weight") and _is_quantised(layer.weight):
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            plain.weight, plain.bias = nn.Parameter(_floats(layer.weight, dtype)), layer.bias
+            outer.set_submodule(name, plain)
+    outer.to(dtype)
+
+
+def _is_quantised(weight):
+    return hasattr(weight, "quant_state") or is_traceable_wrapper_subclass(weight)
+
+
+def _floats(weight, dtype):
+    """The numbers that a quantised weight stands for, in floats."""
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    return weight.dequantize().to(dtype)
+
+
+def is_finite(value):
+    """Whether all numbers of a tensor are, quantised ones and their scales, too."""
+    if is_traceable_wrapper_subclass(value):
+        return all(is_finite(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return bool((value.float() if value.element_size() == 1 else value).isfinite().all())
+
+
+def bytes_of_weight(kind, rows, columns):
+    """Bytes that a quantised matrix takes, its scales included.
+
+    nf4: half a byte a number, a byte for 64 and 4 more for 256 of those, and two tables of 16 and 256 numbers and an
+    offset, in float32; int8 and float8: a byte a number and 4 a row, int8 one more for its zero.
+
+    >>> [round(bytes_of_weight(kind, 3072, 3072) / 3072**2, 4) for kind in PACKAGES]
+    [0.516, 1.0016, 1.0013]
+    """
+    if kind == "nf4":
+        blocks = -(-rows * columns // NF4_BLOCK)
+        return -(-rows * columns // 2) + blocks + 4 * (-(-blocks // NF4_GROUP) + 16 + 256 + 1)
+    return rows * columns + rows * (5 if kind == "int8" else 4)
