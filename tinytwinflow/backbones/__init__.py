@@ -1,7 +1,7 @@
 """Backbones: the flow transformers of diffusers.
 
 Rooms, in reading order: family, image_families, families, velocity, quantised, velocity_files, lora, lora_files,
-states, prompts, captions, painting.
+first_adapters, states, prompts, captions, painting.
 May import: training, data, nets, method, files, ranges, bars.
 """
 
@@ -9,6 +9,7 @@ from . import (
     captions,
     families,
     family,
+    first_adapters,
     image_families,
     lora,
     lora_files,
@@ -21,6 +22,6 @@ from . import (
 )
 
 __all__ = [
-    "captions", "families", "family", "image_families", "lora", "lora_files", "painting", "prompts", "quantised",
-    "states", "velocity", "velocity_files",
+    "captions", "families", "family", "first_adapters", "image_families", "lora", "lora_files", "painting", "prompts",
+    "quantised", "states", "velocity", "velocity_files",
 ]  # fmt: skip

@@ -6,7 +6,6 @@ time: what is new in a `Velocity` begins as a copy of it, and learns.
 
 import importlib.util
 
-import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -18,12 +17,11 @@ TORCHAO = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}
 NF4_BLOCK, NF4_GROUP = 64, 256  # weights that share a scale, and scales that share one
 
 
-def quantisation(folder, quantize, frozen, embedder="", dtype=torch.bfloat16):
-    """Whether the weights of a diffusers folder are quantised once loaded, and what `from_pretrained` is told for it.
+def kept_in(folder, quantize, frozen):
+    """What the weights of a diffusers folder are kept in once loaded, "none" if as they are, and whether in the folder.
 
-    quantize: one of QUANTIZE; frozen: whether no weights learn and each process holds them whole; embedder: path of
-    what is not quantised; dtype: of the rest and of products. Raises ValueError for weights that are to learn, a
-    package that is missing, a folder that is quantised in another way or is to be quantised twice.  -> bool, dict
+    quantize: one of QUANTIZE. frozen: whether no weights learn and each process holds all of them. Raises ValueError if
+    they are quantised and not frozen, or in another way than is known here, or are to be quantised twice.
     """
     there = read_json(folder / "config.json", "diffusers model").get("quantization_config")
     kind = quantize
@@ -32,18 +30,13 @@ def quantisation(folder, quantize, frozen, embedder="", dtype=torch.bfloat16):
             kind = _kind_of(dict(there))
         if kind is None:
             ways = "bitsandbytes in 4 bits, or torchao's " + " or ".join(TORCHAO.values())
-            raise ValueError(f"{folder}: its weights are quantised in a way not known here: {ways}")
-    if kind == "none":
-        return False, {}
-    if not frozen:
-        where = f"{folder}: its weights are quantised (quantization_config)" if there else f"quantize={quantize}"
-        raise ValueError(f"{where}: such do not learn and stay whole: --set lora_rank=64 parallel=ddp")
-    if importlib.util.find_spec(PACKAGES[kind]) is None:
-        where = f"{folder}: its weights are {kind} and need" if there else f"quantize={kind} needs"
-        raise ValueError(f"{where} {PACKAGES[kind]}: pip install 'tinytwinflow[quantized]'")
+            raise ValueError(f"{folder}: its weights are quantised in a way not known here, which are {ways}")
+    if kind != "none" and not frozen:
+        where = f"{folder}: its weights are quantised (quantization_config)" if there else f"quantize={kind}"
+        raise ValueError(f"{where}, and such do not learn and stay whole: --set lora_rank=64 parallel=ddp")
     if there and quantize != "none":
         raise ValueError(f"{folder}: its weights are quantised already, as {kind}: --set quantize=none")
-    return True, {} if there else {"quantization_config": _config_for(kind, embedder, dtype)}
+    return kind, bool(there)
 
 
 def _kind_of(about):
@@ -55,18 +48,26 @@ def _kind_of(about):
     return None
 
 
-def _config_for(kind, embedder, dtype):
-    """The settings of diffusers for a kind."""
+def quantisation(kind, embedder, dtype):
+    """The quantization_config that `from_pretrained` of diffusers is given for a kind.
+
+    embedder: path of what is not quantised. dtype: of the rest and of products.
+    """
     import diffusers
 
     if kind == "nf4":
-        more = {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": [embedder]}
-        return diffusers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **more
-        )
+        how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        how |= {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": [embedder]}
+        return diffusers.BitsAndBytesConfig(**how)
     from torchao import quantization
 
     return diffusers.TorchAoConfig(getattr(quantization, TORCHAO[kind])(), modules_to_not_convert=[embedder])
+
+
+def check_package(kind):
+    """Raise ValueError if the package of a kind is not installed."""
+    if importlib.util.find_spec(PACKAGES[kind]) is None:
+        raise ValueError(f"weights in {kind} need {PACKAGES[kind]}: pip install 'tinytwinflow[quantized]'")
 
 
 def make_trainable(model, embedder, dtype):

@@ -8,7 +8,7 @@ import torch
 
 from ..files import aside, damage_named, fill, read_json
 from .families import diffusers_class, family_of
-from .quantised import is_finite, make_trainable, quantisation
+from .quantised import check_package, is_finite, kept_in, make_trainable, quantisation
 from .velocity import Velocity
 
 EXTRA, WEIGHTS_FILE = "twinflow.safetensors", "diffusion_pytorch_model.safetensors"
@@ -26,20 +26,24 @@ def load_velocity(path, dtype=torch.float32, quantize="none", frozen=False):
     """
     folder, kind, model = _found(path)
     embedder = family_of(kind, folder).embedder
-    quantised, more = quantisation(folder, quantize, frozen, embedder, dtype)
-    if not quantised or more:
+    kept, already = kept_in(folder, quantize, frozen)
+    if kept != "none":
+        check_package(kept)
+    if not already:
         _refuse_strange_numbers(folder)
     from diffusers.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # it would warn that the extra embedders are not used; errors we raise
-    how = {"local_files_only": True, "torch_dtype": dtype, "output_loading_info": True, **more}
+    how = {"local_files_only": True, "torch_dtype": dtype, "output_loading_info": True}
+    if kept != "none" and not already:
+        how["quantization_config"] = quantisation(kept, embedder, dtype)
     try:
         with damage_named(folder, f"no {kind}"):
             model, about = model.from_pretrained(folder, **how)
     finally:
         logging.set_verbosity(level)
-    if quantised:
+    if kept != "none":
         make_trainable(model, embedder, dtype)
     net = Velocity(model)
     strange = [name for name in about["unexpected_keys"] if not name.startswith(net.family.roots())]
@@ -60,7 +64,7 @@ def load_structure(path, dtype=torch.float32, quantize="none", frozen=False):
     ValueError as that does.
     """
     folder, kind, model = _found(path)
-    quantisation(folder, quantize, frozen)
+    kept_in(folder, quantize, frozen)
     with damage_named(folder, f"no {kind}"):
         structure = model.from_config(read_json(folder / "config.json", "diffusers model"))
     return Velocity(structure).to(dtype)

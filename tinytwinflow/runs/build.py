@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..backbones.captions import LATENTS, Texts
+from ..backbones.first_adapters import begin_at
 from ..backbones.states import backbone_state, build_backbone
 from ..data.images import Images
 from ..data.points import Points
@@ -111,11 +112,10 @@ def first_net(config, data, weights=True, fresh=True):
     """The network as a run's seed makes it, and its first weights if it is fresh; weights=False: structure alone."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(config["seed"])
-        if "model" in config:
-            return build_backbone(config, weights)
-        net = net_of(config, data.shape, data.classes)
+        backbone = "model" in config
+        net = build_backbone(config, weights) if backbone else net_of(config, data.shape, data.classes)
     if weights and fresh and config["init_from"]:
-        first_weights(net, config["init_from"])
+        (begin_at if backbone else first_weights)(net, config["init_from"])
     return net
 
 
@@ -161,7 +161,7 @@ def state_of(config, data, device="cpu", world=None, fresh=True, net=None):
         more["features"] = features_for(loss, config, data, device, fresh)
         state = new_state(net, config["lr"], seed=config["seed"], **more)
     if in_pieces and (fresh or config.get("lora_rank")):  # a checkpoint of adapters does not hold the backbone
-        deal_out(state.net, first_net(config, data).state_dict() if world.rank == 0 else {})
+        deal_out(state.net, first_net(config, data, fresh=fresh).state_dict() if world.rank == 0 else {})
         state.restart()
     elif world is not None and not in_pieces:
         state.call = as_copies(state.net, device)

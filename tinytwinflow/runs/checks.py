@@ -5,6 +5,7 @@ import sys
 
 import torch
 
+from ..backbones.first_adapters import begin_at
 from ..backbones.states import build_backbone
 from ..data.batches import known_of, null_of
 from ..data.latents import autoencoder
@@ -30,6 +31,8 @@ def refuse_misfits(config, data, net=None, folder=None, measured=True):
     if "model" in config:
         with without_weights():
             net = build_backbone(config, weights=False)
+        if config["init_from"]:
+            begin_at(net, config["init_from"])
         x, cond = data.batch(0)
         net.check(x, cond), net.check(x[:1], data.null)
     elif net is not None:

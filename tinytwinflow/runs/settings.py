@@ -30,7 +30,9 @@ NETWORK = {
     "predicts": setting("velocity", "what the network answers with", choices=("velocity", "data")),
     "shifted": setting(False, "whether it knows each condition twice, see `nets.shifted`: the fakes of apex are there"),
     "epsilon": setting(False, "the DiT's published weights predict noise; its answer is translated"),
-    "init_from": setting("", "first weights: a run's folder, a checkpoint, sit:FILE or dit:FILE, published ones"),
+    "init_from": setting(
+        "", "first weights: a run's folder, a checkpoint, sit:FILE or dit:FILE, published ones; of adapters, a LoRA"
+    ),
 }
 TRAINING = {
     "seed": setting(0, "of weights, batches and noise", "[0, 9223372036854775807]"),
