@@ -30,7 +30,7 @@ def load_velocity(path, dtype=torch.float32, quantize="none", frozen=False):
     if kept != "none":
         check_package(kept)
     if not already:
-        _refuse_strange_numbers(folder)
+        _refuse_strange_numbers(folder, closely=kept != "none")
     from diffusers.utils import logging
 
     level = logging.get_verbosity()
@@ -102,14 +102,18 @@ def _found(path):
     return folder, kind, diffusers_class(kind, folder)
 
 
-def _refuse_strange_numbers(folder):
-    """Raise ValueError that names the first tensor of a kind of number that does not learn: it would be cast."""
+def _refuse_strange_numbers(folder, closely=False):
+    """Raise ValueError that names the first tensor of a kind of number that does not learn: it would be cast. closely:
+    or that is not finite, which quantising hides.
+    """
     for path in _weight_files(folder):
         with _opened(path) as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
-        for name, kind in kinds.items():
-            if kind not in LEARN:
-                raise ValueError(f"{path}: {name} is {kind}, and weights to learn from are {', '.join(LEARN)}")
+            for name, kind in kinds.items():
+                if kind not in LEARN:
+                    raise ValueError(f"{path}: {name} is {kind}, and weights to learn from are {', '.join(LEARN)}")
+                if closely and not file.get_tensor(name).isfinite().all():
+                    raise ValueError(f"{path}: weight {name} holds NaN or infinity")
 
 
 def _extra_tensors(net, with_twin=True):
