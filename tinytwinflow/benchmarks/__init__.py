@@ -1,9 +1,9 @@
 """Benchmarks: what methods give and what they cost.
 
-Rooms, in reading order: speed, memory, calls, plan, compare, pays, speed_backbone, pieces, report.
+Rooms, in reading order: speed, memory, calls, few_bits, plan, compare, pays, speed_backbone, pieces, report.
 May import: runs, backbones, evaluation, training, data, peers, nets, method, files, ranges, bars.
 """
 
-from . import calls, compare, memory, pays, pieces, plan, report, speed, speed_backbone
+from . import calls, compare, few_bits, memory, pays, pieces, plan, report, speed, speed_backbone
 
-__all__ = ["calls", "compare", "memory", "pays", "pieces", "plan", "report", "speed", "speed_backbone"]
+__all__ = ["calls", "compare", "few_bits", "memory", "pays", "pieces", "plan", "report", "speed", "speed_backbone"]
