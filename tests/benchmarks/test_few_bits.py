@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from tinytwinflow.backbones import quantised, states
-from tinytwinflow.backbones.velocity import Velocity
+from tinytwinflow.backbones import states
 from tinytwinflow.backbones.velocity_files import load_velocity
-from tinytwinflow.benchmarks import calls, plan
+from tinytwinflow.benchmarks import calls
 from tinytwinflow.benchmarks.calls import Call
 from tinytwinflow.benchmarks.few_bits import keep_in
 from tinytwinflow.training.distributed import forget

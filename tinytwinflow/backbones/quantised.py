@@ -105,6 +105,14 @@ def is_finite(value):
     return bool((value.float() if value.element_size() == 1 else value).isfinite().all())
 
 
+def refuse_copies(net):
+    """Raise ValueError if a network has weights of torchao, which DDP cannot compare between its processes."""
+    if any(is_traceable_wrapper_subclass(weight) for weight in net.parameters()):
+        raise ValueError(
+            "int8 and float8 weights train on one process: start it without torchrun, or --set quantize=nf4"
+        )
+
+
 def bytes_of_weight(kind, rows, columns):
     """Bytes that a quantised matrix takes, its scales included.
 

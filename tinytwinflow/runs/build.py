@@ -8,6 +8,7 @@ import torch
 
 from ..backbones.captions import LATENTS, Texts
 from ..backbones.first_adapters import begin_at
+from ..backbones.quantised import refuse_copies
 from ..backbones.states import backbone_state, build_backbone
 from ..data.images import Images
 from ..data.points import Points
@@ -153,6 +154,8 @@ def state_of(config, data, device="cpu", world=None, fresh=True, net=None):
     if net is None:
         with without_weights() if in_pieces else nullcontext():
             net = first_net(config, data, weights=not in_pieces, fresh=fresh)
+    if world is not None and not in_pieces:
+        refuse_copies(net)
     net = net if in_pieces else net.to(device)
     if "model" in config:
         state = backbone_state(net, config, place)
