@@ -22,11 +22,12 @@ from .method.losses import Losses, TwinFlowLoss
 from .method.samplers import sample, time_grid
 from .method.twin import gap, generate, twin_velocities
 from .model import Model, fit, load
+from .runs.folder import attach
 
 __version__ = "0.1.0"
 __all__ = [
     "Draws", "GaussianMixture", "Losses", "Model", "TwinFlowLoss", "Twins",
-    "fit", "gap", "generate", "load", "sample", "time_grid", "twin_velocities",
+    "attach", "fit", "gap", "generate", "load", "sample", "time_grid", "twin_velocities",
     "backbones", "bars", "benchmarks", "data", "evaluation", "files", "method", "nets", "peers", "ranges", "runs",
     "training",
 ]  # fmt: skip

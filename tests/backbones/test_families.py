@@ -10,6 +10,7 @@ from tinytwinflow.backbones import families, family, states
 from tinytwinflow.backbones.families import FAMILIES, published_names
 from tinytwinflow.backbones.family import Configuration, Family
 from tinytwinflow.backbones.velocity import Velocity
+from tinytwinflow.benchmarks.calls import condition_for, named_structure
 from tinytwinflow.benchmarks.speed_backbone import bench_backbone
 from tinytwinflow.cli.commands import main
 
@@ -80,3 +81,17 @@ def test_a_published_name_belongs_to_one_family():
     assert len(published_names()) == len(set(published_names())) >= 5
     with pytest.raises(ValueError, match="unknown backbone 'vit': choose from sd3.5-large, "):
         families.published_backbone("vit")
+
+
+@pytest.mark.parametrize(
+    "name, billions",
+    {"flux.2": 32, "flux.2-klein-4b": 3.9, "chroma": 8.9, "auraflow-0.3": 6.8, "longcat-image": 6.3,
+     "ovis-image-7b": 7.4}.items(),
+)  # fmt: skip
+def test_a_published_model_has_as_many_parameters_as_they_say_and_takes_its_usual_sample(name, billions):
+    pytest.importorskip("diffusers")
+    net, about = named_structure(name)
+    assert sum(p.numel() for p in net.model.parameters()) == pytest.approx(billions * 1e9, rel=0.01)
+    x, cond = torch.empty(1, *about.latents, device="meta"), condition_for(net, 1, about.tokens)
+    net.check(x, cond)
+    net.family.inputs(net.model, x, torch.ones(1), cond)

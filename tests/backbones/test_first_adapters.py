@@ -145,7 +145,7 @@ def test_what_is_written_here_is_read_whole(tmp_path):
     states.adapt(net, 3)
     for value in lora.adapter_state(net).values():
         value += 0.1 * torch.randn(value.shape, generator=draw)
-    lora_files.save_adapters(net, tmp_path / "own.safetensors")
+    lora_files.write_adapters(lora_files.adapter_file(net), tmp_path / "own.safetensors")
     other = begun(SD3, tmp_path / "own.safetensors", layers=())
     x, t, _, cond = seen(net)
     for r in (t, 0 * t):

@@ -265,7 +265,7 @@ def test_sharded_blocks(tmp_path):
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(a.full_tensor(), b) for a, b in zip(*(state.values() for state in states)))
         for each, name in ((net, "pieces"), (plain, "whole")):
-            lora_files.save_adapters(each, tmp_path / name)
+            lora_files.write_adapters(lora_files.adapter_file(each), tmp_path / name)
         pieces, whole = (load_file(tmp_path / name) for name in ("pieces", "whole"))
         assert pieces.keys() == whole.keys() and all(torch.equal(pieces[name], whole[name]) for name in whole)
     finally:
@@ -386,7 +386,7 @@ def test_diffusers_reads_our_file(kind, tmp_path):
     net, here = backbone(kind)
     plain, bare = copy.deepcopy(net), copy.deepcopy(net.model)
     lora.add(net, layers, rank=2, alpha=5.0, also=["r_embedder"])
-    lora_files.save_adapters(stir(net), tmp_path / "pytorch_lora_weights.safetensors")
+    lora_files.write_adapters(lora_files.adapter_file(stir(net)), tmp_path / "pytorch_lora_weights.safetensors")
     assert torch.equal(lora.original(net)(*here), plain(*here))
     plain.model.load_lora_adapter(tmp_path, weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
     theirs = plain(*here)
@@ -395,7 +395,7 @@ def test_diffusers_reads_our_file(kind, tmp_path):
     names = {name for name in names_in(tmp_path) if name.startswith("transformer.")}
     assert {name.rsplit(".", 2)[1] for name in names} == {"lora_A", "lora_B"}
     lora.add(bare, layers, rank=2, alpha=5.0)
-    lora_files.save_adapters(bare, tmp_path / "pytorch_lora_weights.safetensors")
+    lora_files.write_adapters(lora_files.adapter_file(bare), tmp_path / "pytorch_lora_weights.safetensors")
     assert names_in(tmp_path) == names, "a wrapper leaves no trace in the names"
 
 
@@ -415,7 +415,7 @@ def test_a_pipeline_takes_our_file(tmp_path):
     net, here = backbone("sd3")
     plain = copy.deepcopy(net)
     lora.add(net, ["attn.to_q", "attn.to_v"], rank=2, alpha=5.0, also=["r_embedder"])
-    lora_files.save_adapters(stir(net), tmp_path / "a.safetensors")
+    lora_files.write_adapters(lora_files.adapter_file(stir(net)), tmp_path / "a.safetensors")
     parts = dict.fromkeys(["vae", "text_encoder", "text_encoder_2", "text_encoder_3"])
     parts |= dict.fromkeys(["tokenizer", "tokenizer_2", "tokenizer_3"])
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()

@@ -1,8 +1,11 @@
 """Families: all kinds of flow transformers that are known, by the name of their class in diffusers."""
 
+from .audio_families import SOUNDS
 from .image_families import IMAGES
+from .more_image_families import MORE_IMAGES
+from .video_families import VIDEOS
 
-FAMILIES = {**IMAGES}
+FAMILIES = {**IMAGES, **MORE_IMAGES, **VIDEOS, **SOUNDS}
 
 
 def family_of(kind, where):

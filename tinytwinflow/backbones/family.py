@@ -81,6 +81,8 @@ class Pipeline:
     own: tuple = ()  # arguments that it fills in itself when it makes a picture, but not for the empty prompt
     frames: bool = False  # whether its autoencoder is one of videos: an axis of frames, a mean and deviation a channel
     plain: dict = field(default_factory=dict)  # arguments of a call that switch off guidance, and what changes sizes
+    encode: Callable | None = None  # (pipeline, prompts, tokens) -> conditions, where its encode_prompt needs more
+    more: Callable = lambda pipeline, n: {}  # (pipeline, n) -> conditions of n rows that are not of the prompt
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Family:
     """
 
     embedder: str  # path of the MLP that embeds the time; what it is given has the precision of its weights
-    sinusoids: str | None  # path of the module that turns a time into the MLP's input; None if the MLP does so itself
+    sinusoids: str | Callable | None  # makes the MLP's input of times: path of a module, a function, or the MLP itself
     inputs: Callable  # (model, x, t, cond) -> the arguments of the model; the value of t given here is not used
     cond: dict  # name of a condition -> its axes
     blocks: tuple = ("transformer_blocks",)  # paths of the lists of transformer blocks, in the order of use
@@ -114,6 +116,7 @@ class Family:
     clock: Callable = lambda t: t  # what the model calls the time |t|
     unit: Callable = lambda config: 1000.0  # config -> what the sinusoids expect for the time 1
     second: Callable = lambda t, r: r  # what emb_r is shown; the authors' published weights are for these
+    rows: Callable = lambda config, n: n  # how many of the n rows to embed are x's: behind are conditions', at time 0
     off: tuple = ()  # names in the model's config that must be None or False: other variants, called in other ways
     pipelines: tuple = ()  # how words and pictures are encoded, first those of a prompt; without, it is done elsewhere
     published: dict = field(default_factory=dict)  # name, as --net takes it, -> Configuration

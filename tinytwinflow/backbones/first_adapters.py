@@ -12,11 +12,11 @@ from pathlib import Path
 from ..files import damage_named, fill, read_json
 from . import lora
 from .families import diffusers_class
+from .lora_files import ADAPTERS_FILE, LAYERS, LORA_KEY, WHOLE
 
-NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # in folders of diffusers and of PEFT
-PEFT_ABOUT, IN_FILE = "adapter_config.json", "lora_adapter_metadata"  # where rank and alpha are said
+NAMES = (ADAPTERS_FILE, "adapter_model.safetensors")  # in folders of diffusers and of PEFT
+PEFT_ABOUT = "adapter_config.json"  # where PEFT says rank and alpha
 PART = re.compile(r"(?:base_model\.model\.|transformer\.|unet\.)*(.+?)\.(?:(lora_[AB])(?:\.default)?\.weight|alpha)")
-WHOLE = "lora_also."
 
 
 def begin_at(net, path):
@@ -41,7 +41,7 @@ def begin_at(net, path):
     for layer, parts in layers.items():
         scale = _scale(layer, parts, about) * net.lora.rank / net.lora.alpha
         for part, value in (("lora_A", parts["lora_A"]), ("lora_B", parts["lora_B"] * scale)):
-            weights[f"transformer.{layer}.{part}.weight"] = value
+            weights[f"{LAYERS}{layer}.{part}.weight"] = value
     fill({name: p for name, p in own.items() if whole or not name.startswith(WHOLE)}, weights, path)
     lora.move_average(net, 0.0)
 
@@ -52,8 +52,8 @@ def _read(path):
 
     with damage_named(path, "no safetensors file, or a damaged one"), safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        about = json.loads((file.metadata() or {}).get(IN_FILE, "{}"))
-        about = {name.removeprefix("transformer."): value for name, value in about.items()}
+        about = json.loads((file.metadata() or {}).get(LORA_KEY, "{}"))
+        about = {name.removeprefix(LAYERS): value for name, value in about.items()}
     if not about and (path.parent / PEFT_ABOUT).is_file():
         about = read_json(path.parent / PEFT_ABOUT, "settings of PEFT")
     return tensors, about

@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+from torch import nn
 
 from .family import Configuration, Family, Pipeline, pack, packed_axes, packed_out, unpack
 
@@ -17,19 +18,37 @@ def _sana(model, x, t, cond):
     return {"hidden_states": x, "timestep": t, **text}
 
 
+def _pictures(x, cond):
+    """The picture in the making and, if there is one, that to edit."""
+    return [x, cond["source"]] if "source" in cond else [x]
+
+
+def _tokens(pictures):
+    return torch.cat([pack(picture) for picture in pictures], dim=1)
+
+
+def _first(tokens, x):
+    """The answer for x, that for the picture to edit cut off."""
+    return unpack(tokens[:, : x.shape[2] * x.shape[3] // 4], x)
+
+
 def _flux(model, x, t, cond):
-    rows, columns = (torch.arange(size // 2, device=x.device) for size in x.shape[2:])
-    at = torch.stack(torch.meshgrid(torch.zeros_like(rows[:1]), rows, columns, indexing="ij"), dim=-1)
-    ids = {"img_ids": at.flatten(0, 2).float()}
-    ids["txt_ids"] = torch.zeros(cond["prompt_embeds"].shape[1], 3, device=x.device)
-    return {**_sd3(model, pack(x), t, cond), **ids, "guidance": cond.get("guidance")}
+    pictures, ids = _pictures(x, cond), []
+    for i, picture in enumerate(pictures):
+        rows, columns = (torch.arange(size // 2, device=x.device) for size in picture.shape[2:])
+        at = torch.meshgrid(torch.full_like(rows[:1], i), rows, columns, indexing="ij")
+        ids.append(torch.stack(at, dim=-1).flatten(0, 2).float())
+    ids = {"img_ids": torch.cat(ids), "txt_ids": torch.zeros(cond["prompt_embeds"].shape[1], 3, device=x.device)}
+    return {**_sd3(model, _tokens(pictures), t, cond), **ids, "guidance": cond.get("guidance")}
 
 
 def _qwen(model, x, t, cond):
     # a mask keeps attention from its fastest kernel even if it is all true, but to see whether it is would stop and
     # wait for the GPU at each call, and prompts of a batch are seldom of one length
     prompt, mask = cond["prompt_embeds"], cond["prompt_mask"].bool()
-    image = {"hidden_states": pack(x), "img_shapes": [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x)}
+    pictures = _pictures(x, cond)
+    shapes = [(1, picture.shape[2] // 2, picture.shape[3] // 2) for picture in pictures]
+    image = {"hidden_states": _tokens(pictures), "img_shapes": [shapes] * len(x)}
     text = {"encoder_hidden_states": prompt, "encoder_hidden_states_mask": mask}
     if "max_txt_seq_len" not in inspect.signature(model.pos_embed.forward).parameters:
         # before 0.37 diffusers took this mask and did not use it
@@ -52,12 +71,80 @@ def _z_image(model, x, t, cond):
     return {"x": list(x[:, :, None]), "t": t, "cap_feats": texts}
 
 
+def _grid(x, side, picture=0, start=0):
+    """The places (picture, row, column) of the patches of an image, from `start` on.  -> (H/side W/side, 3) float"""
+    rows, columns = (torch.arange(size // side, device=x.device) + start for size in x.shape[2:])
+    at = torch.stack(torch.meshgrid(torch.full_like(rows[:1], picture), rows, columns, indexing="ij"), dim=-1)
+    return at.flatten(0, 2).float()
+
+
+def _with_source(x, cond):
+    """The image, and after it that to be edited, if there is one."""
+    return [x, *(value for name, value in cond.items() if name == "source")]
+
+
+def _flux2(model, x, t, cond):
+    prompt, images, pad = cond["prompt_embeds"], _with_source(x, cond), nn.functional.pad
+    words = torch.arange(prompt.shape[1], device=x.device)
+    return {
+        "hidden_states": torch.cat([image.flatten(2).mT for image in images], dim=1),
+        "img_ids": torch.cat([pad(_grid(image, 1, 10 * i), (0, 1)) for i, image in enumerate(images)]),
+        "encoder_hidden_states": prompt, "txt_ids": pad(words[:, None].float(), (3, 0)),
+        "timestep": t, "guidance": cond.get("guidance"),
+    }  # fmt: skip
+
+
+def _chroma(model, x, t, cond):
+    prompt, image = cond["prompt_embeds"], pack(x)
+    # a mask of numbers is added to the attention's logits, so that masked words stay visible: as in its pipeline
+    mask = nn.functional.pad(cond["prompt_mask"].to(x.dtype), (0, image.shape[1]), value=1.0)
+    ids = {"img_ids": _grid(x, 2), "txt_ids": torch.zeros(prompt.shape[1], 3, device=x.device)}
+    return {"hidden_states": image, "encoder_hidden_states": prompt, "attention_mask": mask, "timestep": t, **ids}
+
+
+def _aura_flow(model, x, t, cond):
+    side = int(model.config["pos_embed_max_size"] ** 0.5) * model.config["patch_size"]
+    if max(x.shape[2:]) > side:  # the model would take places from the other side
+        raise ValueError(f"x is of shape {tuple(x.shape)}, this model has places for H and W up to {side}")
+    return {"hidden_states": x, "encoder_hidden_states": cond["prompt_embeds"], "timestep": t}
+
+
+def _ovis(model, x, t, cond):
+    words = torch.arange(cond["prompt_embeds"].shape[1], device=x.device)
+    ids = {"img_ids": _grid(x, 2), "txt_ids": torch.stack([0 * words, words, words], dim=1).float()}
+    return {"hidden_states": pack(x), "encoder_hidden_states": cond["prompt_embeds"], "timestep": t, **ids}
+
+
+def _longcat(model, x, t, cond):
+    images, length = _with_source(x, cond), cond["prompt_embeds"].shape[1]
+    at = torch.cat([_grid(image, 2, 1 + i, length) for i, image in enumerate(images)])
+    return {**_ovis(model, x, t, cond), "hidden_states": torch.cat([*map(pack, images)], dim=1), "img_ids": at}
+
+
+def _qwen21(model, x, t, cond):
+    prompt, (height, width) = cond["prompt_embeds"], x.shape[2:]
+    # a slot behind the words stands for four tokens of the image
+    slots = torch.arange(prompt.shape[1] + height * width // 4, device=x.device) >= prompt.shape[1]
+    text = {"encoder_hidden_states": prompt, "encoder_hidden_states_mask": cond["prompt_mask"].bool()}
+    image = {"hidden_states": x.flatten(2).mT, "img_shapes": [[(1, height, width)]] * len(x)}
+    return {**image, **text, "img_mask": slots.expand(len(x), -1), "timestep": t}
+
+
+def _sinusoids(time):
+    """Those of Qwen-Image 2.1, which keeps its frequencies in a buffer: a model that is cast has them rounded."""
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    return get_timestep_embedding(time, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+
+
 _TEXT = {"prompt_embeds": ("L", "joint_attention_dim")}
 _POOLED, _MASK = {"pooled": ("pooled_projection_dim",)}, {"prompt_mask": ("L",)}
-_PACKED = {"output": unpack, "axes": packed_axes, "out": packed_out}
+_PACKED = {"output": _first, "axes": packed_axes, "out": packed_out}
+_SOURCE = {"source": (lambda config: config["in_channels"] // 4, "H2", "W2")}
 _TIME = ("time_text_embed.timestep_embedder", "time_text_embed.time_proj")
 _UNGUIDED, _PLAIN = {"do_classifier_free_guidance": False}, {"guidance_scale": 1.0}
 _SMALL = {"num_layers": 1, "num_attention_heads": 2}
+_BOTH = ("transformer_blocks", "single_transformer_blocks")
 
 IMAGES = {
     "SD3Transformer2DModel": Family(
@@ -79,16 +166,19 @@ IMAGES = {
         small={**_SMALL, "num_cross_attention_heads": 1, "cross_attention_head_dim": 64, "cross_attention_dim": 64},
     ),
     "FluxTransformer2DModel": Family(
-        *_TIME, _flux, {**_TEXT, **_POOLED}, ("transformer_blocks", "single_transformer_blocks"), **_PACKED,
-        pipelines=(Pipeline("FluxPipeline", 512, ("prompt_embeds", "pooled", None)),),
+        *_TIME, _flux, {**_TEXT, **_POOLED}, _BOTH, **_PACKED, optional=_SOURCE,
+        pipelines=tuple(Pipeline(name, 512, ("prompt_embeds", "pooled", None))
+                        for name in ("FluxPipeline", "FluxKontextPipeline")),
         published={"flux": Configuration({}, (16, 128, 128), 512)},
         small={**_SMALL, "num_single_layers": 1},
     ),
     "QwenImageTransformer2DModel": Family(
-        *_TIME, _qwen, {**_TEXT, **_MASK}, **_PACKED, unit=lambda config: 1.0,
+        *_TIME, _qwen, {**_TEXT, **_MASK}, **_PACKED, unit=lambda config: 1.0, optional=_SOURCE,
         off=("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"),
-        pipelines=(Pipeline("QwenImagePipeline", 512, ("prompt_embeds", "prompt_mask"), frames=True,
-                            plain={"true_cfg_scale": 1.0}),),
+        # the last two read the picture among the words
+        pipelines=tuple(Pipeline(name, tokens, ("prompt_embeds", "prompt_mask"), frames=True,
+                                 plain={"true_cfg_scale": 1.0}) for name, tokens in (
+            ("QwenImagePipeline", 512), ("QwenImageEditPipeline", 2048), ("QwenImageEditPlusPipeline", 1024))),
         published={"qwen-image": Configuration({}, (16, 128, 128), 512)},
         small=_SMALL,
     ),
@@ -100,5 +190,53 @@ IMAGES = {
         pipelines=(Pipeline("ZImagePipeline", 512, ("prompt_embeds", None), _UNGUIDED, plain={"guidance_scale": 0.0}),),
         published={"z-image": Configuration({}, (16, 128, 128), 512)},
         small={"n_layers": 1, "n_refiner_layers": 1, "dim": 256, "n_heads": 2, "n_kv_heads": 2},
+    ),
+    "Flux2Transformer2DModel": Family(
+        "time_guidance_embed.timestep_embedder", "time_guidance_embed.time_proj", _flux2, _TEXT, _BOTH,
+        lambda y, x: y[:, : x.shape[2] * x.shape[3]].mT.unflatten(2, x.shape[2:]),
+        optional={"source": ("in_channels", "H1", "W1")},
+        pipelines=(Pipeline("Flux2Pipeline", 512, ("prompt_embeds", None)),
+                   Pipeline("Flux2KleinPipeline", 512, ("prompt_embeds", None), plain=_PLAIN)),
+        published={"flux.2": Configuration({}, (128, 64, 64), 512),
+                   "flux.2-klein-4b": Configuration(
+                       {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
+                        "joint_attention_dim": 7680, "guidance_embeds": False}, (128, 64, 64), 512)},
+        small={**_SMALL, "num_single_layers": 1},
+    ),
+    "ChromaTransformer2DModel": Family(
+        "distilled_guidance_layer", "time_text_embed", _chroma, {**_TEXT, **_MASK}, _BOTH, **_PACKED,
+        pipelines=(Pipeline("ChromaPipeline", 512, ("prompt_embeds", None, "prompt_mask", None, None, None), _UNGUIDED,
+                            plain=_PLAIN),),
+        published={"chroma": Configuration({}, (16, 128, 128), 512)},
+        small={**_SMALL, "num_single_layers": 1, "approximator_hidden_dim": 64, "approximator_layers": 1},
+    ),
+    "AuraFlowTransformer2DModel": Family(
+        "time_step_proj", "time_step_embed", _aura_flow, _TEXT,
+        ("joint_transformer_blocks", "single_transformer_blocks"), unit=lambda config: 1.0,
+        pipelines=(Pipeline("AuraFlowPipeline", 256, ("prompt_embeds", None, None, None), _UNGUIDED, plain=_PLAIN),),
+        published={"auraflow-0.3": Configuration({"pos_embed_max_size": 9216}, (4, 128, 128), 256)},
+        small={"num_mmdit_layers": 1, "num_single_dit_layers": 1, "num_attention_heads": 2,
+               "caption_projection_dim": 512},
+    ),
+    "LongCatImageTransformer2DModel": Family(
+        "time_embed.timestep_embedder", "time_embed.time_proj", _longcat, _TEXT, _BOTH,
+        **{**_PACKED, "output": lambda y, x: unpack(y[:, : x.shape[2] * x.shape[3] // 4], x)},
+        optional={"source": (lambda config: config["in_channels"] // 4, "H1", "W1")},
+        pipelines=(Pipeline("LongCatImagePipeline", 512, ("prompt_embeds", None),
+                            plain={**_PLAIN, "enable_prompt_rewrite": False}),),
+        published={"longcat-image": Configuration({"num_layers": 10, "num_single_layers": 20}, (16, 128, 128), 512)},
+        small={**_SMALL, "num_single_layers": 1},
+    ),
+    "OvisImageTransformer2DModel": Family(
+        "timestep_embedder", "time_proj", _ovis, _TEXT, _BOTH, **_PACKED,
+        pipelines=(Pipeline("OvisImagePipeline", 256, ("prompt_embeds", None, None, None), _UNGUIDED, plain=_PLAIN),),
+        published={"ovis-image-7b": Configuration({}, (16, 128, 128), 256)},
+        small={**_SMALL, "num_single_layers": 1},
+    ),
+    "QwenImage21Transformer2DModel": Family(
+        _TIME[0], _sinusoids, _qwen21, {"prompt_embeds": ("L", "context_in_dim"), **_MASK},
+        output=lambda y, x: y[:, -x.shape[2] * x.shape[3] :].mT.unflatten(2, x.shape[2:]),
+        axes=lambda config: {"C": config["in_channels"], "H": 2, "W": 2},
+        rows=lambda config, n: n - config["causal_condition"],
     ),
 }  # fmt: skip

@@ -17,30 +17,18 @@ from ..bars import bar
 from ..data.shards import claim
 from ..files import aside
 from ..method.draws import seeded
-from ..method.samplers import sample
-from .prompts import decode_latents, encode_text
+from .prompts import pipeline_of
 
 LAYOUTS = ("plain", "geneval", "dpg")
 
 
-def paint(net, cond, keys, shape, steps=1, mode="any", seed=0):
-    """Latents for conditions, from noise that only depends on the seed and an image's own key.
+def write_pictures(pipeline, records, out, size, source, layout="plain", n=4, steps=1, seed=0, tokens=None,
+                   batch_size=8):  # fmt: skip
+    """Let a pipeline paint n pictures of each prompt and write them in a layout; what is there is not made again.
 
-    net: velocity field; cond: dict of (n, ...); keys: n tuples of whole numbers; shape (C, h, w); steps, mode: of
-    `sample`. -> (n, C, h, w). Raises ValueError for mode "few", whose later noise would depend on the batch.
-    """
-    if mode == "few":
-        raise ValueError("mode few draws noise for the whole batch at each step: choose any or multi")
-    z = torch.stack([torch.randn(shape, generator=seeded(seed, 4, *key)) for key in keys])
-    return sample(net, z.to(next(iter(cond.values())).device), steps, mode, cond=cond)
-
-
-def write_pictures(net, pipeline, records, out, shape, source, layout="plain", n=4, steps=1, mode="any", seed=0,
-                   tokens=None, batch_size=8):  # fmt: skip
-    """Paint n pictures of each prompt and write them in a layout; what is there already is not made again.
-
-    records: of `captions.read_prompts`; shape: of a latent; source: says in words which weights net has; others: as in
-    `paint` and `encode_text`. In the folder out are, of the prompt i = 00000, 00001, ...:
+    pipeline: of diffusers, see `attach`, its guidance off; records: of `captions.read_prompts`; size: a picture's side,
+    in pixels; source: says in words which weights the pipeline has; tokens: length of a prompt. The noise of a picture
+    depends on the seed, its prompt's number and its own alone. In out are, of the prompt i = 00000, 00001, ...:
     plain     i/prompt.txt, i/00000.png ...
     geneval   i/metadata.jsonl, i/samples/00000.png ..., i/grid.png; records from its evaluation_metadata.jsonl
     dpg       NAME.png, a square of four; records from its folder of prompts. Its --resolution is one picture's side
@@ -49,27 +37,50 @@ def write_pictures(net, pipeline, records, out, shape, source, layout="plain", n
     """
     out = Path(out)
     _check_layout(records, layout, n)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for name, number in {"steps": steps, "batch_size": batch_size}.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    about = pipeline_of(type(pipeline).__name__)
     prompts = hashlib.sha256(json.dumps(records).encode()).hexdigest()
-    settings = {"source": source, "prompts": prompts, "layout": layout, "n": n, "steps": steps, "mode": mode}
-    claim(out, out.with_name(out.name + ".json"), {**settings, "seed": seed, "tokens": tokens,
-          "shape": list(shape), "pipeline": str(pipeline.name_or_path)})  # fmt: skip
+    settings = {"source": source, "prompts": prompts, "layout": layout, "n": n, "steps": steps}
+    claim(out, out.with_name(out.name + ".json"), {**settings, "mode": pipeline.scheduler.config.mode, "seed": seed,
+          "tokens": tokens, "size": size, "pipeline": str(pipeline.name_or_path)})  # fmt: skip
+    how = {"height": size, "width": size, "max_sequence_length": about.tokens if tokens is None else tokens}
     places = [out / (f"{r['name']}.png" if layout == "dpg" else f"{i:05d}") for i, r in enumerate(records)]
     missing = [i for i, place in enumerate(places) if not place.exists()]
     for begin in bar(range(0, len(missing), max(1, batch_size // n)), "painting", unit="batches"):
-        some = missing[begin : begin + max(1, batch_size // n)]
-        text = encode_text(pipeline, [records[i]["prompt"] for i in some], tokens)
-        keys, images = [(i, k) for i in some for k in range(n)], []
-        for rows in torch.arange(len(keys)).split(batch_size):
-            cond = {name: value[rows.to(value.device) // n] for name, value in text.items()}
-            x = paint(net, cond, [keys[row] for row in rows], shape, steps, mode, seed)
-            images.append(decode_latents(x, pipeline).cpu())
-        for i, pictures in zip(some, torch.cat(images).split(n)):
-            if not pictures.isfinite().all():
-                raise FloatingPointError(f"prompt {i}: a picture holds NaN or infinity")
-            pictures = pictures.clamp(-1, 1)  # a decoder may go a little beyond white or black
-            _write_layout(places[i], layout, records[i], ((pictures + 1) * 127.5).round().to(torch.uint8))
+        some, images = missing[begin : begin + max(1, batch_size // n)], []
+        for part in torch.arange(n).split(batch_size):
+            words = {i: records[i]["prompt"] for i in some}
+            images.append(paint(pipeline, words, part.tolist(), steps, seed, **how))
+        for i, pictures in zip(some, torch.cat(images, 1)):
+            _write_layout(places[i], layout, records[i], pictures)
+
+
+def paint(pipeline, prompts, numbers, steps=1, seed=0, **how):
+    """The pictures of some numbers of each prompt, each from a noise of its own.  -> bytes (prompts, numbers, 3, H, W)
+
+    prompts: dict, a prompt's number -> its words; how: more for the pipeline's call. Raises FloatingPointError if a
+    picture is not finite.
+    """
+    noise = [seeded(seed, 4, i, k) for i in prompts for k in numbers]
+    how = {"num_inference_steps": steps, "output_type": "pt", **pipeline_of(type(pipeline).__name__).plain, **how}
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline([*prompts.values()], num_images_per_prompt=len(numbers), generator=noise, **how).images
+    images = images.float().cpu().unflatten(0, (len(prompts), len(numbers)))
+    for i, pictures in zip(prompts, images):
+        if not pictures.isfinite().all():
+            raise FloatingPointError(f"prompt {i}: a picture holds NaN or infinity")
+    return (images * 255).round().to(torch.uint8)
+
+
+def draw_grid(pipeline, prompts, path, nfes=(1, 2, 4), seed=0, **how):
+    """One picture of a list of prompts: a row a prompt, a column a number of network calls, from the same noise."""
+    if not prompts:
+        raise ValueError("a grid needs at least one prompt")
+    columns = [paint(pipeline, dict(enumerate(prompts)), [0], steps, seed, **how) for steps in nfes]
+    with aside(path) as file:
+        to_pil_image(make_grid(torch.cat(columns, 1).flatten(0, 1), nrow=len(nfes), padding=2)).save(file, "PNG")
 
 
 def _check_layout(records, layout, n):

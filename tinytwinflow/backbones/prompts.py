@@ -10,31 +10,35 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 from ..files import damage_named, read_json
 from .families import FAMILIES, diffusers_class
 
 
-def load_pipeline(path, device="cpu", dtype=torch.bfloat16):
-    """The text encoders (in dtype) and the autoencoder (in float32) of a diffusers pipeline folder, for inference.
+def load_pipeline(path, device="cpu", dtype=torch.bfloat16, whole=False, backbone=True):
+    """A diffusers pipeline folder, for inference: its text encoders in dtype, its autoencoder in float32.
 
-    Of the backbone only the settings are read. Raises ValueError if diffusers is not there, or the folder is no whole
-    pipeline of a family.
+    Of the backbone only the settings are read; whole: the pipeline is to paint, so its backbone is read too, unless
+    backbone=False leaves its place free, and all is in dtype. Raises ValueError if diffusers is not there, or the
+    folder is no whole pipeline of a family.
     """
     files = ("model_index.json", "transformer/config.json")
     index, settings = (read_json(Path(path) / name, "diffusers pipeline") for name in files)
     kind = index.get("_class_name")
-    _pipeline_of(kind, path)
+    pipeline_of(kind, path)
     pipeline = diffusers_class(kind, path)
-    absent = {name: None for name, about in index.items() if about == [None, None]}  # SD3 may come without its T5
-    how = {**absent, "transformer": None, "torch_dtype": {"default": dtype, "vae": torch.float32}}
+    how = {name: None for name, about in index.items() if about == [None, None]}  # SD3 may come without its T5
+    how |= {} if whole and backbone else {"transformer": None}
+    how["torch_dtype"] = dtype if whole else {"default": dtype, "vae": torch.float32}
     with damage_named(path, f"no whole {kind}"):
         pipeline = pipeline.from_pretrained(str(path), local_files_only=True, **how)
-    pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**settings))  # all that encode_prompt asks of it
+    if not whole:  # all that encode_prompt asks of it
+        pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**settings))
     return pipeline.to(device)
 
 
-def _pipeline_of(kind, where="pipeline"):
+def pipeline_of(kind, where="pipeline"):
     """What the families say of a pipeline class. Raises ValueError that names the known ones."""
     known = {pipeline.name: pipeline for family in FAMILIES.values() for pipeline in family.pipelines}
     if kind not in known:
@@ -49,19 +53,27 @@ def encode_text(pipeline, prompts, tokens=None):
     tokens: length of prompt_embeds (of SD3: of T5's part). Where a mask tells how much of it the prompt fills, a prompt
     that fills all is warned of, because the pipeline cuts what is beyond; of others diffusers itself does.
     """
-    about, call = _pipeline_of(type(pipeline).__name__), inspect.signature(type(pipeline).__call__).parameters
+    about, call = pipeline_of(type(pipeline).__name__), inspect.signature(type(pipeline).__call__).parameters
     tokens, device = about.tokens if tokens is None else tokens, pipeline.device
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
-    own = {name: call[name].default for name in about.own if any(prompts)}
-    options = {**about.options, **own, "device": device, "max_sequence_length": tokens}
-    answer = pipeline.encode_prompt(list(prompts), **options)
-    cond = {name: value for name, value in zip(about.outputs, answer) if name}
-    if "pooled" not in cond:
-        cond["prompt_embeds"], cond["prompt_mask"] = _padded(cond["prompt_embeds"], cond.get("prompt_mask"), tokens)
-        full = cond["prompt_mask"].all(1).nonzero()
-        for i in full[:1]:
-            warnings.warn(f"{prompts[i][:60]!r} fills all {tokens} tokens: what is beyond is cut", stacklevel=2)
+    if about.encode:
+        cond = about.encode(pipeline, list(prompts), tokens)
+    else:
+        own = {name: call[name].default for name in about.own if any(prompts)}
+        takes = inspect.signature(pipeline.encode_prompt).parameters
+        if "max_sequence_length" not in takes and tokens != about.tokens:
+            raise ValueError(f"{type(pipeline).__name__} makes prompts of {about.tokens} tokens, not of {tokens}")
+        size = {"max_sequence_length": tokens, "batch_size": len(prompts)}
+        options = {**about.options, **own, **size, "device": device}
+        answer = pipeline.encode_prompt(list(prompts), **{name: options[name] for name in options if name in takes})
+        cond = {name: value for name, value in zip(about.outputs, answer) if name}
+        if "prompt_mask" in cond or isinstance(cond["prompt_embeds"], list):
+            cond["prompt_embeds"], cond["prompt_mask"] = _padded(cond["prompt_embeds"], cond.get("prompt_mask"), tokens)
+    for i in cond["prompt_mask"].all(1).nonzero()[:1] if "prompt_mask" in cond else ():
+        warnings.warn(f"{prompts[i][:60]!r} fills all {tokens} tokens: what is beyond is cut", stacklevel=2)
+    cond |= {name: value.bool() for name, value in cond.items() if name.endswith("mask")}
+    cond |= about.more(pipeline, len(prompts))
     if getattr(pipeline.transformer.config, "guidance_embeds", False):
         cond["guidance"] = torch.full((len(prompts),), float(call["guidance_scale"].default), device=device)
     return cond
@@ -81,28 +93,34 @@ def _padded(embeds, mask, tokens):
 
 
 def _units(pipeline):
-    """Mean and deviation of latents, a backbone sees (latent - mean) / deviation; and whether there is a frame axis."""
-    vae, frames = pipeline.vae, _pipeline_of(type(pipeline).__name__).frames
+    """How latents lie: whether with an axis of frames, and whether patches of how many pixels a side are channels; then
+    their mean and deviation: a backbone sees (latent - mean) / deviation.
+    """
+    vae, frames = pipeline.vae, pipeline_of(type(pipeline).__name__).frames
+    if hasattr(vae, "bn"):
+        variance = vae.bn.running_var + vae.config["batch_norm_eps"]
+        return frames, 2, vae.bn.running_mean.view(-1, 1, 1), variance.sqrt().view(-1, 1, 1)
     if frames:
         keys = ("latents_mean", "latents_std")
-        return *(torch.tensor(vae.config[key], device=vae.device).view(-1, 1, 1) for key in keys), frames
-    return vae.config.get("shift_factor") or 0.0, 1 / vae.config["scaling_factor"], frames
+        return frames, 1, *(torch.tensor(vae.config[key], device=vae.device).view(-1, 1, 1) for key in keys)
+    return frames, 1, vae.config.get("shift_factor") or 0.0, 1 / vae.config["scaling_factor"]
 
 
 @torch.no_grad()
 def encode_images(x, pipeline):
     """Scaled latents of images in [-1, 1], the middle of the posterior.  (n, 3, H, W) -> (n, C, h, w) float32."""
-    vae, (mean, std, frames) = pipeline.vae, _units(pipeline)
+    vae, (frames, side, mean, std) = pipeline.vae, _units(pipeline)
     x = x.to(vae.device, vae.dtype)
     answer = vae.encode(x[:, :, None] if frames else x)
     latent = answer.latent if hasattr(answer, "latent") else answer.latent_dist.mode()
-    return ((latent[:, :, 0] if frames else latent).float() - mean) / std
+    latent = (latent[:, :, 0] if frames else latent).float()
+    return (nn.functional.pixel_unshuffle(latent, side) - mean) / std
 
 
 @torch.no_grad()
 def decode_latents(x, pipeline):
     """Images, about in [-1, 1], from scaled latents: the inverse.  (n, C, h, w) -> (n, 3, H, W) float32."""
-    vae, (mean, std, frames) = pipeline.vae, _units(pipeline)
-    latent = (x.to(vae.device) * std + mean).to(vae.dtype)
+    vae, (frames, side, mean, std) = pipeline.vae, _units(pipeline)
+    latent = nn.functional.pixel_shuffle(x.to(vae.device) * std + mean, side).to(vae.dtype)
     image = vae.decode(latent[:, :, None] if frames else latent).sample
     return (image[:, :, 0] if frames else image).float()

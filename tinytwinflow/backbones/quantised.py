@@ -70,19 +70,23 @@ def check_package(kind):
         raise ValueError(f"weights in {kind} need {PACKAGES[kind]}: pip install 'tinytwinflow[quantized]'")
 
 
-def make_trainable(model, embedder, dtype):
-    """Make a model that was loaded quantised fit to be trained under, in place: its time embedder in floats."""
+def keep_unpacked(model):
+    """Keep bitsandbytes, on a CPU, from packing weights anew at the first call without gradient, after which they give
+    none.
+    """
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # of bitsandbytes: on a CPU it would pack weights at a call without gradient, and from then on give none
             layer.support_avx512bf16_for_cpu = False
-    outer = model.get_submodule(embedder)
-    for name, layer in [*outer.named_modules()]:
-        if hasattr(layer, "weight") and _is_quantised(layer.weight):
+
+
+def in_floats(module):
+    """Make the quantised linear layers of a module ordinary ones, in place: what is copied of it is to learn."""
+    for name, layer in [*module.named_modules()]:
+        if isinstance(layer, nn.Linear) and _is_quantised(layer.weight):
             plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            dtype = getattr(layer.weight, "quant_state", layer.weight).dtype if layer.bias is None else layer.bias.dtype
             plain.weight, plain.bias = nn.Parameter(_floats(layer.weight, dtype)), layer.bias
-            outer.set_submodule(name, plain)
-    outer.to(dtype)
+            module.set_submodule(name, plain)
 
 
 def _is_quantised(weight):
@@ -108,9 +112,7 @@ def is_finite(value):
 def refuse_copies(net):
     """Raise ValueError if a network has weights of torchao, which DDP cannot compare between its processes."""
     if any(is_traceable_wrapper_subclass(weight) for weight in net.parameters()):
-        raise ValueError(
-            "int8 and float8 weights train on one process: start it without torchrun, or --set quantize=nf4"
-        )
+        raise ValueError("int8 and float8 weights train on one process, without torchrun; nf4 on several")
 
 
 def bytes_of_weight(kind, rows, columns):

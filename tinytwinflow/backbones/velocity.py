@@ -14,6 +14,7 @@ from ..method.path import expand
 from ..nets.times import check_times
 from .families import family_of
 from .family import free, sizes
+from .quantised import in_floats
 
 
 class Velocity(nn.Module):
@@ -49,27 +50,30 @@ class Velocity(nn.Module):
         embedder = model.get_submodule(self.family.embedder)
         if any(isinstance(getattr(hook, "__self__", None), Velocity) for hook in embedder._forward_hooks.values()):
             raise ValueError(f"this {kind} is already inside a Velocity: use that one or a deep copy of it")
+        in_floats(embedder)
         self.r_embedder, self.twin_embedder = (copy.deepcopy(embedder).requires_grad_() for _ in range(2))
         for new in (self.r_embedder, self.twin_embedder):
             last = [layer for layer in new.modules() if isinstance(layer, nn.Linear)][-1]
-            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
         self.train(model.training)
         # bound methods: in a deep copy of this network the hooks are those of the copy
         embedder.register_forward_pre_hook(self._show)
         embedder.register_forward_hook(self._add)
-        self._now = None  # the times t, r, as long as a call lasts
+        self.now = None  # the times t, r, (B,) or one for all rows, as long as a call lasts
 
     def forward(self, x, t, r, cond=None):
         self.check(x, cond)
         check_times(x, t, r)
-        dtype = next(self.model.get_submodule(self.family.embedder).parameters()).dtype
+        embedder = self.model.get_submodule(self.family.embedder)  # which a model may keep in float32, and says so
+        dtype = getattr(self.model, "dtype", next(embedder.parameters()).dtype)
         cond = {name: cond[name].to(dtype) if self._has_width(name) else cond[name] for name in cond}
-        self._now = t.float(), r.float()
+        self.now = t.float(), r.float()
         try:
             inputs = self.family.inputs(self.model, x.to(dtype), self.family.clock(t.float().abs()), cond)
             y = self.model(**inputs, return_dict=False)[0]
         finally:
-            self._now = None
+            self.now = None
         return self.family.output(y, x).to(x.dtype)
 
     def blocks(self):
@@ -82,26 +86,30 @@ class Velocity(nn.Module):
 
     def _sinusoids(self, time, dtype):
         time = time * self.family.unit(self.model.config)
-        if self.family.sinusoids is None:
+        make = self.family.sinusoids
+        if make is None:
             return time
-        return self.model.get_submodule(self.family.sinusoids)(time).to(dtype)
+        return (make if callable(make) else self.model.get_submodule(make))(time).to(dtype)
 
     def _show(self, embedder, args):
         """Before the embedder: the time in full precision in place of the one the model made."""
-        if self._now is not None:
-            t = self._now[0].expand(len(args[0]))
-            return self._sinusoids(self.family.clock(t.abs()), args[0].dtype)
+        if self.now is not None:
+            rows = self.family.rows(self.model.config, len(args[0]))
+            t = self.now[0].to(args[0].device).expand(rows)
+            return torch.cat([self._sinusoids(self.family.clock(t.abs()), args[0].dtype), args[0][rows:]])
 
     def _add(self, embedder, args, emb):
         """After the embedder: the terms of r and of the twin."""
-        if self._now is None:
+        if self.now is None:
             return None
-        t, r = (time.expand(len(emb)) for time in self._now)
+        rows = self.family.rows(self.model.config, len(emb))
+        t, r = (time.to(emb.device).expand(rows) for time in self.now)
         dtype = next(self.r_embedder.parameters()).dtype
-        emb_r = self.r_embedder(self._sinusoids(self.family.second(t, r), dtype))
-        emb_twin = self.twin_embedder(self._sinusoids(self.family.clock(t.abs()), dtype))
-        length, twin = expand(t - r, emb), expand(torch.signbit(t), emb)
-        return (emb.float() + length * emb_r.float() + twin * emb_twin.float()).to(emb.dtype)
+        emb_r = self.r_embedder(self._sinusoids(self.family.second(t, r), dtype)).float()
+        emb_twin = self.twin_embedder(self._sinusoids(self.family.clock(t.abs()), dtype)).float()
+        length, twin = expand(t - r, emb_r), expand(torch.signbit(t), emb_r)
+        whole = emb[:rows].float() + length * emb_r + twin * emb_twin
+        return torch.cat([whole.to(emb.dtype), emb[rows:]])
 
     def check(self, x, cond):
         """Raise ValueError, in one line, for inputs that the model does not take."""

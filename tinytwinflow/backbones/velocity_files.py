@@ -1,6 +1,7 @@
 """Files of backbones: folders that diffusers reads and writes, and beside the weights what `Velocity` adds to them."""
 
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from ..files import aside, damage_named, fill, read_json
 from .families import diffusers_class, family_of
-from .quantised import check_package, is_finite, kept_in, make_trainable, quantisation
+from .quantised import check_package, is_finite, keep_unpacked, kept_in, quantisation
 from .velocity import Velocity
 
 EXTRA, WEIGHTS_FILE = "twinflow.safetensors", "diffusion_pytorch_model.safetensors"
@@ -25,7 +26,6 @@ def load_velocity(path, dtype=torch.float32, quantize="none", frozen=False):
     of flow matching.
     """
     folder, kind, model = _found(path)
-    embedder = family_of(kind, folder).embedder
     kept, already = kept_in(folder, quantize, frozen)
     if kept != "none":
         check_package(kept)
@@ -37,14 +37,13 @@ def load_velocity(path, dtype=torch.float32, quantize="none", frozen=False):
     logging.set_verbosity(logging.CRITICAL)  # it would warn that the extra embedders are not used; errors we raise
     how = {"local_files_only": True, "torch_dtype": dtype, "output_loading_info": True}
     if kept != "none" and not already:
-        how["quantization_config"] = quantisation(kept, embedder, dtype)
+        how["quantization_config"] = quantisation(kept, family_of(kind, folder).embedder, dtype)
     try:
         with damage_named(folder, f"no {kind}"):
             model, about = model.from_pretrained(folder, **how)
     finally:
         logging.set_verbosity(level)
-    if kept != "none":
-        make_trainable(model, embedder, dtype)
+    keep_unpacked(model)
     net = Velocity(model)
     strange = [name for name in about["unexpected_keys"] if not name.startswith(net.family.roots())]
     if about["missing_keys"] or strange:
@@ -67,7 +66,11 @@ def load_structure(path, dtype=torch.float32, quantize="none", frozen=False):
     kept_in(folder, quantize, frozen)
     with damage_named(folder, f"no {kind}"):
         structure = model.from_config(read_json(folder / "config.json", "diffusers model"))
-    return Velocity(structure).to(dtype)
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, value in structure.state_dict(keep_vars=True).items():  # of all else the values are not in files
+        if value.is_floating_point():
+            value.data = value.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+    return Velocity(structure)
 
 
 def save_velocity(net, path):
@@ -87,9 +90,26 @@ def save_velocity(net, path):
     os.replace(writing, path)
 
 
+def holds_model(path):
+    """Whether there is a whole model in `path`, a transformer folder or a pipeline folder."""
+    return any((Path(path) / name).is_file() for name in ("config.json", "transformer/config.json"))
+
+
+def kind_of_model(path):
+    """The class of a model and its name on the hub, None if its folder tells none."""
+    about = read_json(_folder(path) / "config.json", "diffusers model")
+    name = str(about.get("_name_or_path", ""))
+    return about.get("_class_name"), name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None
+
+
+def _folder(path):
+    """The folder of the transformer in `path`."""
+    return Path(path) / "transformer" if (Path(path) / "transformer").is_dir() else Path(path)
+
+
 def _found(path):
     """The folder of the transformer in `path`, the name of its class, and the class."""
-    folder = Path(path) / "transformer" if (Path(path) / "transformer").is_dir() else Path(path)
+    folder = _folder(path)
     about = read_json(folder / "config.json", "diffusers model")
     kind = about.get("_class_name")
     family_of(kind, folder)

@@ -97,18 +97,18 @@ class _Fused(torch.autograd.Function):
     """Attention as fused kernels hold it: inputs, output and a number a row are kept, no matrix of all pairs."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, mask):
         out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device))
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device), mask)
         return out
 
     @staticmethod
     def backward(ctx, gradient):
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None
 
 
-def _fused(query, key, value, *_, **__):
-    return _Fused.apply(query, key, value)
+def _fused(query, key, value, attn_mask=None, *_, **__):
+    return _Fused.apply(query, key, value, attn_mask)
 
 
 CASTS = {  # of the functions in torch's lists of what autocast casts on CUDA, those that the backbones call

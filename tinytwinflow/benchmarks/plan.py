@@ -14,7 +14,7 @@ from .calls import bytes_of, bytes_of_calls, calls_of, flops_of_call, meta_backb
 from .few_bits import keep_in
 from .memory import LiveBytes
 
-CARD, SMALL_CARD = 79 * 2**30, 23 * 2**30  # what a card of 80 GB and one of 24 GB have to give
+LARGE_CARD, SMALL_CARD = 79 * 2**30, 23 * 2**30  # what a card of 80 GB and one of 24 GB have to give
 ON_BACKBONES = ("twinflow", "dmd2", "sana-sprint")
 TRAININGS = {  # what learns, in which precision it is kept, its optimiser; and the settings of recipe text for it
     "adapters": (
@@ -155,7 +155,7 @@ def print_spread(name, loss, batch_size, figures):
     print(markdown(header.split(" | "), rows))
 
 
-def largest_batch(figures, batch_size, name, loss, training, memory=CARD, kept=None):
+def largest_batch(figures, batch_size, name, loss, training, memory=LARGE_CARD, kept=None):
     """The most rows whose step fits into the memory of a card; 0 if one row does not.
 
     figures: of a step of batch_size rows. Bytes grow with the rows along a few straight lines, so each guess is where

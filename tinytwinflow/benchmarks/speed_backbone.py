@@ -70,7 +70,7 @@ def backbone_in_training(name, training, device, method, compile="none"):
     config = configured("text", TRAININGS[training][1])
     small = {} if on_gpu(device) else FAMILIES[published_backbone(name)[0]].small
     net, about = named_structure(name, **small)
-    shape = about.latents if on_gpu(device) else tuple(by if axis == "C" else 16 for axis, by in net.axes.items())
+    shape = about.latents if on_gpu(device) else tuple({"C": by, "T": 2}.get(axis, 16) for axis, by in net.axes.items())
     with_random_weights(net, WEIGHT_DTYPES[config["weights"]], device)
     if config["lora_rank"]:
         states.adapt(net, config["lora_rank"])

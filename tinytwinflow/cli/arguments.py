@@ -118,7 +118,10 @@ def parser():
 
     give = add("export", "write a trained backbone for diffusers: its adapters' average, or the whole model")
     give.add_argument("folder", metavar="RUN")
-    give.add_argument("--out", required=True, help="FILE.safetensors of adapters, or a folder for a whole model")
+    give.add_argument("--out", required=True, metavar="DIR", help="a new folder, or FILE.safetensors of adapters alone")
+    give.add_argument("--pipeline", metavar="DIR", help="diffusers pipeline that draws samples for the model's card")
+    give.add_argument("--prompts", help="of those samples: FILE.txt, FILE.jsonl or a folder of NAME.txt")
+    give.add_argument("--device", default="cpu")
 
     code = add("encode", "encode a folder of images into latents to train on")
     code.add_argument("images", metavar="FOLDER", help="images in a folder a class")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..backbones import captions, lora_files, painting, prompts, velocity_files
+from ..backbones import captions, painting, prompts
 from ..backbones.families import published_names
 from ..benchmarks import compare, memory, pays, plan, report, speed, speed_backbone
 from ..data.given import in_units
@@ -18,7 +18,8 @@ from ..evaluation.tables import run_table
 from ..files import aside, reason, write_json
 from ..model import load
 from ..runs.evaluate import evaluate
-from ..runs.folder import backbone_of, condition_of, painter, read_config, read_log, trained
+from ..runs.export import export
+from ..runs.folder import attach, condition_of, painter, read_config, read_log, trained
 from ..runs.methods import compared_methods, entry
 from ..runs.recipes import configured
 from ..runs.run import RESULTS, begin, finish, resume
@@ -201,33 +202,31 @@ def run_embed(args):
 
 
 def run_paint(args):
-    device = device_of(args.device)
     records = captions.read_prompts(args.prompts)
-    pipeline = prompts.load_pipeline(args.pipeline, device)
-    net, shape, source = painter(args.folder, device)
-    if args.size or not shape:
-        size, factor = args.size or 1024, pipeline.vae_scale_factor
-        if size < factor or size % factor:
-            raise ValueError(f"--size must be a multiple of {factor} for this pipeline, got {size}")
-        side = size // factor
-        shape = (shape[0] if shape else net.channels, side, side)
+    own_model, shape, source = painter(args.folder)
+    pipeline = prompts.load_pipeline(args.pipeline, device_of(args.device), whole=True, backbone=not own_model)
+    attach(pipeline, args.folder, args.mode)
+    factor = pipeline.vae_scale_factor
+    size = args.size or (shape[-1] * factor if shape else 1024)
+    if size < factor or size % factor:
+        raise ValueError(f"--size must be a multiple of {factor} for this pipeline, got {size}")
     painting.write_pictures(
-        net, pipeline, records, args.out, shape, source, args.layout, args.n, args.steps, args.mode, args.seed,
-        args.tokens, args.batch_size,
+        pipeline, records, args.out, size, source, args.layout, args.n, args.steps, args.seed, args.tokens,
+        args.batch_size,
     )  # fmt: skip
     print(args.out)
 
 
 def run_export(args):
-    out = Path(args.out)
-    if out.exists():
-        raise ValueError(f"{out} already exists: choose another --out")
-    net, config, _, _ = backbone_of(args.folder)
-    if config["lora_rank"]:
-        lora_files.save_adapters(net, out)
-    else:
-        velocity_files.save_velocity(net, out)
-    print(out)
+    if (args.pipeline is None) != (args.prompts is None):
+        raise ValueError("samples need both --pipeline and --prompts")
+    records = captions.read_prompts(args.prompts) if args.prompts else []
+    pipeline = None
+    if args.pipeline:
+        backbone = not painter(args.folder)[0]
+        pipeline = prompts.load_pipeline(args.pipeline, device_of(args.device), whole=True, backbone=backbone)
+    export(args.folder, args.out, pipeline, [record["prompt"] for record in records])
+    print(args.out)
 
 
 def run_bench(args):

@@ -1,19 +1,23 @@
 """A run folder read back: settings, log, the trained network, samples of it."""
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ..backbones import states
-from ..backbones.velocity_files import load_velocity
+from ..backbones.lora_files import adapter_file
+from ..backbones.pipelines import attach_weights
+from ..backbones.velocity_files import holds_model
 from ..files import damage_named
 from ..method.conditions import check_rows, move, take
 from ..method.draws import seeded
 from ..method.samplers import sample
 from ..ranges import plain
 from ..training.checkpoints import fill_from, has_checkpoint, read_saved
+from ..training.distributed import without_weights
 from .build import net_of
 from .recipes import RECIPES
 from .settings import check
@@ -103,30 +107,74 @@ def refuse_backbone(folder, config):
         raise ValueError(f"{folder} is a run of a backbone: it makes images of prompts, python -m tinytwinflow paint")
 
 
+def _refuse_no_backbone(folder, config):
+    if "model" not in config:
+        raise ValueError(f"{folder} is no run of a backbone: python -m tinytwinflow sample draws from it")
+
+
 def backbone_of(folder):
     """The backbone of a run, with its trained weights or adapters.  -> net, config, shape of its latents, step
 
     Raises ValueError if the folder holds no run of a backbone, or the checkpoint does not fit.
     """
     config = read_config(folder)
-    if "model" not in config:
-        raise ValueError(f"{folder} is no run of a backbone: python -m tinytwinflow sample draws from it")
+    _refuse_no_backbone(folder, config)
     saved, path = read_saved(folder, "net")
     net = states.build_backbone(config)
     fill_from(saved, path, "net", states.saved_weights(net, config))
     return net.requires_grad_(False), config, tuple(saved["data"]["shape"]), saved["step"]
 
 
-def painter(folder, device="cpu"):
-    """A backbone ready to sample from: of a run, or a diffusers flow transformer.  -> net(x, t, r, cond), shape, source
+def adapters_of_run(folder):
+    """The adapters of a run, its average's; the backbone that they sit on is not read.  -> AdapterFile"""
+    config = read_config(folder)
+    _refuse_no_backbone(folder, config)
+    if not config["lora_rank"]:
+        raise ValueError(f"{folder} is a run of all weights and has no adapters: choose a folder, not a file, for it")
+    saved, path = read_saved(folder, "net")
+    with without_weights():
+        net = states.build_backbone(config, weights=False)
+    own = {name: torch.empty_like(value, device="cpu") for name, value in states.saved_weights(net, config).items()}
+    fill_from(saved, path, "net", own)
+    net.load_state_dict(own, strict=False, assign=True)
+    said = {"model": config["model"], "step": saved["step"], "shape": list(saved["data"]["shape"])}
+    return adapter_file(net, **said)._replace(path=str(path))
 
-    shape of its latents, None if it is no run; source: what it is, in words. Raises ValueError if it is neither.
+
+def attach(pipeline, source, mode="any", part="transformer"):
+    """Show a pipeline of diffusers the second time, so that one step is a jump, and give it what was trained.
+
+    pipeline: of a family that `backbones.families` knows, on any device, in any precision; offloading is switched on
+    after this. source: a run of recipe text, what `python -m tinytwinflow export` wrote of one, or the folder of a
+    transformer with an embedder of r, as the authors publish them. mode: "any", jumps from each time to the next, or
+    "multi", the velocity. part: the transformer's name in the pipeline; of two, each is attached with its own weights.
+    What the model was trained to do without guidance is done without: guidance_scale=1, of Qwen-Image
+    true_cfg_scale=1, of Z-Image guidance_scale=0.  -> the pipeline
+
+    Raises ValueError, in one line, if the pipeline has no such part, is attached already or is of no known family, or
+    the weights are of another model.
     """
-    where = str(Path(folder).resolve())
-    if not (Path(folder) / "log.jsonl").exists():
-        return load_velocity(folder, torch.bfloat16, frozen=True).to(device).requires_grad_(False), None, where
-    net, config, shape, step = backbone_of(folder)
-    return states.view(net.to(device), config), shape, f"{where}, step {step}"
+    if isinstance(source, str | os.PathLike) and _is_run(source):
+        source = adapters_of_run(source) if read_config(source).get("lora_rank") else backbone_of(source)[0]
+    return attach_weights(pipeline, source, mode, part)
+
+
+def painter(source):
+    """What `attach` will find: whether it is a whole model, the shape of its latents, and what it is, in words.
+
+    shape: None if it is no run. Raises ValueError for the run of no backbone.
+    """
+    where = str(Path(source).resolve())
+    if not _is_run(source):
+        return holds_model(source), None, where
+    config = read_config(source)
+    _refuse_no_backbone(source, config)
+    saved, _ = read_saved(source, "net")
+    return not config["lora_rank"], tuple(saved["data"]["shape"]), f"{where}, step {saved['step']}"
+
+
+def _is_run(folder):
+    return (Path(folder) / "log.jsonl").exists()
 
 
 def condition_of(own, n, cond=None):

@@ -1,0 +1,211 @@
+"""Videos and sound: what only some of their families have, and conditions and latents as their pipelines make them."""
+
+import copy
+from functools import cache
+
+import pytest
+import tiny_videos
+import torch
+from test_prompts import PROMPTS, letters
+from test_velocity import given_cond, latents, model_of, net_of
+from tiny_videos import HUNYUAN, LTX, SANA, STABLE, WAN
+
+from tinytwinflow.backbones.families import FAMILIES
+from tinytwinflow.backbones.prompts import encode_text, load_pipeline
+from tinytwinflow.backbones.velocity import Velocity
+from tinytwinflow.backbones.velocity_files import load_velocity
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+close = torch.testing.assert_close
+kinds = pytest.mark.parametrize("kind", [kind for kind in tiny_videos.TINY if hasattr(diffusers, kind)])
+TOKENS = {WAN: 30, LTX: 30, HUNYUAN: 1000, SANA: 30, STABLE: 256}
+TEXT = dict(
+    vocab_size=128, hidden_size=12, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, max_position_embeddings=8192, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+)  # fmt: skip
+T5 = dict(vocab_size=128, d_model=12, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+WAN_VAE = dict(base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
+
+
+def parts_of(kind):
+    """The parts of a tiny pipeline but for its backbone and scheduler; of autoencoders only sizes are asked here."""
+    if kind == WAN:
+        text = transformers.UMT5EncoderModel(transformers.UMT5Config(**T5))
+        return dict(vae=diffusers.AutoencoderKLWan(**WAN_VAE), tokenizer=letters(512), text_encoder=text)
+    if kind == LTX:
+        four, five = (8,) * 4, (1,) * 5
+        vae = diffusers.AutoencoderKLLTXVideo(
+            latent_channels=4, block_out_channels=four, decoder_block_out_channels=four, layers_per_block=five,
+            decoder_layers_per_block=five,
+        )  # fmt: skip
+        text = transformers.T5EncoderModel(transformers.T5Config(**T5))
+        return dict(vae=vae, tokenizer=letters(512), text_encoder=text)
+    if kind == HUNYUAN:
+        vae = diffusers.AutoencoderKLHunyuanVideo15(
+            latent_channels=4, block_out_channels=(16, 16), layers_per_block=1, spatial_compression_ratio=2,
+            temporal_compression_ratio=2,
+        )  # fmt: skip
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        config = transformers.Qwen2_5_VLTextConfig(**{**TEXT, "hidden_size": 16}, rope_scaling=rope)
+        return dict(
+            vae=vae, tokenizer=letters(2048), text_encoder=transformers.Qwen2_5_VLTextModel(config),
+            tokenizer_2=transformers.ByT5Tokenizer(), guider=diffusers.ClassifierFreeGuidance(guidance_scale=1.0),
+            text_encoder_2=transformers.T5EncoderModel(transformers.T5Config(**{**T5, "vocab_size": 400})),
+        )  # fmt: skip
+    if kind == SANA:
+        text = transformers.Gemma2Model(transformers.Gemma2Config(**TEXT))
+        return dict(vae=diffusers.AutoencoderKLWan(**WAN_VAE), tokenizer=letters(8192), text_encoder=text)
+    vae = diffusers.AutoencoderSAME(
+        patch_size=4, encoder_channels=8, encoder_c_mults=[1], encoder_strides=[2], encoder_transformer_depths=[1],
+        latent_dim=4, dim_heads=4,
+    )  # fmt: skip
+    text = transformers.T5GemmaModuleConfig(**TEXT)
+    config = transformers.T5GemmaConfig(encoder=text, decoder=text, is_encoder_decoder=False)
+    return dict(
+        vae=vae, tokenizer=letters(256), text_encoder=transformers.T5GemmaEncoderModel(config),
+        duration_embedder=diffusers.StableAudio3DurationEmbedder(output_dim=12),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A function: kind of a transformer -> a whole tiny pipeline with random weights, and the folder of its copy."""
+
+    @cache
+    def make(kind):
+        torch.manual_seed(0)
+        about = FAMILIES[kind].pipelines[0]
+        wide = {"text_embed_dim": 16, "text_embed_2_dim": 12} if kind == HUNYUAN else {}
+        parts = {**parts_of(kind), "transformer": model_of(kind, **wide)}
+        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(1 if kind == STABLE else 1000)
+        for part in parts.values():
+            for name, p in part.eval().named_parameters() if isinstance(part, torch.nn.Module) else ():
+                if p.ndim > 1 and "embed_tokens" not in name:
+                    torch.nn.init.normal_(p, std=0.25)
+        pipeline, folder = getattr(diffusers, about.name)(**parts), tmp_path_factory.mktemp(kind)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.save_pretrained(folder)
+        return pipeline, folder
+
+    return make
+
+
+WORDS = ['a sign that says "stop"', *PROMPTS[1:3]]
+
+
+@kinds
+def test_conditions_and_latents_are_those_of_the_pipeline(kind, made):
+    """One row or several; Euler's steps along the Velocity of the folder, from the same noise, end where its do."""
+    (pipeline, folder), about = made(kind), FAMILIES[kind].pipelines[0]
+    net, own, tokens = load_velocity(folder), load_pipeline(folder, dtype=torch.float32), TOKENS[kind]
+    cond = encode_text(own, WORDS, tokens)
+    assert cond.keys() == net.cond.keys() and cond["prompt_embeds"].shape[:2] == (3, tokens)
+    for name, value in encode_text(own, WORDS[2:], tokens).items():
+        close(value[0], cond[name][2], atol=1e-5, rtol=1e-4)
+    x = z = latents(net, 3)
+    how = {"num_inference_steps": 3, "output_type": "latent", **about.plain}
+    if kind == STABLE:
+        found = pipeline(WORDS, latents=z, **how).audios
+    else:
+        how |= {"num_frames": 17, "height": 64, "width": 128, "max_sequence_length": tokens}
+        if kind == HUNYUAN:
+            del how["max_sequence_length"]
+        if kind == SANA:
+            how["frames"] = how.pop("num_frames")
+        noise = pipeline._pack_latents(z) if kind == LTX else z
+        found = pipeline(WORDS, latents=noise, **how).frames
+        found = pipeline._unpack_latents(found, *z.shape[2:]) if kind == LTX else found
+    with torch.no_grad():
+        for t, r in zip(pipeline.scheduler.sigmas, pipeline.scheduler.sigmas[1:]):
+            x = x - (t - r) * net(x, t.expand(3), t.expand(3), cond)
+        close(found, x, atol=2e-4, rtol=1e-4)
+        turned = {name: value.roll(1, 0) for name, value in cond.items() if name != "duration_embeds"}
+        one = torch.ones(3)
+        apart = net(z, one, one, cond) - net(z, one, one, {**cond, **turned})
+    assert apart.abs().max() > 0.01, "the prompt matters"
+
+
+def test_each_video_has_its_own_frames_a_second():
+    """Rates of a batch are those of its rows one by one; without, it is the pipeline's default; they matter."""
+    net, t = net_of(LTX), torch.tensor([0.9, 0.3])
+    x, cond = latents(net, 2), given_cond(net, 2)
+    with torch.no_grad():
+        plain, y = net(x, t, t, cond), net(x, t, t, {**cond, "frame_rate": torch.tensor([24.0, 12.5])})
+        assert torch.equal(net(x, t, t, {**cond, "frame_rate": torch.full((2,), 25.0)}), plain)
+        for i, rate in enumerate((24, 12.5)):
+            one = {name: value[i : i + 1] for name, value in cond.items()}
+            close(y[i : i + 1], tiny_videos.ltx(model_of(LTX), x[i : i + 1], t[i : i + 1], one, rate))
+    assert (y - plain).abs().amax((1, 2, 3, 4)).min() > 5e-4, "50 times the tolerance"
+    with pytest.raises(ValueError, match=r"frame_rate must be floating-point of shape \(2,\), got torch.float32 of"):
+        net(x, t, t, {**cond, "frame_rate": torch.full((1,), 25.0)})
+
+
+def test_one_time_a_token_is_one_time_a_row():
+    """How the pipeline calls Wan 2.2's model of 5B, whose tokens all have the time of their video."""
+    net, t = net_of(WAN), torch.tensor([0.9, 0.3])
+    x, cond = latents(net, 2), given_cond(net, 2)
+    tokens = 1000 * t[:, None].expand(-1, 2 * 3 * 2)
+    with torch.no_grad():
+        y = model_of(WAN)(x, tokens, cond["prompt_embeds"], return_dict=False)[0]
+    close(net(x, t, t, cond), y)
+
+
+@pytest.mark.parametrize(
+    "kind, config, message",
+    [
+        (WAN, {"in_channels": 9}, "makes 4 channels of 9: it is shown pictures too"),
+        (WAN, {"image_dim": 8}, "image_dim=8 is another variant"),
+        (WAN, {"added_kv_proj_dim": 24}, "added_kv_proj_dim=24 is another variant"),
+        (HUNYUAN, {"task_type": "i2v"}, "with task_type='i2v' is shown a picture: not supported"),
+        (HUNYUAN, {"use_meanflow": True}, "use_meanflow=True is another variant"),
+        (HUNYUAN, {"in_channels": 15}, "makes 4 channels of 7: it is shown pictures too"),
+        (SANA, {"guidance_embeds": True}, "guidance_embeds=True is another variant"),
+        (SANA, {"out_channels": 8}, "makes 8 channels of 4: only a velocity is wanted"),
+    ],
+)
+def test_variants_of_another_meaning_are_refused(kind, config, message):
+    with pytest.raises(ValueError, match=message):
+        Velocity(model_of(kind, **config))
+
+
+def test_glyphs_and_the_duration_matter_and_masked_glyphs_do_not():
+    net, t = net_of(HUNYUAN), torch.tensor([0.9, 0.3])
+    x, cond = latents(net, 2), given_cond(net, 2)
+    with torch.no_grad():
+        y, other = net(x, t, t, cond), net(x, t, t, {**cond, "glyph_embeds": cond["glyph_embeds"] + torch.randn(10)})
+    assert torch.equal(other[0], y[0]) and (other[1] - y[1]).abs().max() > 0.01
+    net = net_of(STABLE)
+    x, cond = latents(net, 2), given_cond(net, 2)
+    with torch.no_grad():
+        other = net(x, t, t, {**cond, "duration_embeds": -cond["duration_embeds"]})
+        assert (other - net(x, t, t, cond)).abs().amax((1, 2)).min() > 0.1
+        masks = cond["prompt_mask"].bool(), cond["prompt_mask"]
+        assert torch.equal(*(net(x, t, t, {**cond, "prompt_mask": mask}) for mask in masks))
+
+
+def test_the_experts_of_wan_are_a_velocity_each():
+    """The pipeline's steps with two transformers are Euler's along one Velocity at times from boundary_ratio up, and
+    along the other below."""
+    torch.manual_seed(0)
+    high, low = model_of(WAN), model_of(WAN)
+    for parameter in low.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
+    )
+    pipeline = diffusers.WanPipeline(
+        None, None, vae, diffusers.FlowMatchEulerDiscreteScheduler(), high, low, boundary_ratio=0.6
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    nets = [Velocity(copy.deepcopy(model)) for model in (high, low)]
+    x = z = latents(nets[0], 1)
+    text = given_cond(nets[0], 1)["prompt_embeds"]
+    how = {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 1.0, "output_type": "latent"}
+    found = pipeline(prompt_embeds=text, latents=z, num_inference_steps=4, **how).frames
+    sigmas = pipeline.scheduler.sigmas
+    assert (sigmas[:-1] >= 0.6).sum() not in (0, 4)
+    with torch.no_grad():
+        for t, r in zip(sigmas, sigmas[1:]):
+            x = x - (t - r) * nets[int(t < 0.6)](x, t[None], t[None], {"prompt_embeds": text})
+    close(found, x)
