@@ -129,11 +129,12 @@ def _refuse_strange_numbers(folder, closely=False):
     for path in _weight_files(folder):
         with _opened(path) as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
-            for name, kind in kinds.items():
-                if kind not in LEARN:
-                    raise ValueError(f"{path}: {name} is {kind}, and weights to learn from are {', '.join(LEARN)}")
-                if closely and not file.get_tensor(name).isfinite().all():
-                    raise ValueError(f"{path}: weight {name} holds NaN or infinity")
+            odd = [name for name in kinds if closely and not file.get_tensor(name).isfinite().all()]
+        for name, kind in kinds.items():
+            if kind not in LEARN:
+                raise ValueError(f"{path}: {name} is {kind}, and weights to learn from are {', '.join(LEARN)}")
+        if odd:
+            raise ValueError(f"{path}: weight {odd[0]} holds NaN or infinity")
 
 
 def _extra_tensors(net, with_twin=True):
