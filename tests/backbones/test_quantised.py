@@ -199,6 +199,7 @@ def test_in_what_adapters_are_kept_if_nothing_is_said(models, cpu):
     net = load_velocity(models / SD3, torch.bfloat16, "nf4", True)
     lora.add(net, ["attn.to_q"], 2)
     assert {p.dtype for p in lora.parameters(net)} == {torch.bfloat16}
+    assert net.model.proj_out.weight.quant_state.dtype == torch.bfloat16, "what a weight is made whole in"
 
 
 def whole_quantised(kind, folder, out, dtype=torch.float32):
