@@ -360,7 +360,7 @@ def test_wrong_folders_end_in_one_line(folders, tmp_path, capsys):
 
 def test_a_model_that_cannot_be_read_ends_in_one_line_and_leaves_nothing(folders, tmp_path, capsys, monkeypatch):
     """Quantised weights are refused as such; whatever else its reader raises is named, and stays the cause."""
-    words = command(folders, tmp_path / "run", f"model={tmp_path / 'quantised'}")
+    words = command(folders, tmp_path / "run", f"model={tmp_path / 'quantised'}", *ALL)
     shutil.copytree(folders / "model", tmp_path / "quantised")
     config = json.loads((folders / "model" / "config.json").read_text())
     about = {"quant_method": "bitsandbytes", "load_in_4bit": True}
