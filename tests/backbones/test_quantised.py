@@ -15,7 +15,7 @@ from tiny_first import SD3, TINY
 from torch import nn
 
 from tinytwinflow import TwinFlowLoss
-from tinytwinflow.backbones import lora, quantised, states
+from tinytwinflow.backbones import lora, lora_files, pipelines, quantised, states
 from tinytwinflow.backbones.velocity_files import load_velocity
 from tinytwinflow.training.optimizers import optimizer_of
 
@@ -234,6 +234,25 @@ def test_a_folder_quantised_already_is_the_model_it_holds(kind, models, tmp_path
     assert all(p.grad.abs().max() > 0 for name, p in net.r_embedder.named_parameters() if name == "linear_2.weight")
     kept = quantised._is_quantised(net.model.proj_out.weight)
     assert kept, "the rest stays quantised"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transformer_of_a_pipeline_may_be_quantised(kind, models, tmp_path, cpu):
+    """Adapters that were trained on a quantised folder, put on it by diffusers' loader, give the same bits."""
+    needs(kind)
+    folder = whole_quantised(kind, models / SD3, tmp_path / kind, torch.bfloat16)
+    net = load_velocity(folder, torch.bfloat16, frozen=True)
+    states.adapt(net, 3)
+    for value in lora.adapter_state(net).values():
+        value += 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
+    model = getattr(diffusers, SD3).from_pretrained(folder, torch_dtype=torch.bfloat16)
+    model.train()  # as above
+    other = pipelines._with_adapters(model, lora_files.adapter_file(net))
+    x, t, cond = latents(net, 3), torch.tensor([0.2, 0.7, 0.5]), given_cond(net, 3)
+    with torch.no_grad():
+        wanted = lora.average(net)(x, t, 0 * t, cond)
+        assert torch.equal(other(x, t, 0 * t, cond), wanted)
+        assert (lora.original(net)(x, t, 0 * t, cond) - wanted).norm() > 0.01 * wanted.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
