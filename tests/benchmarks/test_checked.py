@@ -1,9 +1,11 @@
 """The table of families: what it says holds was tried, and what does not hold is said."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tinytwinflow.backbones.families import FAMILIES
+from tinytwinflow.backbones.families import FAMILIES, published_names
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.benchmarks import checked
 
@@ -49,10 +51,31 @@ def test_what_does_not_hold_is_said(name, monkeypatch):
 
 def test_the_table_has_all_families_and_their_published_models(monkeypatch):
     monkeypatch.setattr(checked, "checked_family", lambda kind: {**dict.fromkeys(checked.CHECKS, True), "loss": False})
-    monkeypatch.setattr(checked, "needs_of_step", lambda name, loss, rows, training: {"peak": 3 * 2**30})
+    monkeypatch.setattr(checked, "needs_of_step", lambda *_, kept: {"peak": (1 if kept else 3) * 2**30})
     first, second = checked.table_of_families([KIND, "QwenImageTransformer2DModel"]).split("\n\n")
     assert first.splitlines()[2] == f"| {KIND} | prompt_embeds, prompt_mask | Sana | yes | NO | yes | yes |"
     assert "(source) | QwenImage, QwenImageEdit, QwenImageEditPlus | yes" in first
     names = [name for kind in (KIND, "QwenImageTransformer2DModel") for name in FAMILIES[kind].published]
     assert [line.split(" | ")[0] for line in second.splitlines()[2:]] == [f"| {name}" for name in names]
-    assert f"| sana-1.6b | {KIND} | 1.6 B | 32 x 32 x 32 | 300 | 3.0 GiB |" in second
+    assert f"| sana-1.6b | {KIND} | 1.6 B | 32 x 32 x 32 | 300 | 3.0 | 1.0 |" in second
+
+
+def test_the_page_has_the_table():
+    """Of each family the conditions, the pipelines and what holds; of each model its latents and tokens."""
+    page = (Path(__file__).parents[2] / "tutorials" / "backbones.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+    found = {row[0]: row[1:] for row in rows if row[0] in FAMILIES}
+    assert [*found] == [*FAMILIES]
+    for kind, family in FAMILIES.items():
+        conditions, pipelines, *held = found[kind]
+        assert conditions.replace("(", "").replace(")", "").split(", ") == [*family.cond, *family.optional]
+        assert pipelines == (", ".join(p.name.removesuffix("Pipeline") for p in family.pipelines) or "-")
+        assert held == ["yes"] * len(checked.CHECKS)
+    models = {row[0]: row[1:] for row in rows if row[0] in published_names()}
+    assert [*models] == published_names()
+    for name, (kind, _, latents, tokens, bf16, nf4) in models.items():
+        about = FAMILIES[kind].published[name]
+        assert latents == " x ".join(map(str, about.latents)) and int(tokens) == about.tokens
+        assert 0 < float(nf4) < float(bf16)

@@ -80,7 +80,8 @@ def _falls(net, parameters, x, cond, seed):
 def table_of_families(kinds=None):
     """Two tables in Markdown: of each family what holds, and of each published model what it is and needs.
 
-    kinds: classes, by default all. A step's bytes are those of adapters at one row, counted as `plan` counts them.
+    kinds: classes, by default all. Its GiB are those of a step of adapters at one row, on weights of
+    bfloat16 and of nf4, counted as `plan` counts them.
     """
     families, models = [], []
     for kind in bar(list(kinds or FAMILIES), "families", unit="families"):
@@ -91,8 +92,8 @@ def table_of_families(kinds=None):
         families.append([kind, ", ".join(needs), ", ".join(names) or "-", *some])
         for name, about in family.published.items():
             count = sum(p.numel() for p in named_structure(name)[0].model.parameters())
-            bytes_of = needs_of_step(name, loss_for("twinflow", "adapters"), 1, "adapters")
-            size, step = " x ".join(map(str, about.latents)), bytes_of["peak"] / 2**30
-            models.append([name, kind, f"{count / 1e9:.1f} B", size, str(about.tokens), f"{step:.1f} GiB"])
+            size, loss = " x ".join(map(str, about.latents)), loss_for("twinflow", "adapters")
+            steps = [needs_of_step(name, loss, 1, "adapters", kept=kept)["peak"] / 2**30 for kept in (None, "nf4")]
+            models.append([name, kind, f"{count / 1e9:.1f} B", size, str(about.tokens), *(f"{n:.1f}" for n in steps)])
     first = markdown(["class", "conditions", "pipelines", *CHECKS], families)
-    return first + "\n\n" + markdown(["--net", "class", "parameters", "latents", "tokens", "a step"], models)
+    return first + "\n\n" + markdown(["--net", "class", "parameters", "latents", "tokens", "bf16", "nf4"], models)
