@@ -1,11 +1,10 @@
 """Learning to edit, by the commands: triples of pictures are encoded, trained on with their own sources, with data and
 without, and what was learnt edits inside the pipelines of diffusers."""
 
-import json
 import math
+import re
 import shutil
 import sys
-import warnings
 from functools import cache
 
 import numpy as np
@@ -18,6 +17,7 @@ from tinytwinflow.backbones import states
 from tinytwinflow.backbones.captions import Pairs, bucket_sides
 from tinytwinflow.backbones.prompts import decode_latents, encode_images, encode_text, load_pipeline
 from tinytwinflow.backbones.texts import Texts, embed, read_conditions
+from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.cli.commands import main
 from tinytwinflow.method.conditions import apart
 from tinytwinflow.method.conditions import repeat as repeated
@@ -29,7 +29,6 @@ from tinytwinflow.training.state import new_state
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
 from test_editing import PIPELINES, pipeline_of  # noqa: E402
-from test_prompts import picture_of  # noqa: E402
 from test_texts import slope, tiles  # noqa: E402
 
 close = torch.testing.assert_close
@@ -180,3 +179,152 @@ def test_without_its_words_each_row_keeps_its_own_picture(name, home, dropped, g
         assert torch.equal(words, own) != torch.equal(words, null)
         kinds.add((part, i, torch.equal(words, own)))
     assert len(kinds) == 10
+
+
+def told(capsys):
+    """The one line that a command has ended with."""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tinytwinflow: ")]
+    return line
+
+
+@two
+@pytest.mark.parametrize("free", [False, True], ids=["with data", "data-free"])
+def test_from_triples_to_one_step_in_the_pipeline_by_the_commands(name, free, home, tmp_path, capsys):
+    """embed, train, export, attach: one step of the pipeline is that of our sampler for the same picture and words; and
+    what is drawn while training is what the adapters' average makes of each row's own picture."""
+    folder, made, out = home(name), tmp_path / "texts", tmp_path / "run"
+    triples = folder.parent / ("squares" if free else "triples")
+    how = ("--pipeline", folder / "whole", "--size", 16, "--buckets", 3, "--tokens", tokens_of(name))
+    assert run("embed", triples, *how, "--out", made) == 0
+    said = "3 prompts and sources" if free else "5 prompts and images and sources"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{said}: {made}"
+    own = [f"model={folder / 'whole'}", f"validation={folder / 'free'}", f"vae={folder / 'whole'}", "weights=float32"]
+    own += ["steps=4", "batch_size=2", "lora_rank=2", "lr=0.05", "label_dropout=0.3", "sample_every=2"]
+    own += [f"data_free={str(free).lower()}", "precision=float32"]
+    assert run("train", "text", "--data", made, "--out", out, "--set", *own) == 0
+    assert run("export", out, "--out", tmp_path / "adapters") == 0
+
+    net, config, _, _ = backbone_of(out)
+    field, pipeline, (picture, side) = states.view(net, config), exact(folder), (noisy(7, (20, 12)), (20, 12))
+    z = torch.randn(1, 4, 6, 10, generator=torch.Generator().manual_seed(0))
+    cond = encode_text(pipeline, [WORDS[0]], tokens_of(name), [picture])
+    cond["source"] = encode_images(pixels(picture), pipeline)
+    with torch.no_grad():
+        ours = sample(field, z, 1, cond=cond)
+        before = sample(Velocity(exact(folder).transformer), z, 1, cond=cond)
+        other = sample(field, z, 1, cond={**cond, "source": cond["source"].flip(-1)})
+    assert (ours - before).abs().max() > 1e-2 and (ours - other).abs().max() > 1e-3, "it learnt, and it looks"
+    call = {"latents": pipeline._pack_latents(z, *z.shape), **call_of(pipeline, side), "num_inference_steps": 1}
+    for source in (out, tmp_path / "adapters"):
+        answer = attach(exact(folder), source)(picture, WORDS[0], **call).images
+        close(pipeline._unpack_latents(answer, 24, 40, 4).view_as(z), ours, atol=2e-5, rtol=0)
+
+    z, drawn = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), tiles(out / "samples.png", 3)
+    cond = read_conditions(folder / "free")
+    sources = [encode_images(pixels(noisy(i, (16, 16))), pipeline) for i in (0, 2, 4)]
+    close(cond["source"].float(), torch.cat(sources), atol=2e-3, rtol=2e-3)
+    for column, steps in enumerate((1, 2, 4)):
+        with torch.no_grad():
+            image = decode_latents(sample(field, z, steps, cond=cond), pipeline)
+        expected = ((image.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+        assert expected.std() > 5 and np.abs(drawn[:, column] - expected).max() <= 1.01
+
+
+def test_triples_are_cut_as_their_targets_and_found_by_name(tmp_path):
+    """A target says the size of its source, whatever that's own ratio; alone a source says its own. Names, not places
+    in two lists, say what belongs together."""
+    (tmp_path / "source").mkdir()
+    sizes = {"a-1": ((90, 60), (60, 80)), "a": ((64, 64), (70, 64)), "b": ((60, 90), (64, 80))}
+    for stem, (target, source) in sizes.items():
+        Image.fromarray(slope(*target)).save(tmp_path / f"{stem}.png")
+        path = tmp_path / "source" / f"{stem}.{'webp' if stem == 'a' else 'png'}"
+        Image.fromarray(slope(*source)).save(path, lossless=True)
+        (tmp_path / f"{stem}.txt").write_text(stem)
+    sides = bucket_sides(48, 3, 4)
+    triples = Pairs(tmp_path, 48, sides)
+    for side, rows in triples.buckets.items():
+        for row, picture in zip(rows.tolist(), triples.to_edit(rows)):
+            width, height = sizes[triples.prompts[row]][1]
+            assert picture.size == side == sides[("a", "a-1", "b").index(triples.prompts[row])]
+            scale = min(width / side[0], height / side[1])
+            across = 127.5 + 255 * (np.arange(side[0]) + 0.5 - side[0] / 2) * scale / width
+            inside = np.asarray(picture)[3:-3, 3:-3, 0].astype(float)
+            assert np.abs(inside - across[3:-3]).max() < 1.6
+    for stem in sizes:
+        (tmp_path / f"{stem}.png").unlink()
+    alone = Pairs(tmp_path, 48, sides)
+    assert len(alone) == 3 and not alone.paths
+    seen = {alone.prompts[row]: side for side, rows in alone.buckets.items() for row in rows.tolist()}
+    assert seen == {"a-1": (40, 56), "a": (48, 48), "b": (40, 56)}
+
+
+SIZE = ("--size", 16, "--buckets", 3)
+
+
+def test_what_is_no_edit_is_refused_in_one_line(home, tmp_path, capsys):
+    folder = home(KONTEXT)
+    parts = exact(folder).components
+    parts = {key: value for key, value in parts.items() if key not in ("image_encoder", "feature_extractor")}
+    diffusers.FluxPipeline(**parts).save_pretrained(tmp_path / "flux")
+    number = iter(range(100))
+
+    def refused(match, change=lambda triples: None, whole=folder / "whole", size=SIZE, copied="triples"):
+        triples = shutil.copytree(folder.parent / copied, tmp_path / str(next(number)))
+        change(triples)
+        capsys.readouterr()
+        out = tmp_path / f"out-{triples.name}"
+        assert run("embed", triples, "--pipeline", whole, *size, "--tokens", 30, "--out", out) == 2
+        line = told(capsys)
+        assert re.search(match, line) and not out.exists(), line
+
+    refused("FluxPipeline takes no picture to edit, and .* holds 5$", whole=tmp_path / "flux")
+    wanted = r"edits pictures: give a size, and beside NAME.txt that to edit, source/NAME.png$"
+    for whole, name in ((folder / "whole", KONTEXT), (home(QWEN) / "whole", QWEN)):
+        refused(f"{name} {wanted}", size=(), whole=whole)
+        refused(f"{name} {wanted}", lambda triples: shutil.rmtree(triples / "source"), whole=whole)
+    lacks = "picture to edit, source/NAME.png and one caption, NAME.txt, of each name"
+    needs = f"needs one image and one {lacks}, 3 has not$"
+    refused(needs, lambda triples: (triples / "source" / "3.png").unlink())
+    refused(needs, lambda triples: (triples / "3.png").unlink())
+    refused(needs, lambda triples: (triples / "3.txt").unlink())
+    refused(needs, lambda triples: noisy(0, (20, 20)).save(triples / "source" / "3.webp"))
+    needs = f"needs one {lacks}, 2 has not$"
+    refused(needs, lambda triples: (triples / "2.txt").unlink(), copied="squares")
+    refused("source: holds no images", lambda triples: [file.unlink() for file in (triples / "source").iterdir()])
+    refused(r"source/2.png: 16 x 12 pixels, smaller than 16 x 16$",
+            lambda triples: noisy(0, (16, 12)).save(triples / "source" / "2.png"))  # fmt: skip
+    refused("source/4.png: cut short, or not an image",
+            lambda triples: (triples / "source" / "4.png").write_bytes(b"no picture"))  # fmt: skip
+
+    def cut_short(triples):
+        whole = (triples / "source" / "4.png").read_bytes()
+        (triples / "source" / "4.png").write_bytes(whole[: len(whole) // 2])
+
+    with pytest.raises(ValueError, match="source/4.png: cut short, or not an image$"):
+        cut_short(shutil.copytree(folder.parent / "triples", tmp_path / "cut"))
+        pairs = Pairs(tmp_path / "cut", 16)
+        pairs.to_edit(torch.arange(5))
+    prompts = ("--prompts", folder.parent / "squares", "--pipeline", folder / "whole", "--size", 16)
+    assert run("paint", folder / "whole" / "transformer", *prompts, "--out", tmp_path / "images") == 2
+    assert "FluxKontextPipeline edits pictures, and there are only prompts" in told(capsys)
+
+
+def test_sets_of_edits_that_do_not_fit_a_run_are_refused_in_one_line(home, tmp_path, capsys):
+    folder = home(KONTEXT)
+
+    def refused(match, *changes, data="texts"):
+        own = [f"model={folder / 'whole'}", "steps=1", "batch_size=2", "lora_rank=2", *changes]
+        assert run("train", "text", "--data", folder / data, "--out", tmp_path / "run", "--set", *own) == 2
+        line = told(capsys)
+        assert re.search(match, line) and not (tmp_path / "run").exists(), line
+
+    refused("free holds no latents: --set data_free=true", data="free")
+    changes = ("data_free=true", "latents=[4,4,4]")
+    refused(r"free: holds source of shape \(4, 8, 8\), not \(4, 4, 4\)$", *changes, data="free")
+    refused(r"texts: holds latents of shape \(4, 8, 8\), not prompts alone$", f"validation={folder / 'texts'}")
+    two_sizes = tmp_path / "two"
+    pairs = Pairs(write_triples(tmp_path / "sources", targets=False), 16, bucket_sides(16, 3, 4))
+    embed(pairs.prompts, exact(folder), two_sizes, pairs, 30)
+    refused("pictures to edit are drawn in one size, it holds 2: --buckets 1$", f"validation={two_sizes}")
+    x, cond = Texts(two_sizes, 2).batch(1)
+    assert x.shape == cond["source"].shape == (2, 4, 6, 10) and not x.any()
