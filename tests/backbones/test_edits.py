@@ -296,14 +296,11 @@ def test_what_is_no_edit_is_refused_in_one_line(home, tmp_path, capsys):
     refused("source/4.png: cut short, or not an image",
             lambda triples: (triples / "source" / "4.png").write_bytes(b"no picture"))  # fmt: skip
 
-    def cut_short(triples):
-        whole = (triples / "source" / "4.png").read_bytes()
-        (triples / "source" / "4.png").write_bytes(whole[: len(whole) // 2])
-
+    cut = shutil.copytree(folder.parent / "squares", tmp_path / "cut") / "source" / "4.png"
+    cut.write_bytes(cut.read_bytes()[:-400])
+    pairs = Pairs(tmp_path / "cut", 16)
     with pytest.raises(ValueError, match="source/4.png: cut short, or not an image$"):
-        cut_short(shutil.copytree(folder.parent / "triples", tmp_path / "cut"))
-        pairs = Pairs(tmp_path / "cut", 16)
-        pairs.to_edit(torch.arange(5))
+        pairs.to_edit(torch.arange(3))
     prompts = ("--prompts", folder.parent / "squares", "--pipeline", folder / "whole", "--size", 16)
     assert run("paint", folder / "whole" / "transformer", *prompts, "--out", tmp_path / "images") == 2
     assert "FluxKontextPipeline edits pictures, and there are only prompts" in told(capsys)
