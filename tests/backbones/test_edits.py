@@ -298,9 +298,8 @@ def test_what_is_no_edit_is_refused_in_one_line(home, tmp_path, capsys):
 
     cut = shutil.copytree(folder.parent / "squares", tmp_path / "cut") / "source" / "4.png"
     cut.write_bytes(cut.read_bytes()[:-400])
-    pairs = Pairs(tmp_path / "cut", 16)
-    with pytest.raises(ValueError, match="source/4.png: cut short, or not an image$"):
-        pairs.to_edit(torch.arange(3))
+    with pytest.raises(ValueError, match="source/4.png: cut short, or not an image"):
+        Pairs(tmp_path / "cut", 16)
     prompts = ("--prompts", folder.parent / "squares", "--pipeline", folder / "whole", "--size", 16)
     assert run("paint", folder / "whole" / "transformer", *prompts, "--out", tmp_path / "images") == 2
     assert "FluxKontextPipeline edits pictures, and there are only prompts" in told(capsys)
