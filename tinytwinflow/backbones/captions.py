@@ -14,6 +14,7 @@ from ..data.readers import Folder, hidden, read_picture, refuse_small
 from ..files import damage_named
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SOURCES = "source"  # the folder, inside that of the images, of the pictures to edit
 RATIOS = (1, 4 / 3, 3 / 2, 16 / 9)  # of the sides of buckets, which lie or stand, the commonest first
 
 
@@ -28,6 +29,10 @@ def _text(path):
 def _seen(folder):
     """The files of a folder by name, but hidden ones."""
     return sorted(file for file in folder.iterdir() if not hidden(file.name))
+
+
+def _pictures(files):
+    return [file for file in files if file.suffix.lower() in PICTURES]
 
 
 def read_prompts(path):
@@ -96,37 +101,57 @@ class Pairs(Folder):
 
     Hidden files do not count. Read as a `Folder` is, with a caption, `prompts`, in place of a class, and made as small
     as the one of `sides` (width, height) whose ratio is nearest, by default a square: `buckets` says which rows have
-    which, the most frequent first. Rows that are read together must be of one. Raises ValueError if one is without the
-    other, a caption is empty, or an image is smaller than it is to be.
+    which, the most frequent first. Rows that are read together must be of one.
+
+    To learn edits a picture to edit, source/NAME.png, belongs to each: NAME.txt says what is to be done to it, and
+    NAME.png is what has become of it, or there is none of these at all, for training without data. It is read in the
+    size of that image, or as its own ratio asks. Raises ValueError if one is without the others, a caption is empty, or
+    an image is smaller than it is to be.
     """
 
     def __init__(self, folder, size, sides=None):
-        files = _seen(Path(folder)) if Path(folder).is_dir() else []
-        paths = [file for file in files if file.suffix.lower() in PICTURES]
-        captions = [file for file in files if file.suffix.lower() == ".txt"]
-        if not paths:
-            raise ValueError(f"{folder}: holds no images ({', '.join(PICTURES)})")
-        images, texts = (Counter(file.stem for file in part) for part in (paths, captions))
-        odd = [name for name in images | texts if not images[name] == texts[name] == 1]
+        files, source = _seen(Path(folder)) if Path(folder).is_dir() else [], Path(folder) / SOURCES
+        paths, captions = _pictures(files), [file for file in files if file.suffix.lower() == ".txt"]
+        sources = _pictures(_seen(source)) if source.is_dir() else []
+        if not sources and (source.is_dir() or not paths):
+            raise ValueError(f"{source if source.is_dir() else folder}: holds no images ({', '.join(PICTURES)})")
+        parts = {"image": paths, f"picture to edit, {SOURCES}/NAME.png": sources, "caption, NAME.txt": captions}
+        named = {what: Counter(file.stem for file in part) for what, part in parts.items() if part or part is captions}
+        odd = [name for name in set().union(*named.values()) if any(part[name] != 1 for part in named.values())]
         if odd:
-            raise ValueError(f"{folder}: needs one image and one caption, NAME.txt, of each name, {min(odd)} has not")
+            wanted = " and ".join(f"one {what}" for what in named)
+            raise ValueError(f"{folder}: needs {wanted}, of each name, {min(odd)} has not")
         said = {file.stem: _text(file).strip() for file in captions}
         for file in captions:
             if not said[file.stem]:
                 raise ValueError(f"{file}: no prompt")
         sides, self.wanted = sides or bucket_sides(size), []
-        for path in paths:  # all, before hours of encoding
+        self.paths, edited = paths, {file.stem: file for file in sources}
+        self.sources = [edited[path.stem] for path in paths or sources] if sources else []
+        for path in paths or sources:  # all, before hours of encoding
             width, height = _upright(path)
             self.wanted.append(min(sides, key=lambda side: abs(math.log(width / height * side[1] / side[0]))))
             refuse_small(path, (width, height), self.wanted[-1])
+        for path, wanted in zip(self.sources, self.wanted):
+            refuse_small(path, _upright(path), wanted)
         rows = {side: [row for row, wanted in enumerate(self.wanted) if wanted == side] for side in sides}
         most = sorted(filter(rows.get, rows), key=lambda side: -len(rows[side]))
         self.buckets = {side: torch.tensor(rows[side]) for side in most}
-        self.prompts = [said[path.stem] for path in paths]
-        self.paths, self.labels = paths, torch.arange(len(paths))
+        self.prompts = [said[path.stem] for path in paths or sources]
+        self.labels = torch.arange(len(self.prompts))
         self.folder, self.size, self.shape, self.pool = folder, size, (3, size, size), ThreadPoolExecutor()
 
+    def __len__(self):
+        return len(self.prompts)
+
+    def to_edit(self, rows):
+        """The pictures to edit of some rows, cut as their images are.  -> list of PIL images"""
+        return list(self.pool.map(lambda row: self._cut(self.sources[row], row), rows.tolist()))
+
+    def _cut(self, path, row):
+        image = read_picture(path)
+        refuse_small(path, image.size, self.wanted[row])
+        return ImageOps.fit(image, self.wanted[row])
+
     def _one(self, row):
-        image = read_picture(self.paths[row])
-        refuse_small(self.paths[row], image.size, self.wanted[row])
-        return tv.pil_to_tensor(ImageOps.fit(image, self.wanted[row]))
+        return tv.pil_to_tensor(self._cut(self.paths[row], row))

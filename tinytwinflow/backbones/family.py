@@ -83,6 +83,7 @@ class Pipeline:
     plain: dict = field(default_factory=dict)  # arguments of a call that switch off guidance, and what changes sizes
     encode: Callable | None = None  # (pipeline, prompts, tokens) -> conditions, where its encode_prompt needs more
     sees: Callable | None = None  # (pipeline, picture to edit) -> as its text encoder is shown it; None if it is not
+    edits: bool | None = False  # whether it must be shown a picture to edit; None: it may be
     more: Callable = lambda pipeline, n: {}  # (pipeline, n) -> conditions of n rows that are not of the prompt
 
 

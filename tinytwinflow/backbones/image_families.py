@@ -171,7 +171,7 @@ IMAGES = {
     ),
     "FluxTransformer2DModel": Family(
         *_TIME, _flux, {**_TEXT, **_POOLED}, _BOTH, **_PACKED, optional=_SOURCE,
-        pipelines=tuple(Pipeline(name, 512, ("prompt_embeds", "pooled", None))
+        pipelines=tuple(Pipeline(name, 512, ("prompt_embeds", "pooled", None), edits=name == "FluxKontextPipeline")
                         for name in ("FluxPipeline", "FluxKontextPipeline")),
         published={"flux": Configuration({}, (16, 128, 128), 512)},
         small={**_SMALL, "num_single_layers": 1},
@@ -181,7 +181,7 @@ IMAGES = {
         off=("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"),
         rows=lambda config, n: n // 2 if config.get("zero_cond_t") else n,  # of 2511's edits a picture is at time 0
         pipelines=tuple(Pipeline(name, tokens, ("prompt_embeds", "prompt_mask"), frames=True,
-                                 plain={"true_cfg_scale": 1.0}, sees=sees) for name, tokens, sees in (
+                                 plain={"true_cfg_scale": 1.0}, sees=sees, edits=bool(sees)) for name, tokens, sees in (
             ("QwenImagePipeline", 512, None), ("QwenImageEditPipeline", 2048, _of_area(1024**2)),
             ("QwenImageEditPlusPipeline", 1024, _of_area(384**2)))),
         published={"qwen-image": Configuration({}, (16, 128, 128), 512)},
@@ -200,8 +200,8 @@ IMAGES = {
         "time_guidance_embed.timestep_embedder", "time_guidance_embed.time_proj", _flux2, _TEXT, _BOTH,
         lambda y, x: y[:, : x.shape[2] * x.shape[3]].mT.unflatten(2, x.shape[2:]),
         optional={"source": ("in_channels", "H2", "W2")},
-        pipelines=(Pipeline("Flux2Pipeline", 512, ("prompt_embeds", None)),
-                   Pipeline("Flux2KleinPipeline", 512, ("prompt_embeds", None), plain=_PLAIN)),
+        pipelines=(Pipeline("Flux2Pipeline", 512, ("prompt_embeds", None), edits=None),
+                   Pipeline("Flux2KleinPipeline", 512, ("prompt_embeds", None), plain=_PLAIN, edits=None)),
         published={"flux.2": Configuration({}, (128, 64, 64), 512),
                    "flux.2-klein-4b": Configuration(
                        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,

@@ -77,11 +77,13 @@ def length_of_prompts(pipeline, tokens=None):
 def paint(pipeline, prompts, numbers, steps=1, seed=0, **how):
     """The pictures of some numbers of each prompt, each from a noise of its own.  -> bytes (prompts, numbers, 3, H, W)
 
-    prompts: dict, a prompt's number -> its words; how: more for the pipeline's call. Raises FloatingPointError if a
-    picture is not finite.
+    prompts: dict, a prompt's number -> its words; how: more for the pipeline's call. Raises ValueError if the pipeline
+    needs pictures to edit, FloatingPointError if a picture is not finite.
     """
-    noise = [seeded(seed, 4, i, k) for i in prompts for k in numbers]
-    how = {"num_inference_steps": steps, "output_type": "pt", **pipeline_of(type(pipeline).__name__).plain, **how}
+    noise, about = [seeded(seed, 4, i, k) for i in prompts for k in numbers], pipeline_of(type(pipeline).__name__)
+    if about.edits:
+        raise ValueError(f"{about.name} edits pictures, and there are only prompts: attach(pipeline, RUN) and call it")
+    how = {"num_inference_steps": steps, "output_type": "pt", **about.plain, **how}
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(prompt=[*prompts.values()], num_images_per_prompt=len(numbers), generator=noise, **how).images
     images = images.float().cpu().unflatten(0, (len(prompts), len(numbers)))

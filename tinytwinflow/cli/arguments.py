@@ -92,11 +92,14 @@ def parser():
     draw.add_argument("--device", default="cpu")
 
     words = add("embed", "encode prompts, and images if there are any, into a data set for the recipe text")
-    words.add_argument("prompts", help="FILE.txt, FILE.jsonl, or a folder of NAME.txt, with --size of NAME.png too")
+    words.add_argument("prompts", help="FILE.txt, FILE.jsonl, or a folder of NAME.txt, see --size")
     words.add_argument(
         "--pipeline", metavar="DIR", required=True, help="diffusers pipeline; its transformer is not read"
     )
-    words.add_argument("--size", type=int, help="encode the folder's images too, their middle square of this side")
+    words.add_argument(
+        "--size", type=int,
+        help="encode the folder's pictures, their middle square of this side: NAME.png, and source/NAME.png to edit",
+    )  # fmt: skip
     words.add_argument(
         "--buckets", type=int, default=1, metavar="B",
         help="in place of squares the nearest of so many ratios: 1:1, 4:3, 3:4, 3:2, 2:3, 16:9, 9:16 (default 1)",

@@ -205,7 +205,9 @@ def run_embed(args):
         for (width, height), rows in pairs.buckets.items():
             print(f"{len(rows)} images of {width} x {height} pixels")
     texts.embed(words, prompts.load_pipeline(args.pipeline, device_of(args.device)), args.out, pairs, args.tokens)
-    print(f"{len(words)} prompts{' and images' if pairs else ''}: {args.out}")
+    pictures = {"images": pairs.paths, "sources": pairs.sources} if pairs else {}
+    kinds = ["prompts", *(name for name, there in pictures.items() if there)]
+    print(f"{len(words)} {' and '.join(kinds)}: {args.out}")
 
 
 def run_paint(args):

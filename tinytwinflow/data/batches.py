@@ -25,11 +25,11 @@ class DataSet(Protocol):
               The same step gives the same batch whenever and wherever it is asked, so that a run resumes where it was
     fresh     n, draw -> x, labels to measure against, not more than n; draws 0 and 1 have no sample in common
 
-    It may also have batch_size, for the record, null, a condition of one row that stands for none, held_out, False
-    where `fresh` gives samples that are trained on, too, which is said beside what is measured, shapes, all there are
-    where batches differ, `shape` the most frequent, and count and mark, how many samples there are and a fingerprint of
-    them, by which a run knows its data again. And neighbours, n -> up to n samples, none of draw 1: the nearest of a
-    sample is looked for among them, instead of among those of draw 0.
+    It may also have batch_size, for the record, null, a condition of one row that stands for none, see
+    `conditions.apart`, held_out, False where `fresh` gives samples that are trained on, too, which is said beside what
+    is measured, shapes, all there are where batches differ, `shape` the most frequent, and count and mark, how many
+    samples there are and a fingerprint of them, by which a run knows its data again. And neighbours, n -> up to n
+    samples, none of draw 1: the nearest of a sample is looked for among them, instead of among those of draw 0.
 
     A set of your own, given to `fit` or to `runs.run.begin`:
 

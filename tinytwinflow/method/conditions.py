@@ -5,6 +5,8 @@ import torch
 
 from ..ranges import plain
 
+ROW_NULL = "null_"  # and the name of a condition: what stands for none of it in a row
+
 
 def check_rows(cond, n):
     """Raise ValueError unless a condition is None, a tensor of n rows or a dict of such."""
@@ -61,6 +63,11 @@ def repeat(cond, n):
     return each(of_rows, cond)
 
 
+def take_null(null, rows):
+    """Rows of a condition that stands for none; what stands for it in all rows stays one row."""
+    return each(lambda value: value if len(value) == 1 else value[rows], null)
+
+
 def place(value, device):
     """A tensor, array or list as a tensor on a device; nobody waits until a GPU has got it.  -> tensor"""
     value, device = torch.as_tensor(value), torch.device(device)
@@ -91,6 +98,19 @@ def as_null(null, device):
 def replace(cond, null, rows):
     """A condition with some rows, (B,) bool, made null, a condition of leading dimension 1 or B."""
     return each(lambda value, none: torch.where(rows.view(-1, *[1] * (value.ndim - 1)), none, value), cond, null)
+
+
+def apart(cond, null):
+    """Conditions as a network takes them, and what stands for none of them, row by row where they differ.
+
+    What null, if it is a dict, does not name stays as it is where the rest is dropped, as the picture to edit does. A
+    row may bring what stands for none of its own NAME as `null_NAME`, which no network is shown.  -> cond, null
+    """
+    if not isinstance(cond, dict):
+        return cond, null
+    own = {name.removeprefix(ROW_NULL): value for name, value in cond.items() if name.startswith(ROW_NULL)}
+    cond = {name: value for name, value in cond.items() if not name.startswith(ROW_NULL)}
+    return cond, {**cond, **null, **own} if isinstance(null, dict) else null
 
 
 def as_pair(item):

@@ -19,7 +19,7 @@ import torch
 
 from ..ranges import as_field, plain, settings_of
 from .bases import on_base
-from .conditions import as_null, check_rows, join, repeat, take
+from .conditions import apart, as_null, check_rows, join, repeat, take
 from .distances import DISTANCES, normalised_error, squared_error
 from .draws import draw_for, mean
 from .path import check_batch, expand, interpolate, jump, same_shape, velocity
@@ -142,8 +142,8 @@ class TwinFlowLoss:
         net, teacher, original: velocity fields net(x, t, r, cond). teacher is F^-, used without gradient (default: net
         itself; in practice its EMA). original gives the velocities of guidance and of data-free training (default:
         teacher). x (B, *D). cond: None, tensor or dict, leading dimension B; null: the same for "no condition",
-        leading dimension 1 or B, or a label, needed for guidance. generator: on the device of x. turns: see
-        `draws.draw_for`. progress: how far training is, 0 to 1, for a base that asks for it.
+        leading dimension 1 or B, or a label, needed for guidance; see `conditions.apart`. generator: on the device of
+        x. turns: see `draws.draw_for`. progress: how far training is, 0 to 1, for a base that asks for it.
         Returns Losses. Raises ValueError if x is not a floating-point batch, cond or null has another length, null is
         missing, or an answer of net, teacher or original has another shape than x.
         """
@@ -154,7 +154,7 @@ class TwinFlowLoss:
             raise ValueError("guidance > 0 needs cond and null, the condition that stands for none")
         if self.data_free and original is None and teacher is None:
             raise ValueError("data_free needs original, the frozen network whose velocity is learnt from")
-        null = as_null(null, x.device)
+        cond, null = apart(cond, as_null(null, x.device))
         if self.base is not None:
             more = {
                 "teacher": net if teacher is None else teacher,

@@ -13,7 +13,7 @@ from ..data.batches import known_of, null_of
 from ..data.latents import autoencoder
 from ..evaluation.features import Inception
 from ..files import damage_named, reason
-from ..method.conditions import count_rows
+from ..method.conditions import apart, count_rows, repeat
 from ..method.path import same_shape
 from ..method.twin import check_field
 from ..nets import PredictsData
@@ -37,9 +37,10 @@ def refuse_misfits(config, data, net=None, folder=None, measured=True):
         if config["init_from"]:
             begin_at(net, config["init_from"])
         x, cond = data.batch(0)
+        cond, null = apart(cond, data.null)
         net.check(x, cond)
         for shape in getattr(data, "shapes", [data.shape]):
-            net.check(torch.zeros(1, *shape), data.null)
+            net.check(torch.zeros(len(x), *shape), repeat(null, len(x)))
         if config["validation"]:
             cond = read_conditions(config["validation"])
             net.check(torch.zeros(count_rows(cond), *data.shape), cond)

@@ -4,9 +4,9 @@ import torch
 
 from ..backbones.painting import save_grid
 from ..backbones.prompts import decode_latents, load_decoder
-from ..backbones.texts import read_conditions
+from ..backbones.texts import SOURCE, read_conditions
 from ..evaluation.pictures import draw_one
-from ..method.conditions import count_rows, take
+from ..method.conditions import apart, count_rows, take
 from ..training.loop import autocast
 from .folder import sampled
 from .settings import mode_of
@@ -23,10 +23,12 @@ def look(run, steps=1):
     elif config["conditional"] and data.classes:
         cond = torch.arange(n) % data.classes
     elif config["conditional"]:
-        cond = take((data.batch(0) if hasattr(data, "null") else data.fresh(4))[1], slice(0, 4))
+        cond, _ = apart((data.batch(0) if hasattr(data, "null") else data.fresh(4))[1], None)
+        cond = take(cond, slice(0, 4))
     n = n if cond is None else count_rows(cond)
+    shape = cond[SOURCE].shape[1:] if isinstance(cond, dict) and SOURCE in cond else data.shape
     with autocast(run.device, config["precision"]):  # as in training, so that nothing is compiled for it
-        return sampled(run.state.average, n, data.shape, steps, mode, config["seed"], cond, run.device, rows)
+        return sampled(run.state.average, n, shape, steps, mode, config["seed"], cond, run.device, rows)
 
 
 def draw_look(run, name):

@@ -15,7 +15,7 @@ from itertools import islice
 
 import torch
 
-from ..method.conditions import as_null, as_pair, check_rows, move, place, replace, take
+from ..method.conditions import apart, as_null, as_pair, check_rows, move, place, replace, take, take_null
 from ..method.draws import turns_of
 from ..method.losses import TwinFlowLoss
 from ..ranges import plain, setting
@@ -80,8 +80,8 @@ def train(
     for the next `base_steps` the whole base without the twin parts; then all of it. A peer's frozen and
     trained networks are filled from the average when flow matching ends.
     batch(i) gives of step i data and condition, or data alone, as tensors or arrays. null: label that stands for no
-    condition, or such a condition of one row; it replaces a share `label_dropout` of the conditions. ema and
-    teacher_ema are the decays of the two averages (Table 6: 0.99 for the teacher). accumulate: the batch is worked
+    condition, or such a condition of one row, see `conditions.apart`; it replaces a share `label_dropout` of them. ema
+    and teacher_ema are the decays of the two averages (Table 6: 0.99 for the teacher). accumulate: the batch is worked
     through in so many equal parts. clip_norm: longest gradient, or None. precision: see PRECISIONS, `autocast`.
     world: the processes that train together, each on its part of the batch, see `distributed`.
     read_every: the terms of so many steps, and those left at the last, are read at once, for to read them is to wait
@@ -108,9 +108,10 @@ def train(
         x, cond = as_pair(batch(i))
         x, cond = place(x, device), move(cond, device)
         check_rows(cond, len(x))
-        if null is not None and label_dropout:
+        cond, none = apart(cond, null)
+        if none is not None and label_dropout:
             drop = torch.rand(len(x), generator=state.generator, device=device) < label_dropout
-            cond = replace(cond, null, drop)
+            cond = replace(cond, none, drop)
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate(i, steps)
         current = flow_matching if i < warmup_steps else base if i < warmup_steps + base_steps else loss
@@ -124,9 +125,9 @@ def train(
         for k, part in enumerate(torch.arange(len(x), device=device).chunk(accumulate)):
             if world is not None:
                 world.sync(state.call or state.net, last=k == accumulate - 1)
-            some = x[part]
+            some, without = x[part], take_null(none, part)
             with autocast(device, precision):
-                out = loss_of_batch(current, state, some, take(cond, part), null, done / max(total, 1), turns)
+                out = loss_of_batch(current, state, some, take(cond, part), without, done / max(total, 1), turns)
             with matrix_units(device, precision):
                 (out.total / accumulate).backward()
             terms = terms + torch.stack([*out, some.float().square().mean()]).detach() / accumulate
