@@ -114,6 +114,19 @@ def test_at_r_equal_to_t_it_is_anyflows_own_velocity(made):
         assert (v - wan(x, t, t, cond)).std() > 0.1 * v.std()
 
 
+def test_around_a_model_without_weights_of_r_it_begins_as_anyflow_does(made):
+    """With a copy of the embedder of t, so at r = t it is the model that it was made of."""
+    wan = diffusers.WanTransformer3DModel(**TINY[WAN])
+    random_(wan, 0.2)
+    net = Velocity(copy.deepcopy(wan))
+    wan.register_to_config(gate_value=0.25, deltatime_type="r")
+    other, t = Velocity(wan), torch.tensor([1.0, 0.5, 0.25])
+    x, cond = inputs(net)
+    with torch.no_grad():
+        close(other(x, t, t, cond), net(x, t, t, cond), atol=1e-5, rtol=1e-5)
+        assert (other(x, t, 0 * t, cond) - net(x, t, t, cond)).std() > 0.1
+
+
 def pipeline_of(kind, model, shift=1.0):
     """AnyFlow's pipeline, or Wan's, around a model, without what reads prompts."""
     vae = diffusers.AutoencoderKLWan(**WAN_VAE)
@@ -164,6 +177,7 @@ def test_attached_to_wans_pipeline_it_makes_what_anyflows_makes(variant, made):
 
 @variants
 def test_what_is_saved_is_loaded_to_the_bit_as_what_it_is(variant, made, tmp_path, caplog):
+    told = diffusers.utils.logging.get_verbosity()
     net = load_velocity(made[variant][1])
     for embedder in (net.r_embedder, net.twin_embedder):
         random_(embedder)
@@ -180,6 +194,7 @@ def test_what_is_saved_is_loaded_to_the_bit_as_what_it_is(variant, made, tmp_pat
             assert torch.equal(other(x, t, r, cond), y)
         random_(copied.r_embedder)
         assert not torch.equal(copied(x, t, r, cond), y) and torch.equal(net(x, t, r, cond), y)
+    assert diffusers.utils.logging.get_verbosity() == told < 50
     assert not caplog.records and kind_of_model(made[variant][1])[0] == WAN
 
 
