@@ -15,6 +15,7 @@ from tiny_videos import TINY, WAN
 
 from tinytwinflow import TwinFlowLoss, attach, sample
 from tinytwinflow.backbones import lora, lora_files, states
+from tinytwinflow.backbones.first_adapters import begin_at
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.backbones.velocity_files import EXTRA, kind_of_model, load_structure, load_velocity, save_velocity
 from tinytwinflow.cli.commands import main
@@ -314,3 +315,8 @@ def test_in_files_of_adapters_its_sum_is_said(made, tmp_path):
     other = diffusers.WanTransformer3DModel.from_pretrained(made["r"][1])
     with pytest.raises(ValueError, match=r"\[0.3, 't-r'\] there, \[0.25, 'r'\] here"):
         attach(pipeline_of("WanPipeline", other), tmp_path / "a.safetensors")
+    again, other = load_velocity(made["t-r"][1]), load_velocity(made["r"][1])
+    states.adapt(again, 2), states.adapt(other, 2)
+    begin_at(again, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"\[0.3, 't-r'\] there, \[0.25, 'r'\] here"):
+        begin_at(other, tmp_path / "a.safetensors")

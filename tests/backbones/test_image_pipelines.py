@@ -13,6 +13,7 @@ from test_prompts import PROMPTS, letters
 
 from tinytwinflow import attach, sample
 from tinytwinflow.backbones.families import FAMILIES
+from tinytwinflow.backbones.painting import length_of_prompts, paint
 from tinytwinflow.backbones.prompts import (
     decode_latents,
     encode_images,
@@ -209,3 +210,17 @@ def test_an_attached_pipeline_makes_what_the_sampler_makes(kind, ready, loaded):
     for steps, picture in enumerate(wanted, 1):
         close(pictures(pipeline, z, TOKENS[kind], steps), picture, atol=2e-5, rtol=0)
     assert (wanted[0] - wanted[1]).abs().max() > 1e-3
+
+
+# the pipeline of LongCat draws noise of 16 channels, whatever its model has
+@pytest.mark.parametrize("kind", [kind for kind in TOKENS if kind != LONGCAT])
+def test_paint_calls_the_pipeline_for_prompts_at_once(kind, ready):
+    """What a prompt becomes among others, and with other numbers beside its own, is what it becomes alone."""
+    pipeline, net, _, z = ready(kind)
+    attach(pipeline, net)
+    side = 4 * 4 * (2 if kind in (FLUX2, KLEIN) else 1)
+    how = {"height": side, "width": side, **length_of_prompts(pipeline, TOKENS[kind])}
+    many = paint(pipeline, dict(enumerate(PROMPTS[1:3])), [0, 2], **how)
+    assert many.shape == (2, 2, 3, side, side)
+    one = paint(pipeline, {1: PROMPTS[2]}, [2], **how)
+    assert (many[1, 1].int() - one[0, 0].int()).abs().max() <= 1 < (many[1, 0].int() - one[0, 0].int()).abs().max()

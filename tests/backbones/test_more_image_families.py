@@ -12,6 +12,7 @@ from tiny_more_images import COGVIEW4, HEADS, HIDREAM, HUNYUAN, LUMINA2
 
 from tinytwinflow import attach, sample
 from tinytwinflow.backbones.families import FAMILIES
+from tinytwinflow.backbones.painting import length_of_prompts, paint
 from tinytwinflow.backbones.prompts import decode_latents, encode_images, encode_text, load_pipeline
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.backbones.velocity_files import load_velocity
@@ -151,6 +152,20 @@ def test_an_attached_pipeline_makes_what_the_sampler_makes(kind, made):
             wanted = sample(net, z, steps, cond=cond)
         close(called(pipeline, z, steps, output_type="latent"), wanted, atol=1e-4, rtol=1e-4)
         assert (wanted - plain).std() > 1e-2 * plain.std()
+
+
+@kinds
+def test_paint_calls_the_pipeline(kind, made):
+    pipeline = copy.deepcopy(made(kind)[0])
+    attach(pipeline, load_velocity(made(kind)[1]))
+    pipeline.default_sample_size, side = 16, 16 * pipeline.vae_scale_factor
+    how = {"height": side, "width": side, **length_of_prompts(pipeline, None if kind == HUNYUAN else TOKENS[kind])}
+    pictures = paint(pipeline, dict(enumerate(WORDS)), [0, 1], **how)
+    assert pictures.shape[:3] == (2, 2, 3)
+    assert (pictures[0, 0].int() - pictures[0, 1].int()).abs().max() > 1
+    if kind == HUNYUAN:
+        with pytest.raises(ValueError, match="HunyuanImagePipeline makes prompts of 256 tokens, not of 7"):
+            length_of_prompts(pipeline, 7)
 
 
 @kinds

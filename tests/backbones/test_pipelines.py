@@ -181,6 +181,18 @@ def test_offloading_in_groups(adapted, how):
     assert torch.equal(called(pipeline, WORDS, noise()), wanted)
 
 
+def test_offloading_of_whole_models(adapted):
+    """What enable_model_cpu_offload does to each model: it comes when called, and goes when the next one comes."""
+    from accelerate import cpu_offload_with_hook
+
+    pipeline = copy.deepcopy(adapted)
+    wanted = called(pipeline, WORDS, noise())
+    _, hook = cpu_offload_with_hook(pipeline.transformer, torch.device("cpu"))
+    for _ in range(2):
+        assert torch.equal(called(pipeline, WORDS, noise()), wanted)
+        hook.offload()
+
+
 def test_sequential_offloading(adapted):
     """Weights live on no device but during their own call: what accelerate does for enable_sequential_cpu_offload."""
     from accelerate import cpu_offload

@@ -213,12 +213,19 @@ def test_what_is_exported_is_read_by_diffusers(folders, tmp_path):
         assert run("export", name, "--out", out) == 2
 
 
+LAST = {  # the layer that makes the answer, where it is not called proj_out
+    "ZImageTransformer2DModel": "all_final_layer.2-1",
+    "Lumina2Transformer2DModel": "norm_out.linear_2",
+    "HiDreamImageTransformer2DModel": "final_layer.linear",
+}
+
+
 @pytest.mark.parametrize("kind", [kind for kind in TINY if hasattr(diffusers, kind)])
 def test_the_loss_of_adapters_falls(kind):
     """For each class of model, adapters on attention and MLPs, average as teacher: the loss on the same draws. The
     last layer learns too, for a random one hides from the adapters what they are to say."""
     net = Velocity(model_of(kind, std=0.05))
-    last = "model.all_final_layer.2-1" if kind == "ZImageTransformer2DModel" else "model.proj_out"
+    last = f"model.{LAST.get(kind, 'proj_out')}"
     lora.add(net, large.linear_layers(net), 4, also=("r_embedder", "twin_embedder", last))
     x, cond = latents(net, 16) * 0.1 + 1, given_cond(net, 16)
     loss, optimizer = TwinFlowLoss(order=1, share=0.5, one_step_share=0.5), optimizer_of([net], 1e-2)
@@ -360,7 +367,7 @@ def test_wrong_folders_end_in_one_line(folders, tmp_path, capsys):
 
 def test_a_model_that_cannot_be_read_ends_in_one_line_and_leaves_nothing(folders, tmp_path, capsys, monkeypatch):
     """Quantised weights are refused as such; whatever else its reader raises is named, and stays the cause."""
-    words = command(folders, tmp_path / "run", f"model={tmp_path / 'quantised'}")
+    words = command(folders, tmp_path / "run", f"model={tmp_path / 'quantised'}", *ALL)
     shutil.copytree(folders / "model", tmp_path / "quantised")
     config = json.loads((folders / "model" / "config.json").read_text())
     about = {"quant_method": "bitsandbytes", "load_in_4bit": True}

@@ -13,6 +13,7 @@ from tiny_videos import HUNYUAN, LTX, SANA, STABLE, WAN
 from tinytwinflow import attach, sample
 from tinytwinflow.backbones import video_families
 from tinytwinflow.backbones.families import FAMILIES
+from tinytwinflow.backbones.painting import length_of_prompts
 from tinytwinflow.backbones.prompts import encode_text, load_pipeline, picture_unit
 from tinytwinflow.backbones.velocity import Velocity
 from tinytwinflow.backbones.velocity_files import load_velocity
@@ -155,6 +156,8 @@ def test_an_attached_pipeline_makes_what_the_sampler_makes(kind, made):
 def test_images_are_not_embedded_for_what_makes_none(kind, made):
     with pytest.raises(ValueError, match=f"{FAMILIES[kind].pipelines[0].name} makes no pictures$"):
         picture_unit(made(kind)[1])
+    with pytest.raises(ValueError, match="makes no pictures of prompts alone"):
+        length_of_prompts(made(kind)[0])
 
 
 def test_each_video_has_its_own_frames_a_second():

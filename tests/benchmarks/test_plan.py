@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinytwinflow import TwinFlowLoss, peers
@@ -32,13 +32,15 @@ from test_velocity import LATENTS, TINY  # noqa: E402
 ABOUT = Configuration({}, (4, 8, 8), tokens=6)
 
 
-def tiny_one(monkeypatch, name):
+def tiny_one(monkeypatch, name, **more):
     """A tiny model of the class of a backbone, which is among the backbones as "tiny" from now on."""
     kind, _ = published_backbone(name)
     latents = ABOUT.latents if len(LATENTS[kind]) == 3 else LATENTS[kind]
-    monkeypatch.setitem(FAMILIES[kind].published, "tiny", replace(ABOUT, settings=TINY[kind], latents=latents))
+    monkeypatch.setitem(
+        FAMILIES[kind].published, "tiny", replace(ABOUT, settings={**TINY[kind], **more}, latents=latents)
+    )
     torch.manual_seed(0)
-    return Velocity(getattr(diffusers, kind)(**TINY[kind]))
+    return Velocity(getattr(diffusers, kind)(**{**TINY[kind], **more}))
 
 
 @pytest.fixture
@@ -91,7 +93,9 @@ def test_a_backbone_is_asked_for_no_loss_that_needs_another_network():
 def real_step(net, made, free, autocast):
     """The most that real calls and their backward pass hold beyond the weights, counted while they run."""
     counter, graphs, (_, about) = LiveBytes(), [], published_backbone("tiny")
-    counter.hold([*net.parameters(), *net.buffers()])
+    for value in (*net.parameters(), *net.buffers()):
+        inside = value.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(value) else ()
+        counter.hold([getattr(value, name) for name in inside] or [value])
     start = counter.now
     hooks = [p.register_post_accumulate_grad_hook(calls._free) for p in net.parameters() if free and p.requires_grad]
     with counter:
@@ -291,6 +295,7 @@ def test_the_command_prints_the_tables(tiny, capsys):
     out = capsys.readouterr().out
     assert "tiny: 0.00 B parameters" in out and "| 1000 | hsdp |" in out
     assert out.count("| flow matching |") == 3 == out.count("| twinflow |")
+    assert [out.count(f"| {kind} |") for kind in ("nf4", "int8", "float8")] == [1, 1, 1] and "rows on 24 GB" in out
     assert main(["memory", "--net", "tinier"]) == 2
     assert "unknown net 'tinier'" in capsys.readouterr().err
 

@@ -109,8 +109,8 @@ def test_the_command_knows_no_other_recipe(capsys):
     ("toy", {"method": "apex", "shifted": False}, "method apex needs shifted=True"),
     ("toy", {"method": "pixel meanflow", "predicts": "velocity"}, "method pixel meanflow needs predicts=data"),
     ("imagenet", {"predicts": "data", "epsilon": True, "guidance": 0.0}, "epsilon says .* noise: --set predicts=veloc"),
-    ("text", {"method": "apex", "guidance": 0.0}, "a backbone begins as its model and has method twinflow"),
-    ("text", {"base": "meanflow", "guidance": 0.0}, "method twinflow: --set method=twinflow base=any-step init_from="),
+    ("text", {"method": "apex", "guidance": 0.0}, "a backbone has method twinflow"),
+    ("text", {"base": "meanflow", "guidance": 0.0}, "method twinflow: --set method=twinflow base=any-step"),
     ("text", {"predicts": "data"}, "unknown setting 'predicts': text has"),
 ])  # fmt: skip
 def test_settings_of_other_methods_that_do_not_go_together_are_refused_in_one_line(recipe, changes, message):

@@ -1,7 +1,8 @@
 """Backbones: the flow transformers of diffusers.
 
 Rooms, in reading order: family, image_families, more_image_families, video_families, audio_families, families,
-velocity, velocity_files, lora, lora_files, states, prompts, captions, texts, scheduler, pipelines, painting.
+quantised, velocity, velocity_files, lora, lora_files, first_adapters, states, prompts, captions, texts, scheduler,
+pipelines, painting.
 May import: training, data, nets, method, files, ranges, bars.
 """
 
@@ -10,6 +11,7 @@ from . import (
     captions,
     families,
     family,
+    first_adapters,
     image_families,
     lora,
     lora_files,
@@ -17,6 +19,7 @@ from . import (
     painting,
     pipelines,
     prompts,
+    quantised,
     states,
     texts,
     velocity,
@@ -25,6 +28,7 @@ from . import (
 )
 
 __all__ = [
-    "audio_families", "captions", "families", "family", "image_families", "lora", "lora_files", "more_image_families",
-    "painting", "pipelines", "prompts", "states", "texts", "velocity", "velocity_files", "video_families",
+    "audio_families", "captions", "families", "family", "first_adapters", "image_families", "lora", "lora_files",
+    "more_image_families", "painting", "pipelines", "prompts", "quantised", "states", "texts", "velocity",
+    "velocity_files", "video_families",
 ]  # fmt: skip

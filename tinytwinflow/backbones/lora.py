@@ -41,7 +41,8 @@ def add(net, layers, rank, alpha=None, also=(), dtype=None, seed=0):
 
     layers: endings of their names such as "attn.to_q", or patterns such as "blocks.*.to_?"; if net has a `model`, as
     a wrapped backbone has, layers of that are meant. alpha: default rank. dtype: that adapters and `also` are kept in,
-    best float32 if the weights are bfloat16; default as they are. seed: of A, uniform in +-1 / sqrt(inputs); B begins
+    best float32 if the weights are bfloat16; default as they
+    are, or what they are computed in where quantised. seed: of A, uniform in +-1 / sqrt(inputs); B begins
     at 0.
 
     also: names of modules to be trained in full, such as time embedders. Of each two copies are kept, its average
@@ -70,7 +71,7 @@ def add(net, layers, rank, alpha=None, also=(), dtype=None, seed=0):
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         for which, pair in PAIRS.items():
             for part, value in zip(pair, (A, torch.zeros(layer.out_features, rank))):
-                value = value.to(layer.weight.device, dtype or layer.weight.dtype, copy=True)
+                value = value.to(layer.weight.device, dtype or _precision(layer), copy=True)
                 setattr(layer, part, _linear(value, which == STUDENT))
         layer.lora = net.lora
         layer.register_forward_hook(_adapt)
@@ -184,6 +185,12 @@ def _matching(net, patterns):
     if not found:
         raise ValueError("layers must name at least one linear layer")
     return [name for name in there if f".{name}" in found]
+
+
+def _precision(layer):
+    """What a linear layer computes in; quantised weights may be whole numbers."""
+    kind = layer.weight.dtype
+    return kind if kind.is_floating_point else layer.compute_dtype or torch.float32
 
 
 def _linear(weight, trained):

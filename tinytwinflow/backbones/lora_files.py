@@ -82,11 +82,16 @@ def read_adapters(path):
     return AdapterFile(tensors, whole, said[LORA_KEY], said[OWN_KEY], str(path))
 
 
+def check_sum(model, about, path):
+    """Raise ValueError if what a file says of its model's sum of embeddings, if anything, is not so of this model."""
+    here, there = ([said.get(key) for key in SUM] for said in (getattr(model, "config", {}), about))
+    if here != there:
+        raise ValueError(f"{path}: adapters of another model ({' and '.join(SUM)} {there} there, {here} here)")
+
+
 def check_adapters(model, file):
     """Raise ValueError that names the first layer of an `AdapterFile` that a model has not, or has of another size."""
-    here, there = ([about.get(key) for key in SUM] for about in (getattr(model, "config", {}), file.about))
-    if here != there:
-        raise ValueError(f"{file.path}: adapters of another model ({' and '.join(SUM)} {there} there, {here} here)")
+    check_sum(model, file.about, file.path)
     modules, rank = dict(model.named_modules()), file.lora[f"{LAYERS}r"]
     for layer in file.layers():
         found = modules.get(layer)

@@ -4,6 +4,7 @@ The benchmarks are GenEval (djghosh13/geneval) and DPG-Bench (TencentQQGYLab/ELL
 """
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -40,12 +41,12 @@ def write_pictures(pipeline, records, out, size, source, layout="plain", n=4, st
     for name, number in {"steps": steps, "batch_size": batch_size}.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    about = pipeline_of(type(pipeline).__name__)
+    how = {"height": size, "width": size, **length_of_prompts(pipeline, tokens)}
     prompts = hashlib.sha256(json.dumps(records).encode()).hexdigest()
     settings = {"source": source, "prompts": prompts, "layout": layout, "n": n, "steps": steps}
     claim(out, out.with_name(out.name + ".json"), {**settings, "mode": pipeline.scheduler.config.mode, "seed": seed,
           "tokens": tokens, "size": size, "pipeline": str(pipeline.name_or_path)})  # fmt: skip
-    how = {"height": size, "width": size, "max_sequence_length": about.tokens if tokens is None else tokens}
+
     places = [out / (f"{r['name']}.png" if layout == "dpg" else f"{i:05d}") for i, r in enumerate(records)]
     missing = [i for i, place in enumerate(places) if not place.exists()]
     for begin in bar(range(0, len(missing), max(1, batch_size // n)), "painting", unit="batches"):
@@ -57,6 +58,22 @@ def write_pictures(pipeline, records, out, size, source, layout="plain", n=4, st
             _write_layout(places[i], layout, records[i], pictures)
 
 
+def length_of_prompts(pipeline, tokens=None):
+    """The arguments by which a pipeline is told the length of its prompts, if it is.  -> dict
+
+    Raises ValueError if it makes no pictures of prompts alone, or none of prompts of another length than its own.
+    """
+    kind, takes = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
+    about = pipeline_of(kind)
+    if "num_images_per_prompt" not in takes or about.sees:
+        raise ValueError(f"{kind} makes no pictures of prompts alone: attach it and call it yourself")
+    if "max_sequence_length" in takes:
+        return {"max_sequence_length": about.tokens if tokens is None else tokens}
+    if tokens not in (None, about.tokens):
+        raise ValueError(f"{kind} makes prompts of {about.tokens} tokens, not of {tokens}")
+    return {}
+
+
 def paint(pipeline, prompts, numbers, steps=1, seed=0, **how):
     """The pictures of some numbers of each prompt, each from a noise of its own.  -> bytes (prompts, numbers, 3, H, W)
 
@@ -66,7 +83,7 @@ def paint(pipeline, prompts, numbers, steps=1, seed=0, **how):
     noise = [seeded(seed, 4, i, k) for i in prompts for k in numbers]
     how = {"num_inference_steps": steps, "output_type": "pt", **pipeline_of(type(pipeline).__name__).plain, **how}
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline([*prompts.values()], num_images_per_prompt=len(numbers), generator=noise, **how).images
+    images = pipeline(prompt=[*prompts.values()], num_images_per_prompt=len(numbers), generator=noise, **how).images
     images = images.float().cpu().unflatten(0, (len(prompts), len(numbers)))
     for i, pictures in zip(prompts, images):
         if not pictures.isfinite().all():
@@ -78,6 +95,7 @@ def draw_grid(pipeline, prompts, path, nfes=(1, 2, 4), seed=0, **how):
     """One picture of a list of prompts: a row a prompt, a column a number of network calls, from the same noise."""
     if not prompts:
         raise ValueError("a grid needs at least one prompt")
+    length_of_prompts(pipeline)
     columns = [paint(pipeline, dict(enumerate(prompts)), [0], steps, seed, **how) for steps in nfes]
     save_grid(path, torch.cat(columns, 1).flatten(0, 1), len(nfes))
 

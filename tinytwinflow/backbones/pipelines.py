@@ -40,7 +40,7 @@ def attach_weights(pipeline, source, mode="any", part="transformer"):
     elif scheduler.config.mode != mode:
         raise ValueError(f"the pipeline's scheduler is of mode {scheduler.config.mode}, not {mode}")
     if whole:
-        net = source if isinstance(source, Velocity) else load_velocity(source, pipeline.dtype)
+        net = source if isinstance(source, Velocity) else load_velocity(source, pipeline.dtype, frozen=True)
         if isinstance(model, nn.Module) and type(net.model) is not type(model):
             raise ValueError(f"{kind} has a {type(model).__name__}, no {type(net.model).__name__}")
         net.to(pipeline.device, pipeline.dtype)

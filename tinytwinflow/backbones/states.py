@@ -38,8 +38,8 @@ class Own(State):
 
 def build_backbone(config, weights=True):
     """The network that the settings of a recipe with a `model` describe; weights=False: its structure only."""
-    dtype = WEIGHT_DTYPES[config["weights"]]
-    net = load_velocity(config["model"], dtype) if weights else load_structure(config["model"], dtype)
+    load, frozen = load_velocity if weights else load_structure, config["lora_rank"] > 0 and config["parallel"] == "ddp"
+    net = load(config["model"], WEIGHT_DTYPES[config["weights"]], config["quantize"], frozen)
     if config["lora_rank"]:
         adapt(net, config["lora_rank"], config["lora_layers"], config["seed"])
     return net

@@ -15,6 +15,7 @@ from ..method.path import expand
 from ..nets.times import check_times
 from .families import family_of
 from .family import free, sizes
+from .quantised import in_floats
 
 
 class Velocity(nn.Module):
@@ -55,6 +56,7 @@ class Velocity(nn.Module):
         embedder = model.get_submodule(self.family.embedder)
         if any(isinstance(getattr(hook, "__self__", None), Velocity) for hook in embedder._forward_hooks.values()):
             raise ValueError(f"this {kind} is already inside a Velocity: use that one or a deep copy of it")
+        in_floats(embedder)
         self.r_embedder, self.twin_embedder = (copy.deepcopy(embedder).requires_grad_() for _ in range(2))
         for new in (self.twin_embedder,) if self.family.given else (self.r_embedder, self.twin_embedder):
             last = [layer for layer in new.modules() if isinstance(layer, nn.Linear)][-1]

@@ -9,31 +9,40 @@ import torch
 
 from ..files import aside, damage_named, fill, read_json
 from .families import class_in, diffusers_class, family_of
+from .quantised import check_package, is_finite, keep_unpacked, kept_in, quantisation
 from .velocity import Velocity
 
 EXTRA, WEIGHTS_FILE = "twinflow.safetensors", "diffusion_pytorch_model.safetensors"
 LEARN = ("F16", "BF16", "F32", "F64")  # kinds of number, as safetensors calls them, that weights are trained from
 
 
-def load_velocity(path, dtype=torch.float32):
+def load_velocity(path, dtype=torch.float32, quantize="none", frozen=False):
     """A Velocity from a diffusers transformer folder or a pipeline folder that holds one, and its extra embedders.
 
     These come from `twinflow.safetensors`, see `save_velocity`, or from among the weights, where the authors publish
-    them; they stay at zero if they are in neither. AnyFlow's models are read as Wan's, see `Velocity`. Raises
-    ValueError if the folder holds no such model, its weights do not fit it, are not finite or of a kind that does not
-    learn, or the scheduler beside it is not of flow matching.
+    them; they stay at zero if they are in neither. AnyFlow's models are read as Wan's, see `Velocity`. frozen: its own
+    weights will not learn, and so may be quantised, in the folder or by `quantize` as they are loaded, see `quantised`.
+    Raises ValueError if the folder holds no such model, its weights do not fit it, are not finite or of a kind that
+    does not learn, or the scheduler beside it is not of flow matching.
     """
     folder, kind, model = _found(path)
-    _refuse_quantised(folder)
+    kept, already = kept_in(folder, quantize, frozen)
+    if kept != "none":
+        check_package(kept)
+    if not already:
+        _refuse_strange_numbers(folder, closely=kept != "none")
     how = {"local_files_only": True, "torch_dtype": dtype, "output_loading_info": True}
+    if kept != "none" and not already:
+        how["quantization_config"] = quantisation(kept, family_of(kind, folder).embedder, dtype)
     with _unheard(), damage_named(folder, f"no {kind}"):
         model, about = model.from_pretrained(folder, **how)
+    keep_unpacked(model)
     net = Velocity(model)
     strange = [name for name in about["unexpected_keys"] if not name.startswith(net.family.roots())]
     if about["missing_keys"] or strange:
         raise ValueError(f"{folder}: weights of another model ({[*about['missing_keys'], *strange][0]} does not fit)")
     for name, value in model.state_dict().items():
-        if not value.isfinite().all():
+        if not is_finite(value):
             raise ValueError(f"{folder}: weight {name} holds NaN or infinity in {str(value.dtype)[6:]}")
     weights = _extra_weights(folder, net.family)
     if weights:
@@ -44,9 +53,12 @@ def load_velocity(path, dtype=torch.float32):
     return net
 
 
-def load_structure(path, dtype=torch.float32):
-    """What `load_velocity` gives, its weights not read, for another process to fill. Raises ValueError as that does."""
+def load_structure(path, dtype=torch.float32, quantize="none", frozen=False):
+    """What `load_velocity` gives, its weights not read, for another process to fill, and not quantised. Raises
+    ValueError as that does.
+    """
     folder, kind, model = _found(path)
+    kept_in(folder, quantize, frozen)
     with _unheard(), damage_named(folder, f"no {kind}"):
         structure = model.from_config(read_json(folder / "config.json", "diffusers model"))
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -109,26 +121,30 @@ def _found(path):
     about = read_json(folder / "config.json", "diffusers model")
     kind = class_in(about, folder)
     family_of(kind, folder)
-    if about.get("quantization_config"):
-        raise ValueError(f"{folder}: its weights are quantised (quantization_config), and such do not learn")
     for file in (folder.parent / "scheduler/scheduler_config.json", folder / "scheduler/scheduler_config.json"):
         if file.is_file():
             about = read_json(file, "diffusers scheduler")
             name, target = about.get("_class_name", "unnamed"), about.get("prediction_type")
-            known = "FlowMatch" in name or "FlowMap" in name
-            if not (known or target == "flow_prediction" or about.get("use_flow_sigmas")):
+            known = re.search("FlowMatch|FlowMap", name) or about.get("use_flow_sigmas")
+            if not (known or target == "flow_prediction"):
                 raise ValueError(f"{file}: {name} with prediction_type {target} is not of flow matching")
     return folder, kind, diffusers_class(kind, folder)
 
 
-def _refuse_quantised(folder):
-    """Raise ValueError that names the first tensor of a kind of number that does not learn: it would be cast."""
+def _refuse_strange_numbers(folder, closely=False):
+    """Raise ValueError that names the first tensor of a kind of number that does not learn: it would be cast. closely:
+    or that is not finite, which quantising hides.
+    """
     for path in _weight_files(folder):
         with _opened(path) as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+            looked = [name for name, kind in kinds.items() if closely and kind in LEARN]
+            odd = [name for name in looked if not file.get_tensor(name).isfinite().all()]
         for name, kind in kinds.items():
             if kind not in LEARN:
                 raise ValueError(f"{path}: {name} is {kind}, and weights to learn from are {', '.join(LEARN)}")
+        if odd:
+            raise ValueError(f"{path}: weight {odd[0]} holds NaN or infinity")
 
 
 def _extra_tensors(net, with_twin=True):

@@ -5,13 +5,16 @@ import math
 
 import torch
 
+from ..backbones.quantised import PACKAGES
 from ..backbones.states import adapt
 from ..evaluation.tables import markdown
 from ..training.distributed import forget
 from ..training.in_backward import as_matrix, in_backward
 from .calls import bytes_of, bytes_of_calls, calls_of, flops_of_call, meta_backbone, work_of_calls
+from .few_bits import keep_in
 from .memory import LiveBytes
 
+LARGE_CARD, SMALL_CARD = 79 * 2**30, 23 * 2**30  # what a card of 80 GB and one of 24 GB have to give
 ON_BACKBONES = ("twinflow", "dmd2", "sana-sprint")
 TRAININGS = {  # what learns, in which precision it is kept, its optimiser; and the settings of recipe text for it
     "adapters": (
@@ -65,8 +68,9 @@ def heaviest_steps(steps):
     return kept
 
 
-def needs_of_step(name, loss, batch_size, training, rank=64):
-    """Bytes and floating-point operations of a training step of a backbone; see TRAININGS.
+def needs_of_step(name, loss, batch_size, training, rank=64, kept=None):
+    """Bytes and floating-point operations of a training step of a backbone; see TRAININGS. kept: what the frozen
+    weights under adapters are quantised to, see `few_bits`.
 
     weights: all networks that the loss needs, and averages; optimiser: its state; passing: the most that any step
     makes and lets go, gradients included; peak: their sum; flops: the mean of the steps.
@@ -78,6 +82,8 @@ def needs_of_step(name, loss, batch_size, training, rank=64):
         forget(block)
     helpers = {key: kind for key, kind in getattr(loss, "helpers", {}).items() if kind != "average"}
     learning = 1 + sum(kind != "frozen" for kind in helpers.values())
+    if kept is not None:
+        keep_in(net, kept)
     if low_rank:
         adapt(net, rank)
     elif not layerwise:
@@ -149,8 +155,8 @@ def print_spread(name, loss, batch_size, figures):
     print(markdown(header.split(" | "), rows))
 
 
-def largest_batch(figures, batch_size, name, loss, training, memory=79 * 2**30):
-    """The most rows whose step fits into 79 GiB, what a card of 80 GB has to give; 0 if one row does not.
+def largest_batch(figures, batch_size, name, loss, training, memory=LARGE_CARD, kept=None):
+    """The most rows whose step fits into the memory of a card; 0 if one row does not.
 
     figures: of a step of batch_size rows. Bytes grow with the rows along a few straight lines, so each guess is where
     the line through the last two comes to what there is.
@@ -159,7 +165,7 @@ def largest_batch(figures, batch_size, name, loss, training, memory=79 * 2**30):
         return 0
     last, rows = (batch_size, figures["peak"]), batch_size + 8
     for _ in range(5):
-        now = rows, needs_of_step(name, loss, rows, training)["peak"]
+        now = rows, needs_of_step(name, loss, rows, training, kept=kept)["peak"]
         slope = max(1, (now[1] - last[1]) / (now[0] - last[0]))
         last, rows = now, min(max(0, math.floor(now[0] + (memory - now[1]) / slope)), 10**4)
         if rows in (0, now[0]):
@@ -190,3 +196,14 @@ def print_needs(name, losses, batch_size):
     header = "method | what learns | parameters | weights | optimiser | passing | a step | rows on 80 GB | PFLOP"
     print("\n" + markdown(header.split(" | "), rows))
     return found
+
+
+def print_few_bits(name, loss, batch_size):
+    """Print what a step needs with adapters on quantised weights, as a Markdown table in GiB."""
+    rows = []
+    for kept in PACKAGES:
+        figures = needs_of_step(name, loss, batch_size, "adapters", kept=kept)
+        sizes = (f"{figures[key] / 2**30:.1f}" for key in ("weights", "optimiser", "passing", "peak"))
+        rows.append([kept, *sizes, str(largest_batch(figures, batch_size, name, loss, "adapters", SMALL_CARD, kept))])
+    print("\nadapters on quantised weights, setting `quantize`:\n")
+    print(markdown("backbone | weights | optimiser | passing | a step | rows on 24 GB".split(" | "), rows))

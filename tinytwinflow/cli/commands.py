@@ -190,6 +190,7 @@ def run_memory(args):
     losses = {method: speed_backbone.loss_for(method, "float32") for method in methods}
     figures = plan.print_needs(args.net, losses, rows)
     if "twinflow" in losses:
+        plan.print_few_bits(args.net, losses["twinflow"], rows)
         plan.print_spread(args.net, losses["twinflow"], rows, figures["twinflow", "float32"])
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ..backbones.first_adapters import begin_at
+from ..backbones.quantised import refuse_copies
 from ..backbones.states import backbone_state, build_backbone
 from ..backbones.texts import LATENTS, Texts
 from ..data.images import Images
@@ -111,11 +113,10 @@ def first_net(config, data, weights=True, fresh=True):
     """The network as a run's seed makes it, and its first weights if it is fresh; weights=False: structure alone."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(config["seed"])
-        if "model" in config:
-            return build_backbone(config, weights)
-        net = net_of(config, data.shape, data.classes)
+        backbone = "model" in config
+        net = build_backbone(config, weights) if backbone else net_of(config, data.shape, data.classes)
     if weights and fresh and config["init_from"]:
-        first_weights(net, config["init_from"])
+        (begin_at if backbone else first_weights)(net, config["init_from"])
     return net
 
 
@@ -153,6 +154,8 @@ def state_of(config, data, device="cpu", world=None, fresh=True, net=None):
     if net is None:
         with without_weights() if in_pieces else nullcontext():
             net = first_net(config, data, weights=not in_pieces, fresh=fresh)
+    if world is not None and not in_pieces:
+        refuse_copies(net)
     net = net if in_pieces else net.to(device)
     if "model" in config:
         state = backbone_state(net, config, place)
@@ -161,7 +164,7 @@ def state_of(config, data, device="cpu", world=None, fresh=True, net=None):
         more["features"] = features_for(loss, config, data, device, fresh)
         state = new_state(net, config["lr"], seed=config["seed"], **more)
     if in_pieces and (fresh or config.get("lora_rank")):  # a checkpoint of adapters does not hold the backbone
-        deal_out(state.net, first_net(config, data).state_dict() if world.rank == 0 else {})
+        deal_out(state.net, first_net(config, data, fresh=fresh).state_dict() if world.rank == 0 else {})
         state.restart()
     elif world is not None and not in_pieces:
         state.call = as_copies(state.net, device)

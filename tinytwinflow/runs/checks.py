@@ -5,6 +5,7 @@ import sys
 
 import torch
 
+from ..backbones.first_adapters import begin_at
 from ..backbones.prompts import decode_latents, load_decoder
 from ..backbones.states import build_backbone
 from ..backbones.texts import read_conditions
@@ -33,6 +34,8 @@ def refuse_misfits(config, data, net=None, folder=None, measured=True):
     if "model" in config:
         with without_weights():
             net = build_backbone(config, weights=False)
+        if config["init_from"]:
+            begin_at(net, config["init_from"])
         x, cond = data.batch(0)
         net.check(x, cond)
         for shape in getattr(data, "shapes", [data.shape]):

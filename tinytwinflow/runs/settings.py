@@ -5,6 +5,7 @@ A run's settings are a flat dict, its config.json. Recipes, `fit(**settings)`, `
 """
 
 from .. import peers
+from ..backbones.quantised import QUANTIZE
 from ..method.losses import TwinFlowLoss
 from ..ranges import setting, settings_of
 from ..training.distributed import COMPILE, PARALLEL
@@ -29,7 +30,9 @@ NETWORK = {
     "predicts": setting("velocity", "what the network answers with", choices=("velocity", "data")),
     "shifted": setting(False, "whether it knows each condition twice, see `nets.shifted`: the fakes of apex are there"),
     "epsilon": setting(False, "the DiT's published weights predict noise; its answer is translated"),
-    "init_from": setting("", "first weights: a run's folder, a checkpoint, sit:FILE or dit:FILE, published ones"),
+    "init_from": setting(
+        "", "first weights: a run's folder, a checkpoint, sit:FILE or dit:FILE, published ones; of adapters, a LoRA"
+    ),
 }
 TRAINING = {
     "seed": setting(0, "of weights, batches and noise", "[0, 9223372036854775807]"),
@@ -67,6 +70,7 @@ MEASURING = {
 BACKBONE = {
     "model": setting("model", "folder of a diffusers flow transformer, or of a pipeline with one"),
     "weights": setting("bf16", "what a backbone's weights are kept in", choices=tuple(WEIGHT_DTYPES)),
+    "quantize": setting("none", "what frozen weights are kept in, under adapters", choices=QUANTIZE),
     "lora_rank": setting(64, "rank of the adapters; 0: all parameters learn", "[0, inf)"),
     "lora_layers": setting([], "endings of the names of adapted layers; none: those of attention and MLPs"),
     "optimizer": setting(
@@ -129,10 +133,12 @@ def check_backbone(config):
         raise ValueError("optimizer adafactor steps inside the backward pass: --set accumulate=1 clip_norm=None")
     if config["data_free"] and not config["lora_rank"]:
         raise ValueError("data_free learns from the frozen original, which adapters keep: --set lora_rank=64")
-    if (config["method"], config["base"]) != ("twinflow", "any-step") or config["init_from"]:
-        raise ValueError(
-            "a backbone begins as its model and has method twinflow: --set method=twinflow base=any-step init_from="
-        )
+    if config["quantize"] != "none" and not (config["lora_rank"] and config["parallel"] == "ddp"):
+        raise ValueError("quantised weights do not learn and stay whole: --set lora_rank=64 parallel=ddp")
+    if config["init_from"] and not config["lora_rank"]:
+        raise ValueError("init_from of a backbone is a file of adapters: --set lora_rank=64, or init_from=")
+    if (config["method"], config["base"]) != ("twinflow", "any-step"):
+        raise ValueError("a backbone has method twinflow: --set method=twinflow base=any-step")
 
 
 def loss_of(config):
