@@ -8,6 +8,20 @@ from .video_families import VIDEOS
 FAMILIES = {**IMAGES, **MORE_IMAGES, **VIDEOS, **SOUNDS}
 
 
+ANYFLOW = ("AnyFlowTransformer3DModel", "FAR_Wan_Transformer3DModel")  # in diffusers, and in the authors' own folders
+
+
+def class_in(about, where):
+    """The class that the model of a config.json is read as; AnyFlow's are Wan's with an embedder of r from the start.
+
+    None if the file names none. Raises ValueError for AnyFlow's causal model.
+    """
+    kind = about.get("_class_name")
+    if kind == "AnyFlowFARTransformer3DModel" or kind in ANYFLOW and about.get("init_far_model"):
+        raise ValueError(f"{where}: {kind} is causal, shown each part of a video after those before it: not supported")
+    return "WanTransformer3DModel" if kind in ANYFLOW else kind
+
+
 def family_of(kind, where):
     """The Family of a diffusers class. Raises ValueError that names the known ones."""
     if kind not in FAMILIES:

@@ -118,6 +118,9 @@ class Family:
     clock: Callable = lambda t: t  # what the model calls the time |t|
     unit: Callable = lambda config: 1000.0  # config -> what the sinusoids expect for the time 1
     second: Callable = lambda t, r: r  # what emb_r is shown; the authors' published weights are for these
+    shares: Callable = lambda t, r: (1.0, t - r)  # what emb(|t|) and emb_r are multiplied by before they are added
+    given: str | None = None  # what emb_r is called in the files of models that have one from the start
+    variant: Callable = lambda config: {}  # config -> what is otherwise than here in models with such settings
     rows: Callable = lambda config, n: n  # how many of the n rows to embed are x's: behind are conditions', at time 0
     off: tuple = ()  # names in the model's config that must be None or False: other variants, called in other ways
     pipelines: tuple = ()  # how words and pictures are encoded, first those of a prompt; without, it is done elsewhere
@@ -132,7 +135,8 @@ class Family:
 
     def roots(self):
         """How all names of extra embedders begin, whether they are of this library or not."""
-        return tuple(name.split(".")[0] + "." for name in self.names())
+        roots = tuple(name.split(".")[0] + "." for name in self.names())
+        return (*roots, f"{self.given}.") if self.given else roots
 
 
 def sizes(axes, config, lengths):

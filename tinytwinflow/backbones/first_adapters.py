@@ -12,7 +12,7 @@ from pathlib import Path
 from ..files import damage_named, fill, read_json
 from . import lora
 from .families import diffusers_class
-from .lora_files import ADAPTERS_FILE, LAYERS, LORA_KEY, WHOLE
+from .lora_files import ADAPTERS_FILE, LAYERS, LORA_KEY, OWN_KEY, WHOLE, check_sum
 
 NAMES = (ADAPTERS_FILE, "adapter_model.safetensors")  # in folders of diffusers and of PEFT
 PEFT_ABOUT = "adapter_config.json"  # where PEFT says rank and alpha
@@ -31,8 +31,10 @@ def begin_at(net, path):
         path = next((path / name for name in NAMES if (path / name).is_file()), path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file of adapters")
-    tensors, about = _read(path)
+    tensors, about, own_about = _read(path)
     whole = {name: tensors.pop(name) for name in [*tensors] if name.startswith(WHOLE)}
+    if whole:
+        check_sum(net.model, own_about, path)
     if not tensors or not all(map(PART.fullmatch, tensors)):
         tensors = _converted(tensors, net.family, path)
     layers = _by_layer(tensors, path)
@@ -47,16 +49,16 @@ def begin_at(net, path):
 
 
 def _read(path):
-    """The tensors of a file, and what it or the file beside it says of rank and alpha."""
+    """The tensors of a file, what it or the file beside it says of rank and alpha, and what this library says more."""
     from safetensors import safe_open
 
     with damage_named(path, "no safetensors file, or a damaged one"), safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        about = json.loads((file.metadata() or {}).get(LORA_KEY, "{}"))
+        about, own_about = (json.loads((file.metadata() or {}).get(key, "{}")) for key in (LORA_KEY, OWN_KEY))
         about = {name.removeprefix(LAYERS): value for name, value in about.items()}
     if not about and (path.parent / PEFT_ABOUT).is_file():
         about = read_json(path.parent / PEFT_ABOUT, "settings of PEFT")
-    return tensors, about
+    return tensors, about, own_about
 
 
 def _converted(tensors, family, path):

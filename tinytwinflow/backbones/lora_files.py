@@ -12,6 +12,7 @@ from .lora import AVERAGE, adapters_of, prefix_of, weights_of
 
 ADAPTERS_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it in a folder
 LAYERS, WHOLE = "transformer.", "lora_also."  # before the names of adapters, and of modules trained in full
+SUM = ("gate_value", "deltatime_type")  # settings of a model that say how its embeddings are added
 LORA_KEY, OWN_KEY = "lora_adapter_metadata", "twinflow"  # in a file's metadata: what PEFT is told, and what else is
 
 
@@ -38,6 +39,8 @@ def adapter_file(net, **about):
     lora = {"r": adapters.rank, "lora_alpha": adapters.alpha, "target_modules": layers, "rank_pattern": {}}
     lora = {f"{LAYERS}{key}": value for key, value in lora.items()}
     whole = {name.removeprefix(WHOLE): tensors.pop(name) for name in [*tensors] if name.startswith(WHOLE)}
+    config = getattr(getattr(net, "model", None), "config", {})
+    about |= {key: config[key] for key in SUM if key in config}
     return AdapterFile(tensors, whole, lora, {"also": list(adapters.also), **about})
 
 
@@ -79,8 +82,16 @@ def read_adapters(path):
     return AdapterFile(tensors, whole, said[LORA_KEY], said[OWN_KEY], str(path))
 
 
+def check_sum(model, about, path):
+    """Raise ValueError if what a file says of its model's sum of embeddings, if anything, is not so of this model."""
+    here, there = ([said.get(key) for key in SUM] for said in (getattr(model, "config", {}), about))
+    if here != there:
+        raise ValueError(f"{path}: adapters of another model ({' and '.join(SUM)} {there} there, {here} here)")
+
+
 def check_adapters(model, file):
     """Raise ValueError that names the first layer of an `AdapterFile` that a model has not, or has of another size."""
+    check_sum(model, file.about, file.path)
     modules, rank = dict(model.named_modules()), file.lora[f"{LAYERS}r"]
     for layer in file.layers():
         found = modules.get(layer)

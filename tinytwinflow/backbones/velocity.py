@@ -6,6 +6,7 @@ model a `Family` tells where that MLP is, how to call the model and how to read 
 """
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -25,6 +26,10 @@ class Velocity(nn.Module):
     pretrained velocity. Times stay in float32 up to their sinusoids, though the model would round them to its
     own precision; the sum is formed in float32.
 
+    Models of AnyFlow, which `load_velocity` reads, have an emb_r from the start and another sum, of a fixed g:
+    (1 - g) emb(|t|) + g emb_r(|r|) + [t < 0] emb_twin(|t|), or |t| - |r| in place of |r|. At r = t too both terms are
+    left, so there the pretrained velocity is AnyFlow's own, not Wan's.
+
     x (B, *D) latents as the model's pipeline scales them, of images (B, C, H, W), videos (B, C, T, H, W) or sounds
     (B, C, T), of any size that the model's patches divide; t, r (B,) in [-1, 1]; cond a dict of what the family needs,
     as prompt_embeds (B, L, D), prompt_mask (B, L) bool or whole numbers, pooled (B, P), guidance (B,).
@@ -35,7 +40,8 @@ class Velocity(nn.Module):
     def __init__(self, model):
         super().__init__()
         kind, config = type(model).__name__, getattr(model, "config", {})
-        self.family = family_of(kind, kind)
+        family = family_of(kind, kind)
+        self.family = replace(family, **family.variant(config))
         on = [name for name in self.family.off if config.get(name) not in (None, False)]
         if on:
             raise ValueError(f"{kind} with {on[0]}={config[on[0]]!r} is another variant of the model: not supported")
@@ -52,7 +58,7 @@ class Velocity(nn.Module):
             raise ValueError(f"this {kind} is already inside a Velocity: use that one or a deep copy of it")
         in_floats(embedder)
         self.r_embedder, self.twin_embedder = (copy.deepcopy(embedder).requires_grad_() for _ in range(2))
-        for new in (self.r_embedder, self.twin_embedder):
+        for new in (self.twin_embedder,) if self.family.given else (self.r_embedder, self.twin_embedder):
             last = [layer for layer in new.modules() if isinstance(layer, nn.Linear)][-1]
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
@@ -107,8 +113,8 @@ class Velocity(nn.Module):
         dtype = next(self.r_embedder.parameters()).dtype
         emb_r = self.r_embedder(self._sinusoids(self.family.second(t, r), dtype)).float()
         emb_twin = self.twin_embedder(self._sinusoids(self.family.clock(t.abs()), dtype)).float()
-        length, twin = expand(t - r, emb_r), expand(torch.signbit(t), emb_r)
-        whole = emb[:rows].float() + length * emb_r + twin * emb_twin
+        (first, second), twin = self.family.shares(t, r), expand(torch.signbit(t), emb_r)
+        whole = first * emb[:rows].float() + expand(second, emb_r) * emb_r + twin * emb_twin
         return torch.cat([whole.to(emb.dtype), emb[rows:]])
 
     def check(self, x, cond):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..files import aside, damage_named, fill, read_json
-from .families import diffusers_class, family_of
+from .families import class_in, diffusers_class, family_of
 from .quantised import check_package, is_finite, keep_unpacked, kept_in, quantisation
 from .velocity import Velocity
 
@@ -20,10 +20,10 @@ def load_velocity(path, dtype=torch.float32, quantize="none", frozen=False):
     """A Velocity from a diffusers transformer folder or a pipeline folder that holds one, and its extra embedders.
 
     These come from `twinflow.safetensors`, see `save_velocity`, or from among the weights, where the authors publish
-    them; they stay at zero if they are in neither. frozen: its own weights will not learn, and so may be quantised, in
-    the folder or by `quantize` as they are loaded, see `quantised`. Raises ValueError if the folder holds no such
-    model, its weights do not fit it, are not finite or of a kind that does not learn, or the scheduler beside it is not
-    of flow matching.
+    them; they stay at zero if they are in neither. AnyFlow's models are read as Wan's, see `Velocity`. frozen: its own
+    weights will not learn, and so may be quantised, in the folder or by `quantize` as they are loaded, see `quantised`.
+    Raises ValueError if the folder holds no such model, its weights do not fit it, are not finite or of a kind that
+    does not learn, or the scheduler beside it is not of flow matching.
     """
     folder, kind, model = _found(path)
     kept, already = kept_in(folder, quantize, frozen)
@@ -31,18 +31,11 @@ def load_velocity(path, dtype=torch.float32, quantize="none", frozen=False):
         check_package(kept)
     if not already:
         _refuse_strange_numbers(folder, closely=kept != "none")
-    from diffusers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # it would warn that the extra embedders are not used; errors we raise
     how = {"local_files_only": True, "torch_dtype": dtype, "output_loading_info": True}
     if kept != "none" and not already:
         how["quantization_config"] = quantisation(kept, family_of(kind, folder).embedder, dtype)
-    try:
-        with damage_named(folder, f"no {kind}"):
-            model, about = model.from_pretrained(folder, **how)
-    finally:
-        logging.set_verbosity(level)
+    with _unheard(), damage_named(folder, f"no {kind}"):
+        model, about = model.from_pretrained(folder, **how)
     keep_unpacked(model)
     net = Velocity(model)
     strange = [name for name in about["unexpected_keys"] if not name.startswith(net.family.roots())]
@@ -55,6 +48,8 @@ def load_velocity(path, dtype=torch.float32, quantize="none", frozen=False):
     if weights:
         with_twin = any(name.startswith(net.family.names()[1]) for name in weights)
         fill(_extra_tensors(net, with_twin), weights, folder)
+    elif net.family.given:
+        raise ValueError(f"{folder}: a model with gate_value has an embedder of r, and there is none")
     return net
 
 
@@ -64,7 +59,7 @@ def load_structure(path, dtype=torch.float32, quantize="none", frozen=False):
     """
     folder, kind, model = _found(path)
     kept_in(folder, quantize, frozen)
-    with damage_named(folder, f"no {kind}"):
+    with _unheard(), damage_named(folder, f"no {kind}"):
         structure = model.from_config(read_json(folder / "config.json", "diffusers model"))
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, value in structure.state_dict(keep_vars=True).items():  # of all else the values are not in files
@@ -99,7 +94,20 @@ def kind_of_model(path):
     """The class of a model and its name on the hub, None if its folder tells none."""
     about = read_json(_folder(path) / "config.json", "diffusers model")
     name = str(about.get("_name_or_path", ""))
-    return about.get("_class_name"), name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None
+    return class_in(about, path), name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None
+
+
+@contextmanager
+def _unheard():
+    """diffusers does not warn of extra embedders and their settings, which it does not use; errors we raise."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _folder(path):
@@ -111,13 +119,14 @@ def _found(path):
     """The folder of the transformer in `path`, the name of its class, and the class."""
     folder = _folder(path)
     about = read_json(folder / "config.json", "diffusers model")
-    kind = about.get("_class_name")
+    kind = class_in(about, folder)
     family_of(kind, folder)
     for file in (folder.parent / "scheduler/scheduler_config.json", folder / "scheduler/scheduler_config.json"):
         if file.is_file():
             about = read_json(file, "diffusers scheduler")
             name, target = about.get("_class_name", "unnamed"), about.get("prediction_type")
-            if not ("FlowMatch" in name or target == "flow_prediction" or about.get("use_flow_sigmas")):
+            known = re.search("FlowMatch|FlowMap", name) or about.get("use_flow_sigmas")
+            if not (known or target == "flow_prediction"):
                 raise ValueError(f"{file}: {name} with prediction_type {target} is not of flow matching")
     return folder, kind, diffusers_class(kind, folder)
 
@@ -167,4 +176,6 @@ def _extra_weights(folder, family):
     for path in [folder / EXTRA] if (folder / EXTRA).is_file() else _weight_files(folder):
         with _opened(path) as file:
             weights |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(family.roots())}
+    if family.given:
+        weights = {key.replace(family.given, family.names()[0]): value for key, value in weights.items()}
     return weights

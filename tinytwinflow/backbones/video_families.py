@@ -2,7 +2,7 @@
 
 Wan 2.2 has two experts of one class, `transformer` for times from the pipeline's boundary_ratio up and `transformer_2`
 below: each is a Velocity of its own. Its model of 5B is called with one time a token; all are equal where no picture is
-given, so one a row is the same.
+given, so one a row is the same. AnyFlow's models are Wan 2.1's with another sum of embeddings, see `Velocity`.
 """
 
 import torch
@@ -52,6 +52,18 @@ def _hunyuan_axes(config):
     return {**image_axes(config), "C": config["in_channels"] // 2, "T": config["patch_size_t"]}
 
 
+def _anyflow(config):
+    """Of AnyFlow's models the sum is (1 - g) emb(|t|) + g emb_r; emb_r is shown |r| or |t| - |r|."""
+    gate, kind = config.get("gate_value"), config.get("deltatime_type")
+    if gate is None and kind is None:
+        return {}
+    shown = {"r": lambda t, r: r.abs(), "t-r": lambda t, r: t.abs() - r.abs()}
+    if kind not in shown or not isinstance(gate, int | float):
+        raise ValueError(f"WanTransformer3DModel with deltatime_type={kind!r}, gate_value={gate!r}: not supported")
+    terms = {"shares": lambda t, r: (1.0 - gate, torch.full_like(t, gate)), "second": shown[kind]}
+    return {**terms, "given": "condition_embedder.delta_embedder"}
+
+
 _CAPTION = {"prompt_embeds": ("L", "caption_channels"), "prompt_mask": ("L",)}
 _TIME = ("time_embed.emb.timestep_embedder", "time_embed.emb.time_proj")
 _UNGUIDED, _PLAIN = {"do_classifier_free_guidance": False}, {"guidance_scale": 1.0}
@@ -61,6 +73,7 @@ VIDEOS = {
     "WanTransformer3DModel": Family(
         "condition_embedder.time_embedder", "condition_embedder.timesteps_proj", _wan,
         {"prompt_embeds": ("L", "text_dim")}, ("blocks",), axes=_patch_axes, off=("image_dim", "added_kv_proj_dim"),
+        variant=_anyflow,
         pipelines=(Pipeline("WanPipeline", 512, ("prompt_embeds", None), _UNGUIDED, frames=True, plain=_PLAIN),),
         published={
             "wan2.1-1.3b": Configuration({"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
