@@ -92,9 +92,7 @@ def leave_pipeline(folder):
     from test_pipelines import trained, written
     from test_prompts import FLUX
 
-    pipeline = pipeline_of(
-        FLUX, folder
-    )  # whole; the tiny one of SD3 lacks its T5, which must be said when it is loaded
+    pipeline = pipeline_of(FLUX, folder)  # a whole one: that of SD3 lacks its T5, and loading it must be told so
     pipeline.save_pretrained(folder / "sd3.5-large")
     (folder / "fox-in-one-step").mkdir()
     written(trained(pipeline), folder / "fox-in-one-step" / "pytorch_lora_weights.safetensors")
