@@ -88,7 +88,8 @@ def test_the_card_says_what_it_is_and_nothing_of_the_machine(name, home, tmp_pat
     assert about["library_name"] == "diffusers" and about["base_model"] == "someone/tiny"
     assert ("lora" in about["tags"]) == (name == "adapters") and "twinflow" in about["tags"]
     assert "2 steps of recipe text" in rest and "| batch_size | 2 |" in rest and "| lr | 0.3 |" in rest
-    assert str(home) not in text and all(f"{i}. {prompt}" in rest for i, prompt in enumerate(PROMPTS, 1))
+    assert str(home).encode() not in b"".join(path.read_bytes() for path in (tmp_path / "mine").iterdir())
+    assert all(f"{i}. {prompt}" in rest for i, prompt in enumerate(PROMPTS, 1))
     code = re.search(r"```python\n(.*?)```", rest, re.S)[1]
     compile(code, "card", "exec")
     assert 'StableDiffusion3Pipeline.from_pretrained("someone/tiny")' in code and "guidance_scale=1.0" in code

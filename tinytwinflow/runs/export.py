@@ -16,7 +16,14 @@ from ..backbones.velocity_files import kind_of_model, save_velocity
 from .folder import adapters_of_run, attach, backbone_of, read_config
 from .settings import SETTINGS
 
-PATHS = ("data", "data_dir", "model", "init_from")  # of the machine that trained: they are nobody else's business
+PATHS = (
+    "data",
+    "data_dir",
+    "model",
+    "init_from",
+    "validation",
+    "vae",
+)  # of the machine that trained: they are nobody else's business
 
 
 def export(run, out, pipeline=None, prompts=(), seed=0):

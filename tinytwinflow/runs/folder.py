@@ -137,7 +137,7 @@ def adapters_of_run(folder):
     own = {name: torch.empty_like(value, device="cpu") for name, value in states.saved_weights(net, config).items()}
     fill_from(saved, path, "net", own)
     net.load_state_dict(own, strict=False, assign=True)
-    said = {"model": config["model"], "step": saved["step"], "shape": list(saved["data"]["shape"])}
+    said = {"model": Path(config["model"]).name, "step": saved["step"], "shape": list(saved["data"]["shape"])}
     return adapter_file(net, **said)._replace(path=str(path))
 
 
