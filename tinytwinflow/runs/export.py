@@ -48,6 +48,7 @@ def export(run, out, pipeline=None, prompts=(), seed=0):
         step, shape = file.about["step"], file.about["shape"]
     else:
         net, _, shape, step = backbone_of(run)
+        net.model.register_to_config(_name_or_path=kind_of_model(config["model"])[1] or Path(config["model"]).name)
         save_velocity(net, writing)
     if pipeline is not None:
         size = {name: side * pipeline.vae_scale_factor for name, side in zip(("height", "width"), shape[-2:])}
