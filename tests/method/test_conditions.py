@@ -74,6 +74,40 @@ def test_null_stands_for_any_number_of_rows_and_takes_the_place_of_some(kind, n,
         conditions.repeat(torch.tensor(3), 4)
 
 
+@given(one_of_each_kind, st.integers(1, 6), st.data())
+def test_rows_of_what_stands_for_none_are_those_of_it_spread_over_all(kind, n, data):
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=6)))
+    for null in (made(kind, 1), made(kind, n)):
+        some = conditions.repeat(conditions.take_null(null, rows), len(rows))
+        same(some, conditions.take(conditions.repeat(null, n), rows))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=4), st.integers(1, 3))
+def test_none_is_what_a_row_brings_then_what_null_says_then_the_row_itself(named, n):
+    """For each name on its own; what a row brings for that, no network is shown, and doing it again changes nothing."""
+    names = dict(zip("abcd", named))
+    whole = {name: made("tensor", n, seed=i) for i, name in enumerate(names)}
+    null = {name: made("tensor", 1, seed=10 + i) for i, name in enumerate(names) if names[name][0]}
+    own = {name: made("tensor", n, seed=20 + i) for i, name in enumerate(names) if names[name][1]}
+    cond, none = conditions.apart({**whole, **{f"null_{name}": value for name, value in own.items()}}, null)
+    same(cond, whole)
+    assert none.keys() == names.keys()
+    for name in names:
+        expected = own[name] if names[name][1] else null[name] if names[name][0] else whole[name]
+        assert torch.equal(none[name], expected)
+    again, still = conditions.apart(cond, none)
+    same(again, cond), same(still, none)
+
+
+@given(one_of_each_kind)
+def test_conditions_and_nulls_that_are_no_dicts_stay_as_they_are(kind):
+    cond, one = made(kind, 3), torch.ones(1, 3)
+    for null in (None, one, made("dict", 1)):
+        found = conditions.apart(cond, null)
+        assert found[0] is cond or kind == "dict"
+        assert found[1] is null or kind == "dict" and isinstance(null, dict)
+
+
 @given(one_of_each_kind)
 def test_a_condition_moves_to_a_device_whole(kind):
     """To one without memory, which shows each tensor's move."""

@@ -845,3 +845,21 @@ def test_the_exact_field_is_at_rest_on_another_base_where_the_fakes_are_right():
             found.append(gradients(loss(net, x, generator=generator).total, net))
         mean, error = torch.stack(found).mean(0), torch.stack(found).std(0) / 40**0.5
         assert (error > 0).all() and bool((mean.abs() < 4 * error).all()) == still, (off, mean / error)
+
+
+@given(st.integers(1, 6), st.integers(0, 9))
+def test_guidance_away_from_the_words_alone_keeps_the_picture_of_each_row(n, seed):
+    """A null of words alone is that of the words with each row's own picture; and a row may bring its own."""
+    draw = torch.Generator().manual_seed(seed)
+    x, words, source, no_words = (torch.randn(rows, 2, generator=draw) for rows in (n, n, n, 1))
+
+    def net(x, t, r, cond):
+        return torch.tanh(x * t[:, None] + cond["words"] * cond["source"])
+
+    def total(cond, null):
+        how = {"null": null, "generator": torch.Generator().manual_seed(7)}
+        return TwinFlowLoss(order=1, guidance=0.7)(net, x, {"words": words, "source": source, **cond}, **how).total
+
+    expected = total({}, {"words": no_words.expand(n, 2), "source": source})
+    assert torch.equal(total({}, {"words": no_words}), expected)
+    assert torch.equal(total({"null_words": no_words.expand(n, 2)}, {}), expected)

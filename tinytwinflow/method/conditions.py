@@ -65,7 +65,7 @@ def repeat(cond, n):
 
 def take_null(null, rows):
     """Rows of a condition that stands for none; what stands for it in all rows stays one row."""
-    return each(lambda value: value if len(value) == 1 else value[rows], null)
+    return each(lambda value: value[rows] if value.ndim and len(value) > 1 else value, null)
 
 
 def place(value, device):
