@@ -204,6 +204,8 @@ def test_from_triples_to_one_step_in_the_pipeline_by_the_commands(name, free, ho
     own += [f"data_free={str(free).lower()}", "precision=float32"]
     assert run("train", "text", "--data", made, "--out", out, "--set", *own) == 0
     assert run("export", out, "--out", tmp_path / "adapters") == 0
+    card = (tmp_path / "adapters" / "README.md").read_text()
+    assert f"diffusers.{name}.from_pretrained" in card and "pipeline(image=picture, prompt=" in card
 
     net, config, _, _ = backbone_of(out)
     field, pipeline, (picture, side) = states.view(net, config), exact(folder), (noisy(7, (20, 12)), (20, 12))

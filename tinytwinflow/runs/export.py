@@ -13,6 +13,7 @@ from ..backbones.families import family_of
 from ..backbones.lora_files import ADAPTERS_FILE, write_adapters
 from ..backbones.painting import draw_grid
 from ..backbones.velocity_files import kind_of_model, save_velocity
+from ..files import read_json
 from .folder import adapters_of_run, attach, backbone_of, read_config
 from .settings import SETTINGS
 
@@ -75,7 +76,7 @@ import tinytwinflow as ttf
 
 pipeline = diffusers.{pipeline}.from_pretrained("{base}")
 ttf.attach(pipeline, "{name}")
-pipeline("a prompt", num_inference_steps=1{plain}).images[0]
+pipeline({call})
 ```
 {samples}
 ## Training
@@ -101,19 +102,27 @@ def card(config, step, name, prompts=(), seed=0):
     config: settings of the run; step: the last; name: of the folder; prompts, seed: of the samples, if there are any.
     """
     kind, base = kind_of_model(config["model"])
-    pipelines, adapters = family_of(kind, config["model"]).pipelines, config["lora_rank"]
+    adapters, pipeline = config["lora_rank"], _pipeline(family_of(kind, config["model"]), Path(config["model"]))
     metadata = {"library_name": "diffusers", "tags": ["twinflow", "one-step", *(["lora"] if adapters else [])]}
     metadata |= {"base_model": base} if base else {}
-    plain = pipelines[0].plain if pipelines else {}
+    plain = "".join(f", {key}={value!r}" for key, value in (pipeline.plain if pipeline else {}).items())
+    picture = "image=picture, " if pipeline and pipeline.edits else ""
     rows = [(key, value, SETTINGS[key].meaning) for key, value in config.items() if key not in (*PATHS, "recipe")]
     listed = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(prompts, 1))
     return CARD.format(
         metadata="\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items()),
         what=f"Low-rank adapters of rank {adapters}" if adapters else "All weights",
-        pipeline=pipelines[0].name if pipelines else "DiffusionPipeline",
-        plain="".join(f", {key}={value!r}" for key, value in plain.items()),
+        pipeline=pipeline.name if pipeline else "DiffusionPipeline",
+        call=f"{picture}prompt='a prompt', num_inference_steps=1{plain}",
         samples=SAMPLES.format(seed=seed, prompts=listed) if prompts else "",
         settings="\n".join(f"| {key} | {value!r} | {meaning} |" for key, value, meaning in rows),
         data=Path(config["data"]).name, model=Path(config["model"]).name, base=base or Path(config["model"]).name,
         name=name, kind=kind, steps=step, recipe=config["recipe"],
     )  # fmt: skip
+
+
+def _pipeline(family, folder):
+    """Of a family's pipelines that of a folder, or the first; None if it has none."""
+    index = folder / "model_index.json"
+    name = read_json(index, "diffusers pipeline").get("_class_name") if index.is_file() else None
+    return next((one for one in family.pipelines if one.name == name), next(iter(family.pipelines), None))
