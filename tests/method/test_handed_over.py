@@ -93,8 +93,12 @@ def test_a_loss_takes_a_dict_with_none_in_it_and_a_null_of_its_kind():
     out = ttf.TwinFlowLoss(guidance=0.5)(net, x, cond, null={"text": torch.zeros(1, 2), "image": None})
     out.total.backward()
     assert w.grad.isfinite()
-    with pytest.raises(ValueError, match="one kind, got a dict of text and a dict of "):
-        ttf.TwinFlowLoss(guidance=0.5)(net, x, cond, null={"image": None})
+    for null, message in {
+        "image": "one at least of text, image",
+        "texts": "one kind, got a dict of text and a dict",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ttf.TwinFlowLoss(guidance=0.5)(net, x, cond, null={null: None if null == "image" else torch.zeros(1, 2)})
 
 
 def test_words_are_no_condition():

@@ -105,12 +105,18 @@ def apart(cond, null):
 
     What null, if it is a dict, does not name stays as it is where the rest is dropped, as the picture to edit does. A
     row may bring what stands for none of its own NAME as `null_NAME`, which no network is shown.  -> cond, null
+
+    Raises ValueError if a null names nothing to put in a condition's place.
     """
     if not isinstance(cond, dict):
         return cond, null
     own = {name.removeprefix(ROW_NULL): value for name, value in cond.items() if name.startswith(ROW_NULL)}
     cond = {name: value for name, value in cond.items() if not name.startswith(ROW_NULL)}
-    return cond, {**cond, **null, **own} if isinstance(null, dict) else null
+    if not isinstance(null, dict):
+        return cond, null
+    if all(value is None for value in {**null, **own}.values()):
+        raise ValueError(f"null must put something in the place of one at least of {', '.join(cond)}")
+    return cond, {**cond, **null, **own}
 
 
 def as_pair(item):
