@@ -305,7 +305,7 @@ def test_what_is_no_edit_is_refused_in_one_line(home, tmp_path, capsys):
         Pairs(tmp_path / "cut", 16)
     prompts = ("--prompts", folder.parent / "squares", "--pipeline", folder / "whole", "--size", 16)
     assert run("paint", folder / "whole" / "transformer", *prompts, "--out", tmp_path / "images") == 2
-    assert "FluxKontextPipeline edits pictures, and there are only prompts" in told(capsys)
+    assert "FluxKontextPipeline makes no pictures of prompts alone" in told(capsys)
 
 
 def test_sets_of_edits_that_do_not_fit_a_run_are_refused_in_one_line(home, tmp_path, capsys):

@@ -48,6 +48,15 @@ def home(tmp_path_factory):
     return home
 
 
+def test_of_all_weights_the_average_leaves(home, tmp_path):
+    """What samples.png shows, not what was trained last."""
+    saved = torch.load(home / "all" / "checkpoint.pt", weights_only=True)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    net = backbone_of(home / "all")[0]
+    assert torch.equal(net.model.state_dict()[name], saved["average"][f"model.{name}"])
+    assert not torch.equal(net.model.state_dict()[name], saved["net"][f"model.{name}"])
+
+
 def field(folder):
     """What a run samples from."""
     net, config, _, _ = backbone_of(folder)
@@ -145,6 +154,10 @@ def test_wrong_exports_end_in_one_line(home, tmp_path, capsys):
     wrong = {
         "toy is no run of a backbone: python -m tinytwinflow sample": ["export", tmp_path / "toy", "--out", "x"],
         "no adapters: choose a folder": ["export", home / "all", "--out", tmp_path / "a.safetensors"],
+        "samples stand beside a card": [
+            *("export", home / "adapters", "--out", tmp_path / "a.safetensors"),
+            *("--pipeline", home / "pipeline", "--prompts", home / "prompts.txt"),
+        ],
         "need both --pipeline and --prompts": ["export", home / "all", "--out", tmp_path / "a", "--prompts", "p.txt"],
     }
     for message, words in wrong.items():

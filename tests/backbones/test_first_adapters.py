@@ -170,7 +170,7 @@ SD3_LAYERS = [f"transformer_blocks.{i}.attn.{part}" for i in (0, 1) for part in 
 FIRST = f"transformer.{SD3_LAYERS[0]}"
 A, B = f"{FIRST}.lora_A.weight", f"{FIRST}.lora_B.weight"
 WRONG = {
-    "a NaN": (lambda t: t[B].fill_(torch.nan), "to_q.lora_B.weight is not finite"),
+    "a NaN": (lambda t: t[B].fill_(torch.nan), "to_q.lora_B.weight holds NaN or infinity"),
     "half a pair": (lambda t: t.pop(B), "attn.to_q has not both lora_A and lora_B"),
     "other widths": (lambda t: t.update({A: torch.zeros(3, 7)}), "is (3, 7) there, (3, 16) here"),
     "ranks": (lambda t: t.update({A: torch.zeros(2, 16), B: torch.zeros(16, 2)}), "its rank is 2 and 3, not 3, and"),

@@ -82,24 +82,24 @@ def test_rows_of_what_stands_for_none_are_those_of_it_spread_over_all(kind, n, d
         same(some, conditions.take(conditions.repeat(null, n), rows))
 
 
-named_by = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=4)
-
-
-@given(named_by.filter(lambda named: any(map(any, named))), st.integers(1, 3))
-def test_none_is_what_a_row_brings_then_what_null_says_then_the_row_itself(named, n):
-    """For each name on its own; what a row brings for that, no network is shown, and doing it again changes nothing."""
-    names = dict(zip("abcd", named))
+@given(st.lists(st.sampled_from(["null", "own", "both", "kept"]), min_size=1, max_size=4), st.integers(1, 3))
+def test_none_is_what_a_row_brings_then_what_null_says_then_the_row_itself(ways, n):
+    """For each name on its own; what a row brings for that, no network is shown, and doing it again changes nothing.
+    The row itself counts for the picture to edit alone."""
+    names = {"source" if way == "kept" else "abcd"[i]: way for i, way in enumerate(ways)}
     whole = {name: made("tensor", n, seed=i) for i, name in enumerate(names)}
-    null = {name: made("tensor", 1, seed=10 + i) for i, name in enumerate(names) if names[name][0]}
-    own = {name: made("tensor", n, seed=20 + i) for i, name in enumerate(names) if names[name][1]}
+    null = {name: made("tensor", 1, seed=10 + i) for i, name in enumerate(names) if names[name] in ("null", "both")}
+    own = {name: made("tensor", n, seed=20 + i) for i, name in enumerate(names) if names[name] in ("own", "both")}
     cond, none = conditions.apart({**whole, **{f"null_{name}": value for name, value in own.items()}}, null)
     same(cond, whole)
     assert none.keys() == names.keys()
     for name in names:
-        expected = own[name] if names[name][1] else null[name] if names[name][0] else whole[name]
-        assert torch.equal(none[name], expected)
+        assert torch.equal(none[name], own.get(name, null.get(name, whole[name])))
     again, still = conditions.apart(cond, none)
     same(again, cond), same(still, none)
+    for name in null.keys() - own.keys():
+        with pytest.raises(ValueError, match=f"null says nothing of {name}, and only source is kept"):
+            conditions.apart(whole, {key: value for key, value in {**null, **own}.items() if key != name})
 
 
 @given(one_of_each_kind)

@@ -93,12 +93,9 @@ def test_a_loss_takes_a_dict_with_none_in_it_and_a_null_of_its_kind():
     out = ttf.TwinFlowLoss(guidance=0.5)(net, x, cond, null={"text": torch.zeros(1, 2), "image": None})
     out.total.backward()
     assert w.grad.isfinite()
-    for null, message in {
-        "image": "one at least of text, image",
-        "texts": "one kind, got a dict of text and a dict",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            ttf.TwinFlowLoss(guidance=0.5)(net, x, cond, null={null: None if null == "image" else torch.zeros(1, 2)})
+    for null in ({"image": None}, {"texts": torch.zeros(1, 2)}):
+        with pytest.raises(ValueError, match="null says nothing of (text|image), and only source is kept"):
+            ttf.TwinFlowLoss(guidance=0.5)(net, x, cond, null=null)
 
 
 def test_words_are_no_condition():

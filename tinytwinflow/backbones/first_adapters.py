@@ -7,12 +7,11 @@ diffusers' own loader of the family's pipeline converts them.
 import json
 import math
 import re
-from pathlib import Path
 
 from ..files import damage_named, fill, read_json
 from . import lora
 from .families import diffusers_class
-from .lora_files import ADAPTERS_FILE, LAYERS, LORA_KEY, OWN_KEY, WHOLE, check_sum
+from .lora_files import ADAPTERS_FILE, LAYERS, WHOLE, check_sum, read_file
 
 NAMES = (ADAPTERS_FILE, "adapter_model.safetensors")  # in folders of diffusers and of PEFT
 PEFT_ABOUT = "adapter_config.json"  # where PEFT says rank and alpha
@@ -26,12 +25,10 @@ def begin_at(net, path):
     network's. Where it holds the embedders of r and the twin, as this library writes them, they are taken, too.
     Raises ValueError if it is no such file, not finite, of another rank, or of other layers than those adapted.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = next((path / name for name in NAMES if (path / name).is_file()), path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file of adapters")
-    tensors, about, own_about = _read(path)
+    path, tensors, about, own_about = read_file(path, NAMES)
+    about = {name.removeprefix(LAYERS): value for name, value in about.items()}
+    if not about and (path.parent / PEFT_ABOUT).is_file():
+        about = read_json(path.parent / PEFT_ABOUT, "settings of PEFT")
     whole = {name: tensors.pop(name) for name in [*tensors] if name.startswith(WHOLE)}
     if whole:
         check_sum(net.model, own_about, path)
@@ -46,19 +43,6 @@ def begin_at(net, path):
             weights[f"{LAYERS}{layer}.{part}.weight"] = value
     fill({name: p for name, p in own.items() if whole or not name.startswith(WHOLE)}, weights, path)
     lora.move_average(net, 0.0)
-
-
-def _read(path):
-    """The tensors of a file, what it or the file beside it says of rank and alpha, and what this library says more."""
-    from safetensors import safe_open
-
-    with damage_named(path, "no safetensors file, or a damaged one"), safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        about, own_about = (json.loads((file.metadata() or {}).get(key, "{}")) for key in (LORA_KEY, OWN_KEY))
-        about = {name.removeprefix(LAYERS): value for name, value in about.items()}
-    if not about and (path.parent / PEFT_ABOUT).is_file():
-        about = read_json(path.parent / PEFT_ABOUT, "settings of PEFT")
-    return tensors, about, own_about
 
 
 def _converted(tensors, family, path):

@@ -59,27 +59,39 @@ def write_adapters(file, path):
             writing.write(save({**file.tensors, **whole}, said))
 
 
-def read_adapters(path):
-    """What `write_adapters` wrote, in a file or in a folder.  -> AdapterFile
+def read_file(path, names=(ADAPTERS_FILE,)):
+    """A file of adapters of any origin, or one of such names in a folder.
 
-    Raises ValueError if there is no such file, it is damaged or not finite, or without an embedder of r, as adapters
-    are that were not trained by this method.
+    -> its path, its tensors, what it says to PEFT and to this library. Raises ValueError if there is none, or it is
+    damaged or not finite.
     """
     from safetensors import safe_open
 
-    path = Path(path) / ADAPTERS_FILE if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in names if (path / name).is_file()), path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file of adapters")
     with damage_named(path, "no safetensors file, or a damaged one"), safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        said = {key: json.loads(text) for key, text in (file.metadata() or {}).items() if key in (LORA_KEY, OWN_KEY)}
+        lora, own = (json.loads((file.metadata() or {}).get(key, "{}")) for key in (LORA_KEY, OWN_KEY))
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity")
+    return path, tensors, lora, own
+
+
+def read_adapters(path):
+    """What `write_adapters` wrote, in a file or in a folder.  -> AdapterFile
+
+    Raises ValueError as `read_file` does, and if there is no embedder of r, as with adapters that were not trained by
+    this method.
+    """
+    path, tensors, lora, own = read_file(path)
     whole = {name.removeprefix(WHOLE): tensors.pop(name) for name in [*tensors] if name.startswith(WHOLE)}
-    if said.keys() != {LORA_KEY, OWN_KEY} or not any(name.startswith("r_embedder.") for name in whole):
+    if not lora or not own or not any(name.startswith("r_embedder.") for name in whole):
         raise ValueError(f"{path}: holds no embedder of r, so these adapters were not trained to make jumps")
-    return AdapterFile(tensors, whole, said[LORA_KEY], said[OWN_KEY], str(path))
+    return AdapterFile(tensors, whole, lora, own, str(path))
 
 
 def check_sum(model, about, path):

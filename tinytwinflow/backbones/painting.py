@@ -65,7 +65,7 @@ def length_of_prompts(pipeline, tokens=None):
     """
     kind, takes = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
     about = pipeline_of(kind)
-    if "num_images_per_prompt" not in takes or about.sees:
+    if "num_images_per_prompt" not in takes or about.edits:
         raise ValueError(f"{kind} makes no pictures of prompts alone: attach it and call it yourself")
     if "max_sequence_length" in takes:
         return {"max_sequence_length": about.tokens if tokens is None else tokens}
@@ -77,12 +77,10 @@ def length_of_prompts(pipeline, tokens=None):
 def paint(pipeline, prompts, numbers, steps=1, seed=0, **how):
     """The pictures of some numbers of each prompt, each from a noise of its own.  -> bytes (prompts, numbers, 3, H, W)
 
-    prompts: dict, a prompt's number -> its words; how: more for the pipeline's call. Raises ValueError if the pipeline
-    needs pictures to edit, FloatingPointError if a picture is not finite.
+    prompts: dict, a prompt's number -> its words; how: more for the pipeline's call. Raises FloatingPointError if a
+    picture is not finite.
     """
     noise, about = [seeded(seed, 4, i, k) for i in prompts for k in numbers], pipeline_of(type(pipeline).__name__)
-    if about.edits:
-        raise ValueError(f"{about.name} edits pictures, and there are only prompts: attach(pipeline, RUN) and call it")
     how = {"num_inference_steps": steps, "output_type": "pt", **about.plain, **how}
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(prompt=[*prompts.values()], num_images_per_prompt=len(numbers), generator=noise, **how).images
@@ -97,7 +95,7 @@ def draw_grid(pipeline, prompts, path, nfes=(1, 2, 4), seed=0, **how):
     """One picture of a list of prompts: a row a prompt, a column a number of network calls, from the same noise."""
     if not prompts:
         raise ValueError("a grid needs at least one prompt")
-    length_of_prompts(pipeline)
+    how = {**length_of_prompts(pipeline), **how}
     columns = [paint(pipeline, dict(enumerate(prompts)), [0], steps, seed, **how) for steps in nfes]
     save_grid(path, torch.cat(columns, 1).flatten(0, 1), len(nfes))
 

@@ -25,11 +25,16 @@ def load_pipeline(path, device="cpu", dtype=torch.bfloat16, whole=False, backbon
     """
     files = ("model_index.json", "transformer/config.json")
     index, settings = (read_json(Path(path) / name, "diffusers pipeline") for name in files)
-    kind = index.get("_class_name")
+    kind, own_kind = index.get("_class_name"), settings.get("_class_name")
     pipeline_of(kind, path)
     pipeline = diffusers_class(kind, path)
     how = {name: None for name, about in index.items() if about == [None, None]}  # SD3 may come without its T5
-    how |= {} if whole and backbone else {"transformer": None}
+    if not whole or not backbone:  # of Wan 2.2 there are two
+        how |= {
+            name: None
+            for name, about in index.items()
+            if name == "transformer" or isinstance(about, list) and about[-1] == own_kind
+        }
     how["torch_dtype"] = dtype if whole else {"default": dtype, "vae": torch.float32}
     with damage_named(path, f"no whole {kind}"):
         pipeline = pipeline.from_pretrained(str(path), local_files_only=True, **how)
@@ -159,7 +164,12 @@ def picture_unit(path):
     axes = next(f.axes for f in FAMILIES.values() if any(p.name == kind for p in f.pipelines))(config)
     if [*axes] != ["C", "H", "W"]:
         raise ValueError(f"{path}: {kind} makes no pictures")
-    return pipeline.vae_scale_factor * _units(pipeline)[1] * axes["H"]
+    return pixels_of_latent(pipeline) * axes["H"]
+
+
+def pixels_of_latent(pipeline):
+    """How many pixels a side of a picture has for one of its latents."""
+    return pipeline.vae_scale_factor * _units(pipeline)[1]
 
 
 @torch.no_grad()

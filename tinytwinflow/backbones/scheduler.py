@@ -16,17 +16,17 @@ Euler = getattr(diffusers, "FlowMapEulerDiscreteScheduler", diffusers.FlowMatchE
 class JumpScheduler(Euler):
     """diffusers' own Euler steps on an even grid of times from 1 to 0, and `interval`, the times of the step now due.
 
-    mode: "any" jumps to the next time (r = next t), "multi" follows the velocity (r = t). shift: > 0, bends the grid as
-    diffusers' schedulers do. A grid that a pipeline proposes by itself is replaced: those are even too, but end
-    elsewhere, or are bent for models of many steps (mu). `sigmas` of another form are the user's, and are taken.
+    mode: "any" jumps to the next time (r = next t), "multi" follows the velocity (r = t). A grid that a pipeline
+    proposes by itself is replaced: those are even too, but some end elsewhere, or are bent for models of many steps
+    (mu). `sigmas` of another form are the user's, and are taken.
     Raises ValueError for another mode, and in `step` if the model was not shown the times of that step.
     """
 
     @register_to_config
-    def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0, mode: str = "any"):
+    def __init__(self, num_train_timesteps: int = 1000, mode: str = "any"):
         if mode not in ("any", "multi"):
             raise ValueError(f"unknown mode {mode!r}: choose from any, multi")
-        super().__init__(num_train_timesteps=num_train_timesteps, shift=shift)
+        super().__init__(num_train_timesteps=num_train_timesteps)
         self._seen, self._begun = None, False  # the step whose times the model was shown; whether there are steps
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
@@ -65,10 +65,10 @@ class JumpScheduler(Euler):
 
 
 def _proposed(sigmas):
-    """Whether a grid is one that pipelines propose: even, from 1 on.
+    """Whether a grid is one that pipelines propose: even, from 1 to the last but one of the times, or to nearly 0.
 
-    >>> _proposed([1.0, 0.75, 0.5, 0.25]), _proposed([1.0, 0.001]), _proposed([1.0, 0.9, 0.3]), _proposed([0.8, 0.4])
+    >>> _proposed([1.0, 0.75, 0.5, 0.25]), _proposed([1.0, 0.001]), _proposed([1.0, 0.9]), _proposed([0.8, 0.4])
     (True, True, False, False)
     """
-    steps = np.diff(np.asarray(sigmas, dtype=float))
-    return abs(sigmas[0] - 1) < 1e-6 and bool(np.allclose(steps, steps[:1], atol=2e-3))
+    grids = (np.linspace(1, last, len(sigmas)) for last in (1 / len(sigmas), 0.001))
+    return any(np.allclose(sigmas, grid, rtol=0, atol=2e-3) for grid in grids)

@@ -82,6 +82,13 @@ class Velocity(nn.Module):
             self.now = None
         return self.family.output(y, x).to(x.dtype)
 
+    def let_go(self):
+        """Leave the model as it was before this was made of it."""
+        embedder = self.model.get_submodule(self.family.embedder)
+        for hooks in (embedder._forward_hooks, embedder._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[key]
+
     def blocks(self):
         """All transformer blocks, in the order of use."""
         return [block for path in self.family.blocks for block in self.model.get_submodule(path)]

@@ -61,11 +61,16 @@ def load_structure(path, dtype=torch.float32, quantize="none", frozen=False):
     kept_in(folder, quantize, frozen)
     with _unheard(), damage_named(folder, f"no {kind}"):
         structure = model.from_config(read_json(folder / "config.json", "diffusers model"))
+    cast_as_loaded(structure, dtype)
+    return Velocity(structure)
+
+
+def cast_as_loaded(model, dtype):
+    """Give a model the precision that diffusers loads it in: what it keeps in float32 stays so."""
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for name, value in structure.state_dict(keep_vars=True).items():  # of all else the values are not in files
+    for name, value in model.state_dict(keep_vars=True).items():  # of all else the values are not in files
         if value.is_floating_point():
             value.data = value.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
-    return Velocity(structure)
 
 
 def save_velocity(net, path):

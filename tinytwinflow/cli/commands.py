@@ -18,7 +18,7 @@ from ..evaluation.tables import run_table
 from ..files import aside, reason, write_json
 from ..model import load
 from ..runs.evaluate import evaluate
-from ..runs.export import export
+from ..runs.export import export, refuse_out
 from ..runs.folder import attach, condition_of, painter, read_config, read_log, trained
 from ..runs.methods import compared_methods, entry
 from ..runs.recipes import configured
@@ -215,10 +215,10 @@ def run_paint(args):
     own_model, shape, source = painter(args.folder)
     pipeline = prompts.load_pipeline(args.pipeline, device_of(args.device), whole=True, backbone=not own_model)
     attach(pipeline, args.folder, args.mode)
-    factor = pipeline.vae_scale_factor
-    size = args.size or (shape[-1] * factor if shape else 1024)
-    if size < factor or size % factor:
-        raise ValueError(f"--size must be a multiple of {factor} for this pipeline, got {size}")
+    unit = prompts.picture_unit(args.pipeline)
+    size = args.size or (shape[-1] * prompts.pixels_of_latent(pipeline) if shape else 1024)
+    if size < unit or size % unit:
+        raise ValueError(f"--size must be a multiple of {unit} for this pipeline, got {size}")
     painting.write_pictures(
         pipeline, records, args.out, size, source, args.layout, args.n, args.steps, args.seed, args.tokens,
         args.batch_size,
@@ -229,6 +229,7 @@ def run_paint(args):
 def run_export(args):
     if (args.pipeline is None) != (args.prompts is None):
         raise ValueError("samples need both --pipeline and --prompts")
+    refuse_out(args.out, args.pipeline is not None)
     records = captions.read_prompts(args.prompts) if args.prompts else []
     pipeline = None
     if args.pipeline:

@@ -5,6 +5,7 @@ import torch
 
 from ..ranges import plain
 
+KEPT = {"source"}  # the picture to edit
 ROW_NULL = "null_"  # and the name of a condition: what stands for none of it in a row
 
 
@@ -103,10 +104,10 @@ def replace(cond, null, rows):
 def apart(cond, null):
     """Conditions as a network takes them, and what stands for none of them, row by row where they differ.
 
-    What null, if it is a dict, does not name stays as it is where the rest is dropped, as the picture to edit does. A
-    row may bring what stands for none of its own NAME as `null_NAME`, which no network is shown.  -> cond, null
+    What is KEPT stays as it is where the rest is dropped, unless null names it. A row may bring what stands for none of
+    its own NAME as `null_NAME`, which no network is shown.  -> cond, null
 
-    Raises ValueError if a null names nothing to put in a condition's place.
+    Raises ValueError if there is nothing to put in the place of another condition.
     """
     if not isinstance(cond, dict):
         return cond, null
@@ -114,8 +115,8 @@ def apart(cond, null):
     cond = {name: value for name, value in cond.items() if not name.startswith(ROW_NULL)}
     if not isinstance(null, dict):
         return cond, null
-    if all(value is None for value in {**null, **own}.values()):
-        raise ValueError(f"null must put something in the place of one at least of {', '.join(cond)}")
+    for name in cond.keys() - null.keys() - own.keys() - KEPT:
+        raise ValueError(f"null says nothing of {name}, and only {', '.join(KEPT)} is kept where the rest is dropped")
     return cond, {**cond, **null, **own}
 
 

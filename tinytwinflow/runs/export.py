@@ -12,6 +12,7 @@ from pathlib import Path
 from ..backbones.families import family_of
 from ..backbones.lora_files import ADAPTERS_FILE, write_adapters
 from ..backbones.painting import draw_grid
+from ..backbones.prompts import pixels_of_latent
 from ..backbones.velocity_files import kind_of_model, save_velocity
 from ..files import read_json
 from .folder import adapters_of_run, attach, backbone_of, read_config
@@ -35,8 +36,7 @@ def export(run, out, pipeline=None, prompts=(), seed=0):
     run is none of a backbone, or a file is asked for of a run without adapters.
     """
     run, out, config = Path(run), Path(out), read_config(run)
-    if out.exists():
-        raise ValueError(f"{out} already exists: choose another --out")
+    refuse_out(out, pipeline is not None)
     if out.suffix == ".safetensors":
         write_adapters(adapters_of_run(run), out)
         return
@@ -52,11 +52,19 @@ def export(run, out, pipeline=None, prompts=(), seed=0):
         net.model.register_to_config(_name_or_path=kind_of_model(config["model"])[1] or Path(config["model"]).name)
         save_velocity(net, writing)
     if pipeline is not None:
-        size = {name: side * pipeline.vae_scale_factor for name, side in zip(("height", "width"), shape[-2:])}
+        size = {name: side * pixels_of_latent(pipeline) for name, side in zip(("height", "width"), shape[-2:])}
         draw_grid(attach(pipeline, writing), prompts, writing / "samples.png", seed=seed, **size)
     text = card(config, step, out.name, prompts if pipeline is not None else (), seed)
     (writing / "README.md").write_text(text, encoding="utf-8")
     os.replace(writing, out)
+
+
+def refuse_out(out, drawn):
+    """Raise ValueError if there is something at out, or it is a file and pictures are to be drawn beside it."""
+    if Path(out).exists():
+        raise ValueError(f"{out} already exists: choose another --out")
+    if drawn and Path(out).suffix == ".safetensors":
+        raise ValueError(f"{out}: samples stand beside a card, in a folder: choose another --out")
 
 
 CARD = """---
@@ -102,7 +110,9 @@ def card(config, step, name, prompts=(), seed=0):
     config: settings of the run; step: the last; name: of the folder; prompts, seed: of the samples, if there are any.
     """
     kind, base = kind_of_model(config["model"])
-    adapters, pipeline = config["lora_rank"], _pipeline(family_of(kind, config["model"]), Path(config["model"]))
+    model = Path(config["model"])
+    model = model.parent if model.name.startswith("transformer") else model  # a folder in that of its pipeline
+    adapters, pipeline = config["lora_rank"], _pipeline(family_of(kind, config["model"]), model)
     metadata = {"library_name": "diffusers", "tags": ["twinflow", "one-step", *(["lora"] if adapters else [])]}
     metadata |= {"base_model": base} if base else {}
     plain = "".join(f", {key}={value!r}" for key, value in (pipeline.plain if pipeline else {}).items())
@@ -116,7 +126,7 @@ def card(config, step, name, prompts=(), seed=0):
         call=f"{picture}prompt='a prompt', num_inference_steps=1{plain}",
         samples=SAMPLES.format(seed=seed, prompts=listed) if prompts else "",
         settings="\n".join(f"| {key} | {value!r} | {meaning} |" for key, value, meaning in rows),
-        data=Path(config["data"]).name, model=Path(config["model"]).name, base=base or Path(config["model"]).name,
+        data=Path(config["data"]).name, model=model.name, base=base or model.name,
         name=name, kind=kind, steps=step, recipe=config["recipe"],
     )  # fmt: skip
 

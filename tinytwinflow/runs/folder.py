@@ -113,15 +113,17 @@ def _refuse_no_backbone(folder, config):
 
 
 def backbone_of(folder):
-    """The backbone of a run, with its trained weights or adapters.  -> net, config, shape of its latents, step
+    """The backbone of a run, with its trained weights, their average if there is one, or adapters.  -> net, config,
+    shape of its latents, step
 
     Raises ValueError if the folder holds no run of a backbone, or the checkpoint does not fit.
     """
     config = read_config(folder)
     _refuse_no_backbone(folder, config)
-    saved, path = read_saved(folder, "net")
+    part = "net" if config["lora_rank"] or config["optimizer"] == "adafactor" else "average"  # adapters hold theirs
+    saved, path = read_saved(folder, part)
     net = states.build_backbone(config)
-    fill_from(saved, path, "net", states.saved_weights(net, config))
+    fill_from(saved, path, part, states.saved_weights(net, config))
     return net.requires_grad_(False), config, tuple(saved["data"]["shape"]), saved["step"]
 
 
