@@ -21,6 +21,7 @@ from tinytwinflow.backbones.prompts import (
     load_decoder,
     load_pipeline,
     picture_unit,
+    pixels_of_latent,
 )
 from tinytwinflow.backbones.velocity_files import load_velocity
 
@@ -146,6 +147,9 @@ def test_the_autoencoder_alone_decodes_and_says_what_sides_are_multiples_of(kind
     x = torch.randn(1, 16 if kind in (FLUX2, KLEIN) else 4, 4, 6, generator=torch.Generator().manual_seed(0))
     assert torch.equal(decode_latents(x, load_decoder(made(kind)[1])), decode_latents(x, loaded(kind)))
     assert picture_unit(made(kind)[1]) == 4
+    assert pixels_of_latent(loaded(kind)) == (4 if kind in (FLUX2, KLEIN) else 2), (
+        "of Flux.2 a latent is a patch of four"
+    )
 
 
 @kinds
