@@ -208,6 +208,21 @@ def test_a_first_frame_that_is_given_is_refused(adapted):
         pipeline.transformer(noise(), timestep=torch.tensor([[1000.0, 0.0]] * 2))
 
 
+def test_what_is_attached_learns_no_more_and_embedders_stay_in_float32(tmp_path):
+    """And a call that fails leaves no time behind."""
+    pipeline = pipeline_of(SD3, tmp_path)
+    good = written(trained(pipeline), tmp_path / "a.safetensors")
+    attach(pipeline.to(torch.bfloat16), good)
+    kinds = {name: p.dtype for name, p in pipeline.transformer.named_parameters()}
+    assert not any(p.requires_grad for p in pipeline.transformer.parameters())
+    assert kinds["time_text_embed_2.timestep_embedder.linear_1.weight"] == torch.float32
+    assert kinds["transformer_blocks.0.attn.to_q.base_layer.weight"] == torch.bfloat16
+    feed = list(pipeline.transformer._forward_pre_hooks.values())[-1].__self__
+    with pytest.raises(ValueError, match="cannot be greater than"):
+        called(pipeline, WORDS, None, height=512, width=512)
+    assert feed.net.now is None
+
+
 def test_any_precision_and_a_deep_copy(adapted):
     low = copy.deepcopy(adapted).to(torch.bfloat16)
     a, b = called(low, WORDS, noise()), called(adapted, WORDS, noise())

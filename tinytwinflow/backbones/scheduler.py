@@ -60,7 +60,6 @@ class JumpScheduler(Euler):
             raise ValueError(
                 "the model was not shown how far this step goes: tinytwinflow.attach makes a pipeline do so"
             )
-        self._seen = None
         return super().step(model_output, timestep, sample, return_dict=return_dict)
 
 

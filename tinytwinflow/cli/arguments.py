@@ -98,7 +98,7 @@ def parser():
     )
     words.add_argument(
         "--size", type=int,
-        help="encode the folder's pictures in squares of this side, see --buckets: NAME.png, and source/NAME.png to edit",
+        help="encode the folder's pictures too, as squares of this side: NAME.png, and source/NAME.png to edit",
     )  # fmt: skip
     words.add_argument(
         "--buckets", type=int, default=1, metavar="B",
