@@ -81,6 +81,21 @@ def damage_named(path, what="damaged"):
         raise ValueError(f"{path}: {what} ({reason(error)})") from error
 
 
+@contextmanager
+def opened_safetensors(path):
+    """A safetensors file to read from. Raises ValueError, in one line, if it is not there or damaged, or its package
+    is not.
+    """
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ValueError(f"{path}: needs safetensors: pip install 'tinytwinflow[large]'") from error
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    with damage_named(path, "damaged, or no safetensors file"), safe_open(path, "pt") as file:
+        yield file
+
+
 def read_torch(path, what="checkpoint"):
     """What torch.save has written, on the CPU: tensors, plain data and the parsed arguments of a script.
 

@@ -213,9 +213,9 @@ def test_files_that_are_none_end_in_one_line(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "lora.safetensors").read_bytes()[:-9])
     for path, message in (
         (tmp_path / "lora.safetensors", "its rank is 3, not 4: --set lora_rank=3"),
-        (tmp_path / "cut.safetensors", "no safetensors file, or a damaged one"),
-        (tmp_path / "nowhere", "no such file of adapters"),
-        (tmp_path, "no such file of adapters"),
+        (tmp_path / "cut.safetensors", "damaged, or no safetensors file"),
+        (tmp_path / "nowhere", "no such file"),
+        (tmp_path, "no such file"),
     ):
         with pytest.raises(ValueError) as refused:
             begun(SD3, path, rank=4)
@@ -247,6 +247,6 @@ def test_a_run_begins_there_and_goes_on_without_the_file(folders, tmp_path, monk
     assert logs[0]["total"] != logs[1]["total"]
     monkeypatch.setattr(states, "load_velocity", None)  # what is wrong is known before the model is read
     assert run(*command(folders, tmp_path / "none", *how)) == 2
-    assert "lora: no such file of adapters" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    assert "lora: no such file" in capsys.readouterr().err and not (tmp_path / "none").exists()
     assert run(*command(folders, tmp_path / "none", "weights=float32", "init_from=x", "lora_rank=0")) == 2
     assert "init_from of a backbone is a file of adapters: --set lora_rank=64" in capsys.readouterr().err

@@ -340,7 +340,7 @@ def test_wrong_use_ends_in_one_line(tmp_path, adapted):
         "NoneType has no transformer": lambda: attach(None, good),
         "the transformer of this StableDiffusion3Pipeline: Linear is none of the known": lambda: attach(strange, good),
         "attach takes a run, adapters or the folder of a model, got int": lambda: attach(pipeline, 3),
-        "no such file of adapters": lambda: attach(pipeline, tmp_path / "none.safetensors"),
+        "no such file": lambda: attach(pipeline, tmp_path / "none.safetensors"),
         "damaged": lambda: attach(pipeline, tmp_path / "bytes.safetensors"),
         "adapters of another model or rank": lambda: attach(pipeline, rank),
         "blocks.9.to_q is no linear layer here": lambda: attach(pipeline, odd),

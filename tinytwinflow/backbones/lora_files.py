@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import distributed as dist
 from torch import nn
 
-from ..files import aside, damage_named
+from ..files import aside, opened_safetensors
 from .lora import AVERAGE, adapters_of, prefix_of, weights_of
 
 ADAPTERS_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it in a folder
@@ -65,14 +65,10 @@ def read_file(path, names=(ADAPTERS_FILE,)):
     -> its path, its tensors, what it says to PEFT and to this library. Raises ValueError if there is none, or it is
     damaged or not finite.
     """
-    from safetensors import safe_open
-
     path = Path(path)
     if path.is_dir():
         path = next((path / name for name in names if (path / name).is_file()), path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file of adapters")
-    with damage_named(path, "no safetensors file, or a damaged one"), safe_open(path, "pt") as file:
+    with opened_safetensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         lora, own = (json.loads((file.metadata() or {}).get(key, "{}")) for key in (LORA_KEY, OWN_KEY))
     for name, value in tensors.items():

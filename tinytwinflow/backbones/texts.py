@@ -12,7 +12,6 @@ so is the empty prompt: a row has its own, null_prompt_embeds and so on, which d
 
 import hashlib
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from torchvision.transforms import functional as tv
 from ..data.batches import group_of_step, mark_of, mine, rows_of_step
 from ..data.readers import to_unit
 from ..data.shards import place_of, shard_rows, write_index, write_shards
-from ..files import damage_named
+from ..files import damage_named, opened_safetensors
 from ..method.conditions import ROW_NULL, apart, join
 from .prompts import encode_images, encode_text, pipeline_of
 
@@ -101,22 +100,9 @@ def _save(file, tensors):
     file.write(save({name: value.cpu().contiguous() for name, value in tensors.items()}))
 
 
-@contextmanager
-def _open(path):
-    """A safetensors file to read from; whatever goes wrong is said in one line."""
-    try:
-        from safetensors import safe_open
-    except ImportError:
-        raise ValueError("texts need safetensors: pip install 'tinytwinflow[large]'") from None
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with damage_named(path, "damaged, or no safetensors file"), safe_open(path, "pt") as file:
-        yield file
-
-
 def _header(path):
     """Name -> (kind of number, shape) of a safetensors file's tensors."""
-    with _open(path) as file:
+    with opened_safetensors(path) as file:
         return {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in file.keys()}
 
 
@@ -216,7 +202,7 @@ class Texts:
 
     def _read(self, path, tensors, rows):
         """Some rows of a file's tensors. Raises ValueError that names a row with a number that is not finite."""
-        with _open(path) as file:
+        with opened_safetensors(path) as file:
             slices = {name: file.get_slice(name) for name in tensors}
             read = {name: torch.cat([some[int(i) : int(i) + 1] for i in rows]) for name, some in slices.items()}
         for name, value in read.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import aside, damage_named, fill, read_json
+from ..files import aside, damage_named, fill, opened_safetensors, read_json
 from .families import class_in, diffusers_class, family_of
 from .quantised import check_package, is_finite, keep_unpacked, kept_in, quantisation
 from .velocity import Velocity
@@ -141,7 +141,7 @@ def _refuse_strange_numbers(folder, closely=False):
     or that is not finite, which quantising hides.
     """
     for path in _weight_files(folder):
-        with _opened(path) as file:
+        with opened_safetensors(path) as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
             looked = [name for name, kind in kinds.items() if closely and kind in LEARN]
             odd = [name for name in looked if not file.get_tensor(name).isfinite().all()]
@@ -158,15 +158,6 @@ def _extra_tensors(net, with_twin=True):
     return {f"{name}.{key}": value for name, module in new for key, value in module.state_dict().items()}
 
 
-@contextmanager
-def _opened(path):
-    """A safetensors file to read from; what is wrong with it is said in one line."""
-    from safetensors import safe_open
-
-    with damage_named(path, "no safetensors file, or a damaged one"), safe_open(path, "pt") as file:
-        yield file
-
-
 def _weight_files(folder):
     """The safetensors files of a folder that are read: the model's, one or several, and that beside them."""
     index = folder / (WEIGHTS_FILE + ".index.json")
@@ -179,7 +170,7 @@ def _extra_weights(folder, family):
     """What a folder holds of the extra embedders, by name."""
     weights = {}
     for path in [folder / EXTRA] if (folder / EXTRA).is_file() else _weight_files(folder):
-        with _opened(path) as file:
+        with opened_safetensors(path) as file:
             weights |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(family.roots())}
     if family.given:
         weights = {key.replace(family.given, family.names()[0]): value for key, value in weights.items()}
