@@ -8,7 +8,7 @@ import torch
 import transformers
 from test_prompts import PROMPTS, clip, hidden, letters
 from test_velocity import given_cond, latents, model_of
-from tiny_more_images import COGVIEW4, HEADS, HIDREAM, HUNYUAN, LUMINA2
+from tiny_more_images import COGVIEW4, HIDREAM, HUNYUAN, LUMINA2, TINY
 
 from tinytwinflow import attach, sample
 from tinytwinflow.backbones.families import FAMILIES
@@ -19,23 +19,14 @@ from tinytwinflow.backbones.velocity_files import load_velocity
 
 close = torch.testing.assert_close
 kinds = pytest.mark.parametrize("kind", [LUMINA2, COGVIEW4, HIDREAM, HUNYUAN])
-BLOCKS = {
-    LUMINA2: dict(
-        in_channels=4, hidden_size=16, num_layers=1, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1,
-        multiple_of=8, axes_dim_rope=(4, 2, 2), axes_lens=(256, 16, 16), cap_feat_dim=16, sample_size=16,
-    ),
-    COGVIEW4: dict(
-        **HEADS, in_channels=4, out_channels=4, num_layers=1, text_embed_dim=16, time_embed_dim=16, condition_dim=8,
-        rope_axes_dim=(16, 16),
-    ),
-    HIDREAM: dict(
-        **HEADS, patch_size=2, in_channels=4, num_layers=1, num_single_layers=1, caption_channels=[16, 16],
-        text_emb_dim=16, axes_dims_rope=(4, 2, 2), max_resolution=(16, 16), llama_layers=[0, 1],
-    ),
-    HUNYUAN: dict(
-        **HEADS, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_refiner_layers=1,
-        text_embed_dim=16, text_embed_2_dim=16, rope_axes_dim=(4, 4),
-    ),
+BLOCKS = {  # as tiny, but for the widths of the encoders below and places for their prompts
+    LUMINA2: {**TINY[LUMINA2], "axes_lens": (256, 16, 16), "cap_feat_dim": 16, "sample_size": 16},
+    COGVIEW4: {**TINY[COGVIEW4], "num_layers": 1, "text_embed_dim": 16},
+    HIDREAM: {
+        **TINY[HIDREAM], "caption_channels": [16, 16], "text_emb_dim": 16, "max_resolution": (16, 16),
+        "llama_layers": [0, 1],
+    },
+    HUNYUAN: {**TINY[HUNYUAN], "text_embed_dim": 16, "text_embed_2_dim": 16},
 }  # fmt: skip
 TOKENS = {LUMINA2: 240, COGVIEW4: 16, HIDREAM: 30, HUNYUAN: 200}
 WORDS = ["two black dogs", "'the' \"sea\""]  # of two lengths, both fill CogView's 16 once padded; in quotes are glyphs

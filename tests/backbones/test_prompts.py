@@ -115,25 +115,26 @@ def parts_of(kind, folder):
     return dict(vae=vae, **flow, **encoders, tokenizer_3=None, text_encoder_3=None), {"joint_attention_dim": 40}
 
 
+def write_pipeline(kind, home, **config):
+    """A whole pipeline of a kind in a folder of home, but for its backbone's weights; config: more settings of that."""
+    torch.manual_seed(0)
+    parts, backbone = parts_of(kind, home / "tokenizer")
+    for part in parts.values():
+        for name, p in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
+            if "embed" not in name and p.ndim > 1:
+                torch.nn.init.normal_(p, std=0.3)
+    getattr(diffusers, kind)(transformer=None, **parts).save_pretrained(home / kind)
+    (home / kind / "transformer").mkdir()
+    (home / kind / "transformer" / "config.json").write_text(json.dumps({**backbone, **config}))
+    return home / kind
+
+
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory):
     """A function: kind -> folder of a whole pipeline of that kind, its backbone's weights left out."""
     home = tmp_path_factory.mktemp("pipelines")
 
-    @cache
-    def folder(kind):
-        torch.manual_seed(0)
-        parts, backbone = parts_of(kind, home / "tokenizer")
-        for part in parts.values():
-            for name, p in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
-                if "embed" not in name and p.ndim > 1:
-                    torch.nn.init.normal_(p, std=0.3)
-        getattr(diffusers, kind)(transformer=None, **parts).save_pretrained(home / kind)
-        (home / kind / "transformer").mkdir()
-        (home / kind / "transformer" / "config.json").write_text(json.dumps(backbone))
-        return home / kind
-
-    return folder
+    return cache(lambda kind: write_pipeline(kind, home))
 
 
 @pytest.fixture(scope="session")

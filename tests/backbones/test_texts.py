@@ -4,6 +4,7 @@ than its share. And what is drawn of prompts while training is what the averaged
 import json
 import math
 import shutil
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from tinytwinflow.runs.folder import backbone_of
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
-from test_prompts import FLUX, QWEN, SANA, SD3, parts_of, picture_of  # noqa: E402
+from test_prompts import FLUX, QWEN, SANA, SD3, picture_of, write_pipeline  # noqa: E402
 from test_states import numbers, stopped  # noqa: E402
 from test_velocity import model_of  # noqa: E402
 
@@ -110,19 +111,10 @@ def folder_of(tmp_path_factory):
     """A function: kind -> folder of a tiny pipeline whose backbone says what its patches need."""
     home = tmp_path_factory.mktemp("whole")
 
+    @cache
     def make(kind):
-        if not (home / kind).exists():
-            torch.manual_seed(0)
-            parts, backbone = parts_of(kind, home / "tokenizer")
-            for part in parts.values():
-                for name, p in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
-                    if "embed" not in name and p.ndim > 1:
-                        torch.nn.init.normal_(p, std=0.3)
-            getattr(diffusers, kind)(transformer=None, **parts).save_pretrained(home / kind)
-            (home / kind / "transformer").mkdir()
-            patch = {"patch_size": 1 if kind in (SANA, FLUX) else 2, "in_channels": 16 if kind in (FLUX, QWEN) else 4}
-            (home / kind / "transformer" / "config.json").write_text(json.dumps({**backbone, **patch}))
-        return home / kind
+        channels = 16 if kind in (FLUX, QWEN) else 4
+        return write_pipeline(kind, home, patch_size=1 if kind in (SANA, FLUX) else 2, in_channels=channels)
 
     return make
 

@@ -41,9 +41,8 @@ def add(net, layers, rank, alpha=None, also=(), dtype=None, seed=0):
 
     layers: endings of their names such as "attn.to_q", or patterns such as "blocks.*.to_?"; if net has a `model`, as
     a wrapped backbone has, layers of that are meant. alpha: default rank. dtype: that adapters and `also` are kept in,
-    best float32 if the weights are bfloat16; default as they
-    are, or what they are computed in where quantised. seed: of A, uniform in +-1 / sqrt(inputs); B begins
-    at 0.
+    best float32 if the weights are bfloat16; default as they are, or what they are computed in where quantised. seed:
+    of A, uniform in +-1 / sqrt(inputs); B begins at 0.
 
     also: names of modules to be trained in full, such as time embedders. Of each two copies are kept, its average
     and the original. Raises ValueError for names that are not there or fit no linear layer, and for other numbers.

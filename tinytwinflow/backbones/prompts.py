@@ -159,7 +159,12 @@ def picture_unit(path):
 
     Raises ValueError if it makes something else than pictures.
     """
-    pipeline, config = load_decoder(path), read_json(Path(path) / "transformer/config.json", "diffusers pipeline")
+    config = read_json(Path(path) / "transformer/config.json", "diffusers pipeline")
+    return unit_of(load_decoder(path), config, path)
+
+
+def unit_of(pipeline, config, path):
+    """What `picture_unit` says of the folder that a pipeline was read from; config: of its backbone."""
     kind = type(pipeline).__name__
     axes = next(f.axes for f in FAMILIES.values() if any(p.name == kind for p in f.pipelines))(config)
     if [*axes] != ["C", "H", "W"]:

@@ -215,7 +215,7 @@ def run_paint(args):
     own_model, shape, source = painter(args.folder)
     pipeline = prompts.load_pipeline(args.pipeline, device_of(args.device), whole=True, backbone=not own_model)
     attach(pipeline, args.folder, args.mode)
-    unit = prompts.picture_unit(args.pipeline)
+    unit = prompts.unit_of(pipeline, pipeline.transformer.config, args.pipeline)
     size = args.size or (shape[-1] * prompts.pixels_of_latent(pipeline) if shape else 1024)
     if size < unit or size % unit:
         raise ValueError(f"--size must be a multiple of {unit} for this pipeline, got {size}")

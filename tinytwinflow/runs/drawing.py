@@ -12,8 +12,13 @@ from .folder import sampled
 from .settings import mode_of
 
 
-def look(run, steps=1):
-    """Samples of the average as it is now, of prompts or of each label, always of the same noise."""
+def look(run):
+    """One-step samples of the average as it is now, of prompts or of each label, always of the same noise."""
+    return _looks(run, (1,))[0]
+
+
+def _looks(run, nfes):
+    """Samples at some numbers of steps each, what they are of read once.  -> list"""
     config, data, n, cond, rows, mode = run.config, run.data, 64, None, 4000, "any"
     if "model" in config:
         mode, rows = mode_of(config) or "any", config["batch_size"] // config["accumulate"]
@@ -28,7 +33,8 @@ def look(run, steps=1):
     n = n if cond is None else count_rows(cond)
     shape = cond[SOURCE].shape[1:] if isinstance(cond, dict) and SOURCE in cond else data.shape
     with autocast(run.device, config["precision"]):  # as in training, so that nothing is compiled for it
-        return sampled(run.state.average, n, shape, steps, mode, config["seed"], cond, run.device, rows)
+        how = mode, config["seed"], cond, run.device, rows
+        return [sampled(run.state.average, n, shape, steps, *how) for steps in nfes]
 
 
 def draw_look(run, name):
@@ -37,9 +43,10 @@ def draw_look(run, name):
     Of a backbone a row is a prompt, and a column a number of steps, 1, 2, 4. Raises FloatingPointError if one of these
     is not finite.
     """
-    x, step = look(run), run.state.step
-    if "model" in run.config:
-        many = torch.stack([x, look(run, 2), look(run, 4)], dim=1).flatten(0, 1)
+    x, *more = _looks(run, (1, 2, 4) if "model" in run.config else (1,))
+    step = run.state.step
+    if more:
+        many = torch.stack([x, *more], dim=1).flatten(0, 1)
         if not many.isfinite().all():
             raise FloatingPointError(f"step {step}: samples are not finite")
         if run.writes:
