@@ -183,7 +183,7 @@ def parser():
     speed.add_argument("--device", default="cpu")
     speed.add_argument("--threads", type=int, help="CPU threads")
 
-    told = add("report", "measure every hardware figure that the README quotes; called again it goes on")
+    told = add("report", "measure every hardware figure that the pages quote; called again it goes on")
     told.add_argument("--device", default="cpu")
     told.add_argument("--minutes", type=float, default=8.0, metavar="M", help="how long at most (default 8)")
     told.add_argument("--out", metavar="FILE.json", default="report.json", help="FILE.md is the table")
