@@ -75,12 +75,17 @@ def test_the_blocks_of_readme_run_and_leave_what_they_say(here, capsys):
 
 
 def test_the_output_in_readme_is_that_of_its_block(here, capsys):
-    """To a twentieth of the spread of the data: other processors round in another way."""
+    """Nearly: other processors round in another way, and 200 steps later it shows."""
     readme = words_of(ROOT / "README.md")
     exec(blocks_of(readme, "python")[0], {})
-    shown, said = blocks_of(readme, "text")[0], capsys.readouterr().out.split("method")[0]
-    shown, said = (np.array(re.findall(r"-?\d[\d.]*", text), float).reshape(3, 2) for text in (shown, said))
-    assert (abs(shown - said) / [20, 0.1] < 0.05).all()
+    shown, said = blocks_of(readme, "text")[0], capsys.readouterr().out
+    tables = []
+    for text in shown, said:
+        rows = re.findall(r"^(twinflow +any +\d+|real data) +(\S+) +(\S+)% +(\S+) +(\S+)$", text, re.MULTILINE)
+        tables.append({" ".join(name.split()): np.array(figures, float) for name, *figures in rows})
+    assert len(tables[0]) == 6 and tables[0].keys() == tables[1].keys()
+    for name, figures in tables[0].items():
+        assert (abs(figures - tables[1][name]) < [0.02, 1, 0.01, 0.1]).all(), name
 
 
 def test_readme_is_short():

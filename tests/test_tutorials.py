@@ -159,7 +159,9 @@ def test_the_moving_picture_is_made(tmp_path):
     status, words = said_by(
         tmp_path / "said", program, ROOT / "tutorials" / "walk.py", "--steps", 100, "--out", tmp_path / "a.gif"
     )
-    assert status == 0 and re.search(r"off data \d+\.\d% in one step, flow matching \d+\.\d% in a hundred", words)
+    assert status == 0 and re.search(
+        r"off data \d+\.\d% in one step, base alone \d+\.\d%, flow matching \d+\.\d% in a hundred", words
+    )
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 51
         frames = [np.asarray(frame.convert("L"), float) for frame in ImageSequence.Iterator(film)]

@@ -57,7 +57,7 @@ def goal_of(config):
         return off_data(sample(net, noises()[0], steps=100, mode="multi").double(), DATA_SET)
 
 
-def frame(film, number, config, goal):
+def frame(film, base_film, number, config, goal):
     """One picture of the film."""
     (step, (x, x_t, pull, _)), last = film[number], film[-1][0]
     flow, base = config["warmup_steps"], config["warmup_steps"] + config["base_steps"]
@@ -65,25 +65,28 @@ def frame(film, number, config, goal):
     real = DATA_SET.sample(3000, seeded(3))
     figure, (left, middle, right) = canvas(3, height=3.4)
     figure.suptitle(f"training step {step:,}: {phase}")
-    for axis, title in ((left, "one-step samples, the fakes"), (middle, "where the gap pulls them")):
+    for axis, title in ((left, "one-step samples, the fakes"), (middle, "where the gap pulls noised fakes")):
         dots(axis, real, title, DATA, size=4, limit=2.2, alpha=0.25)
     dots(left, x, left.get_title(), ONE, size=4, limit=2.2)
-    for i, color in enumerate((*OTHERS, FAKE)):
+    followed = (noises()[0].norm(dim=1) < 1.8).nonzero()[:4, 0]  # all in the picture from the first
+    for i, color in zip(followed, OTHERS):
         way = torch.stack([x[i] for _, (x, *_) in film[max(0, number - 11) : number + 1]])
         left.plot(*way.T, color=color, lw=1.4)
         left.plot(*way[-1], "o", color=color, ms=6, mec="white", mew=0.8)
-    if step > base:
-        dots(middle, x_t, middle.get_title(), FAKE, size=14, limit=2.2, alpha=0.9)
-        arrows(middle, x_t, 4 * pull, longest=0.9)
-    else:
-        middle.text(0, 0, f"the twin begins\nat step {base:,}", ha="center", va="center", color=INK)
+    dots(middle, x_t, middle.get_title(), FAKE, size=14, limit=2.2, alpha=0.9)
+    arrows(middle, x_t, 4 * pull, longest=0.9)
+    if step <= base:
+        middle.set_title(f"no gap yet: the twin begins at {base:,}")
     for end, begin_, color in ((flow, 0, "#eeeeee"), (base, flow, "#f6f6f6")):
         right.axvspan(begin_, end, color=color, lw=0)
     at, share = zip(*((step, off) for step, (*_, off) in film))
-    right.plot(at, share, color=ONE, alpha=0.25)
+    right.plot(at, [off for _, (*_, off) in base_film], color=INK, lw=1, ls=":")
+    right.text(last, 0.06, "any-step base alone", color=INK, ha="right", fontsize=8)
+    right.axvline(base, color=ONE, lw=0.8)
+    right.text(base, 1.1, " twin", color=ONE, fontsize=8, va="top")
     right.plot(at[: number + 1], share[: number + 1], color=ONE, lw=2.4)
     right.axhline(goal, color=FLOW, ls="--")
-    right.text(last, goal * 1.1, "flow matching, 100 steps", color=FLOW, ha="right", fontsize=8)
+    right.text(last, goal * 1.1, "flow matching, 100 NFE", color=FLOW, ha="right", fontsize=8)
     right.set(title="samples off the data", xlabel="training step", yscale="log", xlim=(0, last), ylim=(5e-3, 1.3))
     right.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     figure.savefig(file := io.BytesIO(), format="png", dpi=90)
@@ -97,12 +100,16 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "pictures" / "walk.gif")
     args = parser.parse_args()
     config = configured("toy", steps=args.steps)
-    film, goal = filmed(config), goal_of(config)
-    frames = [frame(film, number, config, goal) for number in bar(range(len(film)), "drawing", unit="frames")]
+    film, goal, base_film = filmed(config), goal_of(config), filmed(config | {"share": 0.0})
+    shown = bar(range(len(film)), "drawing", unit="frames")
+    frames = [frame(film, base_film, number, config, goal) for number in shown]
     with aside(args.out) as file:
         frames[0].save(file, format="gif", save_all=True, append_images=frames[1:], loop=0, optimize=True,
                        duration=[110] * (len(frames) - 1) + [4000])  # fmt: skip
-    print(f"{args.out}: off data {film[-1][1][-1]:.1%} in one step, flow matching {goal:.1%} in a hundred")
+    off, of_base = film[-1][1][-1], base_film[-1][1][-1]
+    print(
+        f"{args.out}: off data {off:.1%} in one step, base alone {of_base:.1%}, flow matching {goal:.1%} in a hundred"
+    )
 
 
 if __name__ == "__main__":
