@@ -143,6 +143,11 @@ def parser():
     measure.add_argument("folder", metavar="RUN")
     measure.add_argument("--device", default="cpu")
 
+    page = add("play", "write a page on which a browser runs a 2D model: one file, without a network")
+    page.add_argument("folder", metavar="RUN")
+    page.add_argument("--out", metavar="FILE.html", help="default RUN/play.html")
+    page.add_argument("--device", default="cpu", help="of what is trained to stand beside it")
+
     peers = add("compare", "TwinFlow and its peers on equal terms: one table")
     peers.add_argument("--data", nargs="+", metavar="D", help=f"default {' '.join(compare.COMPARED_SETS)}")
     peers.add_argument("--from", dest="source", metavar="RUN", help="fine-tune this flow-matching run by every method")
