@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -59,20 +60,16 @@ def rendered(site, *words, out="out", **env):
 
 def check_page(path, out):
     """Nothing of a page is loaded from elsewhere, and each link leads to a file, and a place in it, that are there."""
-    soup = bs4.BeautifulSoup(path.read_text(), "html.parser")
-    loaded = [tag[name] for name in ("src", "srcset", "data", "poster") for tag in soup.find_all(attrs={name: True})]
-    loaded += [tag["href"] for tag in soup.find_all("link")]
-    assert loaded and all(
-        one.startswith("data:") or one == os.path.relpath(out / "mathjax.js", path.parent) for one in loaded
-    )
-    assert "@import" not in soup.style.text and "url(" not in soup.style.text
-    for link in soup.find_all("a", href=True):
-        file, _, place = link["href"].partition("#")
+    text = path.read_text()
+    loaded = re.findall(r'<(?!a )[^<>]*? (?:src|srcset|data|poster|href)="([^"]{0,99})', text)
+    script = os.path.relpath(out / "mathjax.js", path.parent)
+    assert script in loaded and all(one == script or one.startswith("data:") for one in loaded)
+    assert "@import" not in text and not re.search(r"url\((?!data:)", text)
+    for link in re.findall(r'<a [^<>]*?href="([^"]*)"', text):
+        file, _, place = link.partition("#")
         if not file.startswith("https://"):
             target = path.parent / file if file else path
-            assert target.is_file(), link
-            assert not place or bs4.BeautifulSoup(target.read_text(), "html.parser").find(id=place), link
-    return soup
+            assert target.is_file() and (not place or f' id="{place}"' in target.read_text()), link
 
 
 def test_a_site_is_run_and_rendered(site):
@@ -93,8 +90,9 @@ def test_a_site_is_run_and_rendered(site):
     status, words = rendered(site)
     pages = [Path(line) for line in words.splitlines()]
     assert status == 0 and len(pages) == 5 and pages[0] == site / "out" / "index.html"
-    soups = {path.stem: check_page(path, site / "out") for path in pages}
-    page = soups["01_a"]
+    for one in pages:
+        check_page(one, site / "out")
+    page = bs4.BeautifulSoup((site / "out" / "tutorials" / "01_a.html").read_text(), "html.parser")
     assert page.title.text == "1. Name" and page.find(attrs={"aria-current": "page"}).text == "1. Name"
     for shown in ("kept 3", "print('kept', seen)", "shown 42", "$a < b$", "$$x_t^2$$"):
         assert shown in page.main.text, shown
@@ -103,7 +101,7 @@ def test_a_site_is_run_and_rendered(site):
     assert len(page.main.find_all("img", src=lambda src: src.startswith("data:image/png;base64,"))) == 2
     targets = ["#11-what-it-is", "02_b.html#it", "more.html", "helper.py", "../index.html#the-table"]
     assert [link["href"] for link in page.main.find_all("a")] == targets
-    assert soups["more"].main.a["href"] == "https://example.org"
+    assert '<a href="https://example.org">' in (site / "out" / "tutorials" / "more.html").read_text()
 
 
 def test_a_name_that_is_not_there_is_one_line(site):
