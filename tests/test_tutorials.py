@@ -1,6 +1,7 @@
 """The tutorials run, their saved pages are whole, their exercises can be solved, and every link leads somewhere."""
 
 import inspect
+import itertools
 import operator
 import os
 import re
@@ -8,8 +9,10 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ended, fresh
+from PIL import Image, ImageSequence
 
 import tinytwinflow as ttf
 from tinytwinflow.data.readers import DEBIAN
@@ -149,6 +152,21 @@ def test_wrong_answers_are_told_so(tmp_path):
     (tmp_path / "none.py").write_text("")
     status, words = check(tmp_path / "none.py", tmp_path)
     assert status == 1 and words.count("not there") == 8
+
+
+def test_the_moving_picture_is_made(tmp_path):
+    """A frame before the first step and one each so many steps, of different pictures; the last one stays."""
+    status, words = said_by(
+        tmp_path / "said", program, ROOT / "tutorials" / "walk.py", "--steps", 100, "--out", tmp_path / "a.gif"
+    )
+    assert status == 0 and re.search(
+        r"off data \d+\.\d% in one step, base alone \d+\.\d%, flow matching \d+\.\d% in a hundred", words
+    )
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 51
+        frames = [np.asarray(frame.convert("L"), float) for frame in ImageSequence.Iterator(film)]
+        assert film.info["duration"] > 2000
+    assert all(abs(frame - after).max() > 50 for frame, after in itertools.pairwise(frames))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

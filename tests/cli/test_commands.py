@@ -36,7 +36,7 @@ def check_metrics(folder, metrics=("sliced_wasserstein", "off_data", "energy_dis
 
 def test_default_command_leaves_a_table_and_a_picture(run, capsys):
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "log.jsonl", "checkpoint.pt", "samples.png", "metrics.json", "flow-matching",
+        "config.json", "log.jsonl", "checkpoint.pt", "samples.png", "metrics.json", "flow-matching", "play.html",
     }  # fmt: skip
     flow = {("flow matching", 1), ("flow matching", 100)}
     assert check_metrics(run) == {("twinflow", 1), ("twinflow", 2), ("twinflow", 4)} | flow

@@ -149,7 +149,7 @@ class Given:
 
 
 def test_options_have_the_values_of_the_recipe_for_points():
-    """Those of README's first command: a quarter of the steps flow matching, 35 in 100 the base alone."""
+    """Those of the first command: a quarter of the steps flow matching, 35 in 100 the base alone."""
     defaults = {"steps": 2000, "warmup_steps": 500, "base_steps": 700, "ema": 0.999, "teacher_ema": 0.99}
     defaults |= {"label_dropout": 0.1, "accumulate": 1, "clip_norm": None, "precision": "float32"}
     assert {name: option.default for name, option in OPTIONS.items()} == defaults

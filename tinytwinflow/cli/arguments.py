@@ -143,6 +143,11 @@ def parser():
     measure.add_argument("folder", metavar="RUN")
     measure.add_argument("--device", default="cpu")
 
+    page = add("play", "write a page on which a browser runs a 2D model: one file, without a network")
+    page.add_argument("folder", metavar="RUN")
+    page.add_argument("--out", metavar="FILE.html", help="default RUN/play.html")
+    page.add_argument("--device", default="cpu", help="of what is trained to stand beside it")
+
     peers = add("compare", "TwinFlow and its peers on equal terms: one table")
     peers.add_argument("--data", nargs="+", metavar="D", help=f"default {' '.join(compare.COMPARED_SETS)}")
     peers.add_argument("--from", dest="source", metavar="RUN", help="fine-tune this flow-matching run by every method")
@@ -183,7 +188,7 @@ def parser():
     speed.add_argument("--device", default="cpu")
     speed.add_argument("--threads", type=int, help="CPU threads")
 
-    told = add("report", "measure every hardware figure that the README quotes; called again it goes on")
+    told = add("report", "measure every hardware figure that the pages quote; called again it goes on")
     told.add_argument("--device", default="cpu")
     told.add_argument("--minutes", type=float, default=8.0, metavar="M", help="how long at most (default 8)")
     told.add_argument("--out", metavar="FILE.json", default="report.json", help="FILE.md is the table")

@@ -21,6 +21,7 @@ from ..runs.evaluate import evaluate
 from ..runs.export import export, refuse_out
 from ..runs.folder import attach, condition_of, painter, read_config, read_log, trained
 from ..runs.methods import compared_methods, entry
+from ..runs.play import play
 from ..runs.recipes import configured
 from ..runs.run import RESULTS, begin, finish, resume
 from ..runs.settings import listed, loss_of, method_of
@@ -54,7 +55,12 @@ def run_toy(args):
     began = time.perf_counter()
     folder = Path(args.out or "runs/toy")
     config, device = config_of(args, "toy"), device_of(args.device)
-    measure(finish(begin(config, folder, device, replace=True)), with_baseline=True)
+    run = finish(begin(config, folder, device, replace=True))
+    measure(run, with_baseline=True)
+    try:
+        print(play(trained(folder, device)._replace(data=run.data), with_base=False))
+    except ValueError as error:  # of points that no plane holds, say
+        print(f"no page to play with: {error}")
     print(f"{time.perf_counter() - began:.0f} s on {device}, {torch.get_num_threads()} threads")
 
 
@@ -144,6 +150,11 @@ def run_evaluate(args):
         raise ValueError(f"{args.folder}: evaluate takes a run folder; of a file, ttf.load(FILE).evaluate() does so")
     device = device_of(args.device)
     show(args.folder, *evaluate(trained(args.folder, device), device=device))
+
+
+def run_play(args):
+    device = device_of(args.device)
+    print(play(trained(args.folder, device), args.out, device=device))
 
 
 def run_compare(args):

@@ -16,7 +16,7 @@ from ..files import write_json
 from .build import data_of
 from .checks import enough_to_measure, same_data
 from .folder import finished, sampled, trained
-from .methods import FLOW_MATCHING
+from .methods import FLOW_MATCHING, RCGM
 from .run import begin, finish, resume
 from .settings import method_of, mode_of
 
@@ -99,20 +99,30 @@ def rows_of(own, nfes, yard, shown=False):
     return rows, kept
 
 
-def baseline(own, device="cpu"):
-    """The flow-matching run inside a run's folder, trained now if it is not there yet.  -> Trained
+def beside(own, name, changes, device="cpu"):
+    """A run with other settings inside a run's folder, trained now if it is not there yet.  -> Trained
 
     Same network, first weights, data, steps, batch and seed; only the loss is another.
     """
-    inside = own.folder / BASELINE
+    inside = own.folder / name
     if not finished(inside):
         begun = (inside / "config.json").exists()
         finish(
             resume(inside, device, data=own.data)
             if begun
-            else begin(own.config | FLOW_MATCHING, inside, device, data=own.data)
+            else begin(own.config | changes, inside, device, data=own.data)
         )
     return trained(inside, device)
+
+
+def baseline(own, device="cpu"):
+    """The flow-matching run inside a run's folder, see `beside`."""
+    return beside(own, BASELINE, FLOW_MATCHING, device)
+
+
+def base_alone(own, device="cpu"):
+    """The any-step base without the twin, a run inside a run's folder, see `beside`."""
+    return beside(own, "base-alone", RCGM, device)
 
 
 def evaluate(own, nfes=(1, 2, 4, 8, 100), flow_nfes=(1, 100), with_baseline=True, device="cpu"):
