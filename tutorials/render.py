@@ -113,13 +113,20 @@ def linked(address, path, out):
     return address
 
 
-def body_of(path, out):
-    """What stands in the middle of a page, as HTML."""
-    exporter = HTMLExporter(
+@functools.cache
+def exporter():
+    """What makes HTML of a notebook. Its pages are our own, so code is not searched for what may do harm."""
+    made = HTMLExporter(
         template_name="basic", config=Config(TagRemovePreprocessor=HIDDEN), embed_images=True,
         exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True,
     )  # fmt: skip
-    body, _ = exporter.from_notebook_node(read(path), {"metadata": {"path": str(path.parent)}})
+    made.register_filter("clean_html", lambda code: code)
+    return made
+
+
+def body_of(path, out):
+    """What stands in the middle of a page, as HTML."""
+    body, _ = exporter().from_notebook_node(read(path), {"metadata": {"path": str(path.parent)}})
     soup = BeautifulSoup(body, "html.parser")
     for heading in soup.find_all(re.compile(r"h\d")):
         heading["id"] = anchor(heading.text)
