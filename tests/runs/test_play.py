@@ -64,6 +64,7 @@ def visit(browser):
         context = browser.new_context(
             **{"viewport": {"width": 1200, "height": 800}, "reduced_motion": "reduce"} | screen
         )
+        context.set_default_timeout(200_000)
         page = context.new_page()
         contexts.append(context)
         page.on("console", lambda message: said.append(message.text))
@@ -227,7 +228,7 @@ def test_figures_are_those_of_the_samples_that_are_shown(run, visit):
     real, _ = ttf.data.Points("8gaussians", 1).fresh(2000)
     count = int(strays(x, ttf.data.toys.mixture("8gaussians")).sum())
     text = page.locator("#numbers").inner_text()
-    assert f"{100 * count / 2000:.1f} % {count} of 2,000" in text and 20 < count < 1900
+    assert f"{100 * count / 2000:.1f} % {count:,} of 2,000" in text and 20 < count < 1900
     distance = float(re.search(r"sliced W2\s+(\d\.\d+)", text)[1])
     assert distance == pytest.approx(sliced_wasserstein(x, real, 2000), rel=0.02)
 
@@ -350,7 +351,7 @@ def test_other_networks_and_methods(tmp_path, visit, settings):
     near = json.loads(re.search(r'"near":(\{.*?\})', (folder / "play.html").read_text())[1])
     real = np.frombuffer(base64.b64decode(near["points"]), "<i2").reshape(-1, 2) * np.array(near["scale"])
     share = off_data(ends, torch.from_numpy(real))
-    assert f"{round(share * 2000)} of 2,000" in page.locator("#numbers").inner_text() and len(real) == 20_000
+    assert f"{round(share * 2000):,} of 2,000" in page.locator("#numbers").inner_text() and len(real) == 20_000
 
 
 def test_wrong_uses_say_what_is_wrong_in_one_line(run, tmp_path, capsys):
