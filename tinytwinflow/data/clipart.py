@@ -109,4 +109,4 @@ if __name__ == "__main__":
     try:
         make_clipart(parser.parse_args().folder)
     except (ValueError, OSError) as error:
-        sys.exit(f"tinytwinflow: {error}")
+        parser.exit(2, f"tinytwinflow: {error}\n")
