@@ -159,8 +159,8 @@ def test_as_many_bits_as_fit_into_the_page(tmp_path, monkeypatch):
     page = path.read_text()
     assert 0.9 * play.LARGEST_PAGE < path.stat().st_size < play.LARGEST_PAGE
     assert int(re.search(r'"bits":(\d+)', page)[1]) == 8
-    monkeypatch.setattr(play, "LARGEST_PAGE", 1_200_000)
-    with pytest.raises(ValueError, match="3 networks of .* weights do not fit into a page of 1.2 MB at 8 bits"):
+    monkeypatch.setattr(play, "LARGEST_PAGE", 1_100_000)
+    with pytest.raises(ValueError, match="3 networks of .* weights do not fit into a page of 1.1 MB at 8 bits"):
         play.play(trained(folder))
     assert path.read_text() == page
 
