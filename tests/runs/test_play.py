@@ -256,6 +256,18 @@ def test_time_is_dragged_and_the_gap_is_that_of_the_twin(run, visit):
     got = torch.tensor(page.evaluate("Array.from(play.state.field.gap)")).view(-1, 2)
     assert (got - dv).abs().max() < 2e-4 and dv.abs().max() > 1e-2
     assert f"{dv.square().sum(1).mean().sqrt():.3f}" in page.locator("#numbers").inner_text()
+    drawn = """() => {
+        const own = arrow, seen = [];
+        arrow = (on, x, y, dx, dy) => seen.push([dx, dy]);
+        paint();
+        arrow = own;
+        paint();
+        return seen.slice(-400);
+    }"""
+    arrows = torch.tensor(page.evaluate(drawn))
+    clear = dv.norm(dim=1) > 0.02
+    assert clear.sum() > 100
+    assert torch.cosine_similarity(arrows, -dv)[clear].min() > 0.99  # the way that fakes must move
     corner = [[page.evaluate("middle[0] - 0.8 * half"), page.evaluate("middle[1] + 0.8 * half")]]
     after = shown(page)
     assert amount(page, before, ONE, corner) > 20 and amount(page, after, ONE, corner) > 20
