@@ -1,13 +1,25 @@
 """The tutorials' exercises, a function each.  Write yours into a file and run  python tutorials/exercises.py FILE.py
 
-1  score_from_velocity(x_t, t, v)            the score of x_t from its velocity (B, D), t (B,)
-2  joined_jump(F, x_t, t, s, r)              the average velocity from t to r, given F(x, t, r) and a time s between
-3  gap_of_gaussians(x_t, t, real, fake)      dv = v - v_fake at x_t (B, D), if data are N(0, real^2), fakes N(0, fake^2)
-4  kl_weight(t)                              what dv has to be weighted with to be the gradient of KL(p_fake || p_real)
-5  intervals(calls, order)                   intervals of time that a sampler's network calls buy, order 1 or 2
-6  diversity_within(features, labels)        a number that falls to zero when each class collapses onto one sample
-7  expected_rows(batch, share, flow_share)   rows of a batch in each part: any-step, flow, adversarial, rectify
-8  bytes_of_training(parameters)             what AdamW, float32 and one moving average hold for so many parameters
+Tensors in, tensors out; samples are (B, D), times (B,), F(x, t, r) an average velocity as in tutorial 2.
+
+1  score_from_velocity(x_t, t, v)           -> (B, D), the score of x_t, by Eq. 5, from its velocity v
+2  joined_jump(F, x_t, t, s, r)             -> (B, D), the average velocity from t to r whose jump lands where that from
+                                            t to s and then that from s to r lands
+3  gap_of_gaussians(x_t, t, real, fake)     -> (B, D), dv = v - v_fake, if data are N(0, real^2 I), fakes N(0, fake^2 I)
+4  kl_weight(t)                             -> w(t), t one number in (0, 1), so that the mean of w dv over noised fakes
+                                            x_t is the gradient of KL(p_fake || p_real), both noised to t, as the
+                                            fake x moves, of which x_t = t z + (1 - t) x was made
+5  intervals(calls, order)                  -> into how many intervals of time a sampler of Euler (order 1) or Heun (2)
+                                            divides the way, if it may call the network so often; where one call of
+                                            Heun is left over, the last interval is an Euler step
+6  diversity_within(features, labels)       -> the mean distance of two different samples of one class, then the mean
+                                            over classes; features (n, d), labels (n,), whole numbers
+7  expected_rows(batch, share, flow_share)  -> four numbers, rows of any-step, flow, adversarial, rectify: the share of
+                                            the batch is the twin's, half each; of the rest flow_share has r = t
+8  bytes_of_training(parameters)            -> bytes that so many parameters hold in float32: weights, gradients, both
+                                            moments of AdamW, one moving average
+9  share_off_data(samples, real)            -> the share of samples (n, D) farther from the nearest of real (m, D) than
+                                            the 0.999 quantile of the distances of real ones to their nearest other
 """
 
 import runpy
@@ -95,9 +107,15 @@ def bytes_of_training(answer):
     near(answer(sum(p.numel() for p in net.parameters())), sum(v.numel() * v.element_size() for v in tensors), "bytes")
 
 
+def share_off_data(answer):
+    draw = torch.Generator().manual_seed(0)
+    real, samples = torch.randn(2001, 2, generator=draw), 2 * torch.randn(500, 2, generator=draw)
+    near(answer(samples, real), ttf.evaluation.metrics.off_data(samples, real), "the share off the data")
+
+
 CHECKS = (
     score_from_velocity, joined_jump, gap_of_gaussians, kl_weight, intervals, diversity_within, expected_rows,
-    bytes_of_training,
+    bytes_of_training, share_off_data,
 )  # fmt: skip
 
 

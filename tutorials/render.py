@@ -175,7 +175,8 @@ def main():
             try:
                 execute(path)
             except (CellExecutionError, DeadKernelError) as error:
-                parser.exit(1, f"{error}\nrender: {path.name} failed and stays as it was\n")
+                told = re.sub(r"\x1b\[[\d;]*m", "", str(error))
+                parser.exit(1, f"{told}\nrender: {path.name} failed and stays as it was\n")
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "mathjax.js").exists():
         try:
