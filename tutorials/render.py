@@ -58,7 +58,10 @@ PAGE = """<!DOCTYPE html>
 def execute(path):
     """Run a notebook in place, in a process of one thread, and keep of its metadata the tags alone."""
     notebook, place = nbformat.read(path, 4), {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=None, resources=place).execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
+    env = {
+        name: value for name, value in os.environ.items() if name != "TTF_QUICK"
+    }  # what is saved is the full setting
+    NotebookClient(notebook, timeout=None, resources=place).execute(env=env | {"OMP_NUM_THREADS": "1"})
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}

@@ -25,7 +25,6 @@ from tinytwinflow.runs.recipes import configured
 from tinytwinflow.runs.run import begin, finish, steps
 
 DATA_SET, TIME, FRAMES = mixture("8gaussians"), 0.3, 50
-FOLLOWED = (*OTHERS, FAKE)  # a colour each
 
 
 def noises():
@@ -47,7 +46,8 @@ def filmed(config):
     """Train by the toy recipe.  -> list of (step, shot)"""
     run, every = begin(config), max(1, config["steps"] // FRAMES)
     film = [(0, shot(run.state.average))]
-    return film + [(r["step"], shot(run.state.average)) for r in steps(run) if r["step"] % every == 0]
+    due = (r["step"] for r in steps(run) if r["step"] % every == 0 or r["step"] == config["steps"])
+    return film + [(step, shot(run.state.average)) for step in due]
 
 
 def goal_of(config):
@@ -86,7 +86,7 @@ def frame(film, base_film, number, config, goal):
     right.text(base, 1.1, " twin", color=ONE, fontsize=8, va="top")
     right.plot(at[: number + 1], share[: number + 1], color=ONE, lw=2.4)
     right.axhline(goal, color=FLOW, ls="--")
-    right.text(last, goal * 1.1, "flow matching, 100 NFE", color=FLOW, ha="right", fontsize=8)
+    right.text(0.03 * last, goal * 1.1, "flow matching, 100 NFE", color=FLOW, fontsize=8)
     right.set(title="samples off the data", xlabel="training step", yscale="log", xlim=(0, last), ylim=(5e-3, 1.3))
     right.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     figure.savefig(file := io.BytesIO(), format="png", dpi=90)
@@ -99,7 +99,10 @@ def main():
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "pictures" / "walk.gif")
     args = parser.parse_args()
-    config = configured("toy", steps=args.steps)
+    try:
+        config = configured("toy", steps=args.steps)
+    except ValueError as error:
+        parser.error(str(error))
     film, goal, base_film = filmed(config), goal_of(config), filmed(config | {"share": 0.0})
     shown = bar(range(len(film)), "drawing", unit="frames")
     frames = [frame(film, base_film, number, config, goal) for number in shown]

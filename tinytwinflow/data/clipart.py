@@ -76,8 +76,11 @@ def make_clipart(folder, package=None):
             picture.save(new / kind / "-".join(inside.parts))
         if not kept:
             raise ValueError(f"{package}: holds no pictures in folders such as {', '.join(list(CLASS_OF)[:3])}")
-        if not folder.exists():  # another process of the same run may have been first
+        try:
             new.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process of the same run was first
+                raise
     left = ", ".join(f"{n:,} {what}" for what, n in {**counts, "unfit": len(unfit)}.items())
     print(
         f"{folder}: {sum(map(len, kept.values())):,} pictures in {len(kept)} classes; left out: {left}", file=sys.stderr
