@@ -13,15 +13,17 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
 from PIL import Image
 
+from tinytwinflow.evaluation import pictures
+
 QUICK = os.environ.get("TTF_QUICK") == "1"
 
 # a colour means the same in every picture
 DATA = "#777777"
-ONE = "#d1495b"  # one step of the model
-FLOW = "#2e6f95"  # flow matching, and what takes a hundred steps
+ONE = pictures.ONE  # one step of the model
+FLOW = pictures.FLOW  # flow matching, and what takes a hundred steps
+INK = pictures.INK  # the gap, a single point, a line to compare with
 FAKE = "#e69f00"  # fakes, and the twin's velocity
 EXACT = "#009e73"  # known in closed form
-INK = "#222222"  # the gap, a single point, a line to compare with
 OTHERS = ("#9b5fc0", "#56b4e9", "#8c6d31", "#cc79a7")
 
 WIDTH = 10.0  # inches, of every picture
