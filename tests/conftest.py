@@ -141,6 +141,18 @@ def write_folder(folder, classes=2, n=6, size=24):
     return folder
 
 
+def write_clipart(package, n=4):
+    """A package of clip art: n drawings, each a block of a colour of its own, in four folders, of three classes."""
+    rng = np.random.default_rng(0)
+    for folder in ("animals", "signs_and_symbols", "signs_and_symbols/flags", "transportation/roadsigns"):
+        (package / folder).mkdir(parents=True)
+        for i in range(n):
+            pixels = np.full((40, 60, 3), 255, np.uint8)
+            pixels[8:32, 10:40] = rng.integers(0, 200, (6, 10, 3)).repeat(4, 0).repeat(3, 1)
+            Image.fromarray(pixels).save(package / folder / f"{i:03}.png")
+    return package
+
+
 @pytest.fixture(scope="session")
 def vae(tmp_path_factory):
     """A tiny AutoencoderKL with random weights, saved as diffusers saves one; it halves the image once."""

@@ -17,6 +17,7 @@ from statistics import mean, pstdev
 from typing import ClassVar
 
 import torch
+from style import FLOW, INK, ONE, canvas, dots, plt, sharp
 
 from tinytwinflow import TwinFlowLoss, Twins, gap, generate, sample
 from tinytwinflow.bars import bar
@@ -394,23 +395,21 @@ def table(found):
 
 
 def draw_samples(path, folder, figures):
-    """Samples of one seed's rungs, those off the data in red."""
-    from matplotlib.figure import Figure
-
+    """Samples of one seed's rungs, those off the data in black."""
     names = [name for name in RUNGS if name in figures]
     climb = Climb(int(folder.name.removeprefix("seed")), figures[names[0]]["steps"], folder)
-    sheet = Figure(figsize=(12.5, 2.3 * math.ceil(len(names) / 6)), dpi=110, layout="constrained")
-    axes = list(sheet.subplots(math.ceil(len(names) / 6), 6, squeeze=False).flat)
-    for axis in axes:
+    sheet, axes = canvas(4, max(2, math.ceil(len(names) / 4)), height=2.75)
+    for axis in axes.flat[len(names) :]:
         axis.axis("off")
-    for axis, name in zip(axes, names):
+    for axis, name in zip(axes.flat, names):
         x = samples(climb, name, 8000)
         off = strays(x, DATA)
-        axis.scatter(*x[~off].T, s=0.4, color="#2e6f95", alpha=0.4, linewidths=0, rasterized=True)
-        axis.scatter(*x[off].T, s=1.5, color="#d1495b", linewidths=0, rasterized=True)
-        axis.set(xlim=(-2.1, 2.1), ylim=(-2.1, 2.1), aspect="equal")
-        axis.set_title(f"{RUNGS[name][0]}\n{figures[name]['off_data']:.1%} off the data", fontsize=6.5)
-    sheet.savefig(path)
+        title = f"{RUNGS[name][0]}\n{figures[name]['off_data']:.1%} off the data"
+        dots(axis, x[~off], title, color=FLOW if name == "flow" else ONE, size=1.0, limit=1.95, alpha=0.4)
+        axis.scatter(*x[off].T, s=3, color=INK, linewidths=0, rasterized=True)
+    with aside(path) as file:
+        file.write(sharp(sheet)[0])
+    plt.close(sheet)
 
 
 def draw_maps(path, found):

@@ -9,6 +9,8 @@ import os
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.path import Path
 from PIL import Image
 
 QUICK = os.environ.get("TTF_QUICK") == "1"
@@ -106,3 +108,10 @@ def noise(n, generator):
 def same(t, x):
     """The time t for every row of x."""
     return torch.full((len(x),), float(t), dtype=x.dtype)
+
+
+def ways(axis, states, color=INK, width=2.0, **options):
+    """Paths, an arrowhead at the end of each.  states (times, n, 2)"""
+    for points in states.transpose(0, 1).tolist():
+        arrow = {"arrowstyle": "-|>", "mutation_scale": 7 * width**0.5, "joinstyle": "round"}
+        axis.add_patch(FancyArrowPatch(path=Path(points), color=color, lw=width, fill=False, **arrow | options))

@@ -151,7 +151,7 @@ def test_missing_and_damaged_sets_are_named(home, tmp_path):
         size=28,
     )
     refused(r"cifar10: none of .*data_batch_1.*CIFAR10\(.*download=True", "cifar10", 4, folder=tmp_path, size=32)
-    refused("no such folder; data is one of fashion, mnist, cifar10, a folder", str(tmp_path / "x"), 4)
+    refused("no such folder; data is one of fashion, mnist, cifar10, clipart, a folder", str(tmp_path / "x"), 4)
     refused("size must be at most 28 for fashion, got 32", "fashion", 4, folder=home, size=32)
     write_mnist(tmp_path)
     images = tmp_path / "train-images-idx3-ubyte.gz"

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import write_cifar, write_folder, write_mnist
+from conftest import write_cifar, write_clipart, write_folder, write_mnist
 from test_commands import fails
 from test_nets import published
 
 from tinytwinflow.cli.commands import main
+from tinytwinflow.data.clipart import make_clipart
 from tinytwinflow.files import read_checkpoint
 from tinytwinflow.nets.dit import SIZES
 from tinytwinflow.runs.folder import read_log, trained
@@ -43,6 +44,7 @@ def home(tmp_path_factory, vae):
     home = tmp_path_factory.mktemp("data")
     write_mnist(home)
     write_cifar(home)
+    make_clipart(home / "clipart", write_clipart(home / "package", n=60))
     write_folder(home / "pictures", n=120)
     assert (
         main(["encode", str(home / "pictures"), "--vae", str(vae), "--size", "16", "--out", str(home / "latents")]) == 0
@@ -52,6 +54,7 @@ def home(tmp_path_factory, vae):
 
 RUNS = {
     "fashion": ["width=16", "depth=1", "heads=2", "size=16"],
+    "clipart": ["width=16", "depth=1", "heads=2", "size=16", "precision=float32"],
     "cifar": ["width=8", "depth=1", "size=16", "precision=float32"],
     "imagenet": ["net=dit-s-8", "size=8", "precision=float32", "compile=none"],
 }
@@ -70,7 +73,7 @@ def test_a_recipe_runs_from_files_to_table_and_picture(recipe, home, tmp_path, c
     result = json.loads((folder / "metrics.json").read_text())
     assert set(result["floor"]) == IMAGE_METRICS
     assert all(set(row) == IMAGE_METRICS | {"method", "mode", "nfe"} for row in result["rows"])
-    classes = 2 if recipe == "imagenet" else 10
+    classes = {"imagenet": 2, "clipart": 3}.get(recipe, 10)
     assert main(["sample", str(folder), "--cond", str(classes - 1), "--n", "3", "--out", str(tmp_path / "x.npy")]) == 0
     shape = trained(folder)[2]["data"]["shape"]
     assert np.load(tmp_path / "x.npy").shape == (3, *shape)
@@ -89,8 +92,14 @@ def test_a_recipe_runs_from_files_to_table_and_picture(recipe, home, tmp_path, c
 @pytest.mark.parametrize("recipe", RUNS)
 def test_without_data_the_same_command_says_what_is_missing(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("tinytwinflow.data.readers.DEBIAN", {})
+    monkeypatch.setattr("tinytwinflow.data.clipart.PACKAGE", str(tmp_path / "package"))
     out = tmp_path / "run"
-    words = {"fashion": "apt install dataset-fashion-mnist", "cifar": "CIFAR10", "imagenet": "encode"}
+    words = {
+        "fashion": "apt install dataset-fashion-mnist",
+        "clipart": "apt install openclipart-png",
+        "cifar": "CIFAR10",
+        "imagenet": "encode",
+    }
     fails(capsys, ["train", recipe, "--data-dir", tmp_path / "no", "--out", out], str(tmp_path / "no"), words[recipe])
     assert not out.exists()
 

@@ -1,6 +1,6 @@
 """Data: what is dealt out to training steps.
 
-Rooms, in reading order: batches, toys, given, points, readers, shards, latents, images.
+Rooms, in reading order: batches, toys, given, points, readers, clipart, shards, latents, images.
 May import: method, files, ranges, bars.
 """
 

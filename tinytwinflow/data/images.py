@@ -28,6 +28,10 @@ class Images:
         if self.latents:
             self.train = self.test = Latents(data, mirrored=flip)
         elif data in IMAGE_SETS:
+            if data == "clipart" and not (Path(folder) / data).exists():
+                from .clipart import make_clipart  # not above, or it could not run as a script
+
+                make_clipart(Path(folder) / data)
             self.train, self.test = Pixels(data, folder, size), Pixels(data, folder, size, train=False)
         elif Path(data).is_dir():
             self.train = self.test = Folder(data, size)

@@ -1,4 +1,4 @@
-"""Images in files: Fashion-MNIST, MNIST and CIFAR-10 in their own formats, and any folder of images.
+"""Images in files: Fashion-MNIST, MNIST and CIFAR-10 in their own formats, clip art, and any folder of images.
 
 Each is a table of rows that is read a few rows at a time: pixels in [-1, 1], and labels.
 """
@@ -25,8 +25,10 @@ GET = {
     "fashion": "apt install dataset-fashion-mnist, or torchvision.datasets.FashionMNIST({0!r}, download=True)",
     "mnist": "torchvision.datasets.MNIST({0!r}, download=True)",
     "cifar10": "torchvision.datasets.CIFAR10({0!r}, download=True)",
+    "clipart": "apt install openclipart-png",
 }
 IMAGE_SETS = tuple(GET)
+CLIPART_SIDE = 32  # pixels
 READ = f"{', '.join(IMG_EXTENSIONS)} are read"
 
 
@@ -67,7 +69,7 @@ def _mnist(name, folder, train):
     kinds = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     paths = _find(name, folder, roots, kinds)
     pixels, labels = map(read_idx, paths[:2] if train else paths[2:])
-    return pixels[:, None], labels.long()
+    return pixels[:, None], labels.long(), 10
 
 
 class _Arrays(pickle.Unpickler):
@@ -91,14 +93,28 @@ def _cifar10(name, folder, train):
             labels.append(torch.tensor(content[b"labels"]).long())
         except Exception as error:  # whatever a damaged file makes the reader raise
             raise ValueError(f"{path}: cut short, or no CIFAR-10 batch") from error
-    return torch.cat(pixels), torch.cat(labels)
+    return torch.cat(pixels), torch.cat(labels), 10
+
+
+def _clipart(name, folder, train):
+    """Its folder, see `clipart`; every fifth picture is of the test part."""
+    paths, labels, classes = find_pictures(folder / name)
+    rows = [row for row in range(len(paths)) if (row % 5 != 4) == train]
+    pictures = [read_picture(paths[row]) for row in rows]
+    for row, picture in zip(rows, pictures):
+        if picture.size != (CLIPART_SIDE, CLIPART_SIDE):
+            raise ValueError(f"{paths[row]}: not {CLIPART_SIDE} x {CLIPART_SIDE} pixels, so not of this set")
+    return torch.stack(list(map(tv.pil_to_tensor, pictures))), torch.tensor(labels)[rows], classes
+
+
+_READ = {"fashion": _mnist, "mnist": _mnist, "cifar10": _cifar10, "clipart": _clipart}
 
 
 class Pixels:
     """Images held in memory, made smaller where asked.  pixels uint8 (n, C, H, W), labels (n,)."""
 
     def __init__(self, name, folder, size, train=True):
-        self.pixels, self.labels = (_cifar10 if name == "cifar10" else _mnist)(name, Path(folder), train)
+        self.pixels, self.labels, self.classes = _READ[name](name, Path(folder), train)
         self.count, some = len(self.pixels), spread(len(self.pixels), 64)
         self.mark = mark_of(self.pixels[some], self.labels)
         native = self.pixels.shape[-1]
@@ -108,7 +124,7 @@ class Pixels:
             self.pixels = tv.resize(self.pixels, [size, size], antialias=True)
         if len(self.pixels) != len(self.labels) or not len(self.labels):
             raise ValueError(f"{name}: {len(self.pixels)} images but {len(self.labels)} labels")
-        self.shape, self.classes = tuple(self.pixels.shape[1:]), 10
+        self.shape = tuple(self.pixels.shape[1:])
         if not 0 <= self.labels.min() <= self.labels.max() < self.classes:
             raise ValueError(f"{name}: labels must lie in [0, {self.classes - 1}], got up to {self.labels.max()}")
 
@@ -132,7 +148,7 @@ def read_picture(path):
             other_depth = image.format == "PNG" and image.mode in ("L", "RGB") and image.tile[0][3] != image.mode
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # whatever a damaged file makes the reader raise
         raise ValueError(f"{path}: cut short, or not an image") from error

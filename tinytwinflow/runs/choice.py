@@ -47,7 +47,7 @@ def recipe_for_name(name, size=None):
     """Recipe and settings for data that a name, a file or a folder is; size: of images, where it is given."""
     path = str(Path(name).resolve())
     if name in IMAGE_SETS:
-        return "cifar" if name == "cifar10" else "fashion", {"data": name}
+        return {"cifar10": "cifar", "clipart": "clipart"}.get(name, "fashion"), {"data": name}
     if (Path(name) / TEXTS_INDEX).is_file():
         return "text", {"data": path}
     if is_latents(name):

@@ -23,6 +23,7 @@ from .settings import method_of, mode_of
 LARGEST_PAGE = 1_500_000  # bytes
 FEWEST_BITS, MOST_BITS = 8, 16  # of a weight
 ON_PAGE, NEIGHBOURS = 2000, 20_000  # samples, and real points that they are to be near
+LETTERS = "".join(chr(i) for i in range(33, 127) if chr(i) not in '"<\\')  # 91, of which two are thirteen bits
 CALLED = {"twinflow": "TwinFlow", "rcgm": "base alone"}
 
 
@@ -77,7 +78,15 @@ def packed(tensors, bits):
         stream.append((unsigned & 1).astype(np.uint8).ravel())
         scales.append(scale)
         listed.append([name, list(codes.shape), own])
-    return {"tensors": listed, "scales": _text(np.concatenate(scales)), "codes": _text(np.packbits(np.hstack(stream)))}
+    return {"tensors": listed, "scales": _text(np.concatenate(scales)), "codes": in_letters(np.hstack(stream))}
+
+
+def in_letters(bits):
+    """Bits as text, thirteen in two letters, where base64 has twelve.  array (n,) of 0 and 1 -> str"""
+    groups = (
+        np.append(bits, np.zeros(-len(bits) % 13, bits.dtype)).reshape(-1, 13).astype(int) @ 2 ** np.arange(13)[::-1]
+    )
+    return np.array(list(LETTERS))[np.stack(np.divmod(groups, len(LETTERS)), 1)].tobytes().decode("utf-32-le")
 
 
 def _text(array):
@@ -128,6 +137,7 @@ def page_of(runs, data, hint=""):
         "about": f"{own.saved['step']:,} steps of batch {config['batch_size']:,}, MLP of {config['depth']} layers of "
         f"{config['width']}, {count:,} weights, seed {config['seed']}",
         "classes": classes,
+        "letters": LETTERS,
         "noise": _points(noise[:ON_PAGE]),  # as `folder.sampled` draws it
         "renoise": _points(noise[ON_PAGE:]),
         "real": _points(real),
@@ -145,7 +155,7 @@ def page_of(runs, data, hint=""):
 
     weights = sum(w.numel() for own in tensors for w in own.values())
     left = LARGEST_PAGE - len(written(FEWEST_BITS).encode())
-    bits = min(MOST_BITS, FEWEST_BITS + left * 6 // weights)  # base64 has 6 bits in a byte
+    bits = min(MOST_BITS, FEWEST_BITS + left * 13 // (2 * weights))
     if bits < FEWEST_BITS:
         raise ValueError(
             f"{len(runs)} networks of {count:,} weights do not fit into a page of {LARGEST_PAGE / 1e6} MB at "

@@ -36,6 +36,11 @@ RECIPES = {
         steps=3000, batch_size=384, lr=4e-3, muon_lr=1e-2, warmup_steps=900, base_steps=900, one_step_share=0.7,
         precision="tf32",
     ),
+    "clipart": images_of(
+        data="clipart", flip=True, net="dit", width=256, depth=8, heads=4, patch=2,
+        steps=10000, batch_size=256, lr=4e-3, muon_lr=1e-2, warmup_steps=3000, base_steps=3000, one_step_share=0.7,
+        precision="bf16",
+    ),
     "cifar": images_of(
         data="cifar10", flip=True, net="unet", width=128, depth=2,
         steps=100000, batch_size=384, lr=3e-4, warmup_steps=40000, base_steps=20000, ema=0.9999, precision="bf16",
