@@ -38,7 +38,7 @@ def site(tmp_path):
     (tmp_path / "README.md").write_text("# First\n\n## The table\n\n| a | b |\n|---|---|\n| 1 | `2` |\n")
     cells = [
         new.new_markdown_cell(TEXT),
-        new.new_code_cell("from helper import seen\nprint('kept', seen)"),
+        new.new_code_cell("from helper import seen\nprint('kept', seen, flush=True)\nprint('too')"),
         new.new_code_cell("drawn = 1\nprint('shown', 6 * 7)", metadata={"tags": ["hide-input"], "noise": 1}),
         new.new_code_cell("assert seen == 3\nprint('unseen')", metadata={"tags": ["hide-cell"]}),
         new.new_code_cell("from IPython.display import Image\nImage('pictures/dot.png')"),
@@ -94,7 +94,7 @@ def test_a_site_is_run_and_rendered(site):
         check_page(one, site / "out")
     page = bs4.BeautifulSoup((site / "out" / "tutorials" / "01_a.html").read_text(), "html.parser")
     assert page.title.text == "1. Name" and page.find(attrs={"aria-current": "page"}).text == "1. Name"
-    for shown in ("kept 3", "print('kept', seen)", "shown 42", "$a < b$", "$$x_t^2$$"):
+    for shown in ("kept 3\ntoo\n", "print('kept', seen, flush=True)", "shown 42", "$a < b$", "$$x_t^2$$"):
         assert shown in page.main.text, shown
     for hidden in ("drawn", "unseen", "assert"):
         assert hidden not in page.main.text, hidden

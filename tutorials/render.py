@@ -23,6 +23,7 @@ from bs4 import BeautifulSoup
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
+from nbconvert.preprocessors.coalescestreams import CoalesceStreamsPreprocessor
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
@@ -121,6 +122,7 @@ def exporter():
     """What makes HTML of a notebook. Its pages are our own, so code is not searched for what may do harm."""
     made = HTMLExporter(
         template_name="basic", config=Config(TagRemovePreprocessor=HIDDEN), embed_images=True,
+        preprocessors=[CoalesceStreamsPreprocessor(enabled=True)],
         exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True,
     )  # fmt: skip
     made.register_filter("clean_html", lambda code: code)
