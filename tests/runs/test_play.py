@@ -366,6 +366,24 @@ def test_other_networks_and_methods(tmp_path, visit, settings):
     assert f"{round(share * 2000):,} of 2,000" in page.locator("#numbers").inner_text() and len(real) == 20_000
 
 
+def test_an_unfinished_run_is_not_shown_beside_finished_ones(run, tmp_path):
+    own = trained(run)
+    with pytest.raises(ValueError, match=r"is at step 40 of 300: .*train toy --out .*toy --resume first$"):
+        play.play(own._replace(saved=own.saved | {"step": 40}), tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_in_making_the_page_is_no_note_of_the_main_command(tmp_path, monkeypatch, capsys):
+    """A run that has no page says so and ends well; where one could be made, what goes wrong ends as everywhere."""
+    np.save(tmp_path / "solid.npy", np.random.default_rng(0).normal(size=(400, 3)))
+    short = ["--set", *SMALL, "steps=3", "warmup_steps=1", "base_steps=1"]
+    assert main([*short, "--data", str(tmp_path / "solid.npy"), "--out", str(tmp_path / "solid")]) == 0
+    assert "no page to play with: a page to play with is of points in the plane" in capsys.readouterr().out
+    monkeypatch.setattr(play, "LARGEST_PAGE", 1000)
+    assert main([*short, "--out", str(tmp_path / "plane")]) == 2
+    assert "do not fit into a page" in capsys.readouterr().err
+
+
 def test_wrong_uses_say_what_is_wrong_in_one_line(run, tmp_path, capsys):
     np.save(tmp_path / "solid.npy", np.random.default_rng(0).normal(size=(400, 3)))
     solid = made(tmp_path / "solid", "steps=3", "warmup_steps=1", "base_steps=1", data=str(tmp_path / "solid.npy"))

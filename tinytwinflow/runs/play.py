@@ -164,13 +164,19 @@ def page_of(runs, data, hint=""):
     return written(bits)
 
 
-def refuse_page(config, shape, classes, out):
+def refuse_page(own, out):
     """Raise ValueError if no page can be made of a run, or written there."""
+    config, (shape, classes) = own.config, (own.saved["data"][key] for key in ("shape", "classes"))
     if tuple(shape) != (2,):
         what = f"points of {shape[0]} numbers" if len(shape) == 1 else "images"
         raise ValueError(f"a page to play with is of points in the plane, this run makes {what}")
     if config["conditional"] and not classes:
         raise ValueError("a page to play with has labels or no condition, this run has conditions of another kind")
+    if own.saved["step"] < config["steps"]:
+        raise ValueError(
+            f"{own.folder} is at step {own.saved['step']} of {config['steps']}: "
+            f"python -m tinytwinflow train {config['recipe']} --out {own.folder} --resume first"
+        )
     if out.suffix != ".html" or out.is_dir():
         raise ValueError(f"--out takes FILE.html, got {out}{', a folder' * out.is_dir()}")
 
@@ -179,10 +185,11 @@ def play(own, out=None, with_base=True, device="cpu"):
     """Write the page of a run, and train what it stands beside if it is not there yet, see `evaluate.baseline`.
 
     own: see `folder.Trained`, with a folder. out: FILE.html, by default play.html in that folder. with_base: train the
-    any-step base alone, too. -> the path. Raises ValueError for a run of anything but points in the plane.
+    any-step base alone, too. -> the path. Raises ValueError for a run of anything but points in the plane, or one that
+    has not taken its last step.
     """
     out, config = Path(out or own.folder / "play.html"), own.config
-    refuse_page(config, own.saved["data"]["shape"], own.saved["data"]["classes"], out)
+    refuse_page(own, out)
     data = own.data
     if data is None:
         data = data_of(config)
