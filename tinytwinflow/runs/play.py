@@ -112,6 +112,12 @@ def near_of(config, data, real):
     return {"points": _text(codes.T.astype("<i2")), "scale": scale.tolist(), "limit": limit_of(kept)}
 
 
+def floor_of(x, y):
+    """The distance that the page shows for two sets of real points; None where one of them has fewer than two."""
+    most = min(len(x), len(y))
+    return sliced_wasserstein(x[:most], y[:most]) if most > 1 else None
+
+
 def _network(own):
     """A trained network as the page has it, but for its weights.  -> dict, and its tensors"""
     tensors, about = tensors_of(own.net)
@@ -127,8 +133,9 @@ def page_of(runs, data, hint=""):
     """
     own = runs[0]
     config, about = own.config, own.saved["data"]
-    (real, labels), (again, _) = data.fresh(ON_PAGE, 0), data.fresh(ON_PAGE, 1)
-    classes, most = about["classes"] if config["conditional"] else 0, min(len(real), len(again))
+    (real, labels), (again, labels_again) = data.fresh(ON_PAGE, 0), data.fresh(ON_PAGE, 1)
+    classes = about["classes"] if config["conditional"] else 0
+    floors = [floor_of(real, again), *(floor_of(real[labels == k], again[labels_again == k]) for k in range(classes))]
     noise = torch.randn(2 * ON_PAGE, 2, generator=torch.Generator().manual_seed(config["seed"]))
     networks, tensors = zip(*map(_network, runs))
     count = sum(w.numel() for w in tensors[0].values())
@@ -143,7 +150,7 @@ def page_of(runs, data, hint=""):
         "real": _points(real),
         "labels": labels.tolist() if classes else [],
         "near": near_of(config, data, real),
-        "floor": sliced_wasserstein(real[:most], again[:most]),
+        "floors": floors,
         "scaled": about.get("mean") is not None,
         "hint": hint,
     }
