@@ -24,12 +24,14 @@ from tinytwinflow.method.path import interpolate
 from tinytwinflow.method.twin import gap, generate
 from tinytwinflow.runs import play
 from tinytwinflow.runs.folder import trained
-from tinytwinflow.runs.settings import mode_of
+from tinytwinflow.runs.settings import method_of, mode_of
 
 SMALL = ["width=30", "depth=3", "batch_size=128", "steps=300", "warmup_steps=40", "base_steps=20", "eval_samples=64"]
 FOLDERS = ("", "base-alone", "flow-matching")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-ONE, FLOW = (0xD1, 0x49, 0x5B), (0x2E, 0x6F, 0x95)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSERS += ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",)
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+ONE, FLOW, FAKE = (0xD1, 0x49, 0x5B), (0x2E, 0x6F, 0x95), (0xE6, 0x9F, 0x00)
 
 
 def made(folder, *settings, data="8gaussians"):
@@ -47,7 +49,8 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    assert CHROMIUM, "these tests drive a browser: apt-get install chromium"
+    if CHROMIUM is None:
+        pytest.fail("these tests drive a browser: apt install chromium, or install Google Chrome", pytrace=False)
     with sync_playwright() as driver:
         flags = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-gpu-compositing"]
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
@@ -81,7 +84,7 @@ def visit(browser):
 
 def rounded_net(folder, page):
     """A run's network with the weights that its page has."""
-    own, bits = trained(folder), page.evaluate("play.run.bits")
+    own, bits = trained(folder), page.evaluate("run.bits")
     weights = own.net.state_dict()
     for name, w in weights.items():
         codes, scale = play.rounded(w, bits if w.ndim > 1 else play.MOST_BITS)
@@ -93,16 +96,16 @@ def rounded_net(folder, page):
 
 def answers(page, number, x, t, r, labels=None):
     code = """async ([number, x, t, r, labels]) =>
-        Array.from(await play.work("asked",
-            play.forward(play.run.networks[number], Float32Array.from(x), t, r, labels)))"""
+        Array.from(await work("asked",
+            forward(run.networks[number], Float32Array.from(x), t, r, labels)))"""
     return torch.tensor(page.evaluate(code, [number, x.flatten().tolist(), t, r, labels])).view(-1, 2)
 
 
 def walked(page, number, z, n, labels=None):
     """All states of samples of the page's network."""
     code = """async ([number, z, n, labels]) =>
-        Array.from(await play.work("asked",
-            play.walk(play.run.networks[number], Float32Array.from(z), n, labels)))"""
+        Array.from(await work("asked",
+            walk(run.networks[number], Float32Array.from(z), n, labels)))"""
     states = page.evaluate(code, [number, z.flatten().tolist(), n, labels])
     return torch.tensor(states).view(n + 1, -1, 2)
 
@@ -123,8 +126,8 @@ def check_forward(page, number, net, labels=None, cond=None, twin=True):
 def test_the_page_computes_what_torch_does(run, visit):
     """Both signs of time; a network that never learnt a twin answers as if time had no sign, there too."""
     page = visit(run / "play.html")
-    assert page.evaluate("play.run.networks.map(net => net.name)") == ["TwinFlow", "base alone", "flow matching"]
-    assert page.evaluate("play.run.networks.map(net => net.twin)") == ["sign", None, None]
+    assert page.evaluate("run.networks.map(net => net.name)") == ["TwinFlow", "base alone", "flow matching"]
+    assert page.evaluate("run.networks.map(net => net.twin)") == ["sign", None, None]
     for number, name in enumerate(FOLDERS):
         check_forward(page, number, rounded_net(run / name, page)[0])
 
@@ -134,7 +137,7 @@ def test_samples_are_those_of_the_sampler_from_the_same_noise(run, visit, number
     """And the noise is that of `sample` with the run's seed."""
     page = visit(run / "play.html")
     net, config = rounded_net(run / FOLDERS[number], page)
-    z = torch.tensor(page.evaluate("Array.from(play.noise.z)")).view(-1, 2)
+    z = torch.tensor(page.evaluate("Array.from(noise.z)")).view(-1, 2)
     assert torch.equal(z, torch.randn(2000, 2, generator=torch.Generator().manual_seed(0)))
     mode = mode_of(config)
     times = config["time_shape"] if mode == "any" else (1.0, 1.0, 1.0)
@@ -149,7 +152,7 @@ def test_rounding_moves_no_sample_far(run, visit):
     for nfe in (1, 4):
         moved = (walked(page, 0, z, nfe)[-1] - model.sample(2000, nfe, seed=0)).norm(dim=1)
         assert moved.median() < 2e-4 and moved.max() < 5e-3
-    assert page.evaluate("play.run.bits") == 16
+    assert page.evaluate("run.bits") == 16
 
 
 def test_as_many_bits_as_fit_into_the_page(tmp_path, monkeypatch):
@@ -202,19 +205,19 @@ def test_the_slider_of_steps_changes_what_is_shown(run, visit):
     modes = ttf.data.toys.mixture("8gaussians").means.tolist()
     page.get_by_label("flow matching").check()
     page.get_by_label("paths").uncheck()
-    page.wait_for_function("() => play.state.samples?.nfe === 1")
+    page.wait_for_function("() => state.samples?.nfe === 1")
     heap = shown(page)
     page.locator("#nfe").focus()
     for _ in range(3):
         page.keyboard.press("ArrowRight")
-    page.wait_for_function("() => play.state.samples.nfe === 4")
+    page.wait_for_function("() => state.samples.nfe === 4")
     assert page.locator("#nfe-shown").inner_text() == "4"
     box = page.locator("#nfe").bounding_box()
     page.mouse.move(box["x"] + 12, box["y"] + box["height"] / 2)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"], box["y"] + box["height"] / 2, steps=3)
     page.mouse.up()
-    page.wait_for_function("() => play.state.samples.nfe === 100")
+    page.wait_for_function("() => state.samples.nfe === 100")
     spread = shown(page)
     assert amount(page, heap, FLOW, [[0, 0]], 0.4) > 20 * amount(page, spread, FLOW, [[0, 0]], 0.4)
     assert amount(page, spread, FLOW, modes) > 10 * amount(page, heap, FLOW, modes)
@@ -223,8 +226,8 @@ def test_the_slider_of_steps_changes_what_is_shown(run, visit):
 
 def test_figures_are_those_of_the_samples_that_are_shown(run, visit):
     page = visit(run / "play.html")
-    page.wait_for_function("() => play.state.samples?.nfe === 1")
-    x = torch.tensor(page.evaluate("Array.from(play.state.samples.states.slice(-4000))")).view(-1, 2)
+    page.wait_for_function("() => state.samples?.nfe === 1")
+    x = torch.tensor(page.evaluate("Array.from(state.samples.states.slice(-4000))")).view(-1, 2)
     real, _ = ttf.data.Points("8gaussians", 1).fresh(2000)
     count = int(strays(x, ttf.data.toys.mixture("8gaussians")).sum())
     text = page.locator("#numbers").inner_text()
@@ -236,24 +239,24 @@ def test_figures_are_those_of_the_samples_that_are_shown(run, visit):
 def test_time_is_dragged_and_the_gap_is_that_of_the_twin(run, visit):
     page = visit(run / "play.html")
     page.get_by_label("Time", exact=True).check()
-    page.wait_for_function("() => play.state.field?.t === 0.5")
+    page.wait_for_function("() => state.field?.t === 0.5")
     before = shown(page)
     box = page.locator("#time").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()
     page.mouse.move(box["x"] + 0.8 * box["width"], box["y"] + box["height"] / 2, steps=3)
     page.mouse.up()
-    by_mouse = page.evaluate("play.state.time")
+    by_mouse = page.evaluate("state.time")
     assert 0.75 < by_mouse < 0.85
     page.locator("#time").focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("t => Math.abs(play.state.field.t - t) < 1e-6", arg=by_mouse + 0.01)
+    page.wait_for_function("t => Math.abs(state.field.t - t) < 1e-6", arg=by_mouse + 0.01)
     assert page.locator("#time-shown").inner_text() == f"{by_mouse + 0.01:.2f}"
     net, _ = rounded_net(run, page)
-    z, again = (torch.tensor(page.evaluate(f"Array.from(play.noise.{name})")).view(-1, 2) for name in ("z", "again"))
-    t = torch.full((400,), page.evaluate("play.state.field.t"))
+    z, again = (torch.tensor(page.evaluate(f"Array.from(noise.{name})")).view(-1, 2) for name in ("z", "again"))
+    t = torch.full((400,), page.evaluate("state.field.t"))
     dv = gap(net, interpolate(generate(net, z), again, t[0])[:400], t)
-    got = torch.tensor(page.evaluate("Array.from(play.state.field.gap)")).view(-1, 2)
+    got = torch.tensor(page.evaluate("Array.from(state.field.gap)")).view(-1, 2)
     assert (got - dv).abs().max() < 2e-4 and dv.abs().max() > 1e-2
     assert f"{dv.square().sum(1).mean().sqrt():.3f}" in page.locator("#numbers").inner_text()
     drawn = """() => {
@@ -270,10 +273,10 @@ def test_time_is_dragged_and_the_gap_is_that_of_the_twin(run, visit):
     assert torch.cosine_similarity(arrows, -dv)[clear].min() > 0.99  # the way that fakes must move
     corner = [[page.evaluate("middle[0] - 0.8 * half"), page.evaluate("middle[1] + 0.8 * half")]]
     after = shown(page)
-    assert amount(page, before, ONE, corner) > 20 and amount(page, after, ONE, corner) > 20
+    assert amount(page, before, FAKE, corner) > 20 and amount(page, after, FAKE, corner) > 20
     assert (before != after).any(-1).mean() > 0.02
     page.get_by_label("twin velocity").uncheck()
-    assert amount(page, shown(page), ONE, corner) == 0
+    assert amount(page, shown(page), FAKE, corner) == 0
 
 
 def test_a_click_puts_noise_and_both_ends_are_torchs(run, visit):
@@ -283,11 +286,11 @@ def test_a_click_puts_noise_and_both_ends_are_torchs(run, visit):
     page.mouse.click(box["x"] + 0.7 * box["width"], box["y"] + 0.4 * box["height"])
     middle, half = page.evaluate("[middle, half]")
     put = [middle[0] + 0.4 * half, middle[1] + 0.2 * half]
-    assert page.evaluate("play.state.point") == pytest.approx(put, abs=1e-2)
+    assert page.evaluate("state.point") == pytest.approx(put, abs=1e-2)
     page.keyboard.press("ArrowUp")
-    point = page.evaluate("play.state.point")
+    point = page.evaluate("state.point")
     assert point == pytest.approx([put[0], put[1] + half / 50], abs=1e-2)
-    page.wait_for_function("() => Math.abs(play.state.track?.z[1] - play.state.point[1]) < 1e-6")
+    page.wait_for_function("() => Math.abs(state.track?.z[1] - state.point[1]) < 1e-6")
     net, config = rounded_net(run, page)
     ends = [ttf.sample(net, torch.tensor([point]), n, shape=config["time_shape"])[0] for n in (1, 100)]
     text = page.locator("#numbers").inner_text().replace("−", "-")
@@ -305,21 +308,61 @@ def test_dark_screens_phones_and_reduced_motion(run, visit):
     small.get_by_label("One point").check()
     box = small.locator("#plane").bounding_box()
     small.touchscreen.tap(box["x"] + 0.25 * box["width"], box["y"] + 0.5 * box["height"])
-    assert small.evaluate("(play.state.point[0] - middle[0]) / half") == pytest.approx(-0.5, abs=0.02)
+    assert small.evaluate("(state.point[0] - middle[0]) / half") == pytest.approx(-0.5, abs=0.02)
 
 
 def test_points_walk_from_noise_to_data_while_frames_are_drawn(run, visit):
     page = visit(run / "play.html", reduced_motion="no-preference")
-    page.wait_for_function("() => play.state.seconds")
-    assert page.evaluate("play.state.frames") > 5
+    page.wait_for_function("() => state.samples && began === null")
+    page.evaluate("frames = 0, own = tick, tick = now => { frames += 1; own(now); }, 0")
     page.get_by_role("button", name="New noise").click()
     page.wait_for_function("() => began !== null")
+    page.wait_for_function("() => began === null")
+    assert page.evaluate("frames") > 5 and page.evaluate("shown") == 1
     noise, ends = (page.evaluate(f"Array.from(placesAt({share}))") for share in (0, 1))
     half = page.evaluate("Array.from(placesAt(0.5))")
-    assert noise == page.evaluate("Array.from(play.noise.z)") and ends == page.evaluate(
-        "Array.from(play.state.samples.states.slice(-4000))"
+    assert noise == page.evaluate("Array.from(noise.z)") and ends == page.evaluate(
+        "Array.from(state.samples.states.slice(-4000))"
     )
     assert np.allclose(half, (np.array(noise) + ends) / 2, atol=1e-5)
+
+
+def test_marks_are_spoken_of_where_there_are_some(run, visit):
+    page = visit(run / "play.html")
+    for off in (0, 1, 499, 500):
+        page.evaluate(f"() => {{ offData = x => new Uint8Array(x.length / 2).fill(1, 0, {off}); reset(); }}")
+        page.wait_for_function("() => state.samples && document.getElementById('busy').hidden")
+        spoken = ["a marked point" in page.locator("#caption").inner_text()]
+        spoken.append("off the data" in page.locator("#legend").inner_text())
+        assert spoken == 2 * [0 < off < 500]
+
+
+def test_a_fault_is_said_on_the_page(run, browser):
+    page = browser.new_page()
+    page.goto((run / "play.html").as_uri())
+    page.evaluate("() => { readBack = function* () { throw Error('no memory'); }; reset(); }")
+    page.get_by_role("alert").wait_for()
+    assert page.get_by_role("alert").inner_text() == "The page has failed (no memory): load it again."
+    assert page.locator("#busy").is_hidden()
+    page.close()
+
+
+def test_a_label_is_held_against_its_own_real_points(tmp_path, visit):
+    settings = ["conditional=true", "method=meanflow", "steps=60", "base_steps=0", "sharp=false"]
+    folder = made(tmp_path / "run", *settings, data="moons")
+    assert main(["play", str(folder)]) == 0
+    page = visit(folder / "play.html")
+    (real, labels), (again, labels_again) = (ttf.data.Points("moons", 1).fresh(2000, draw) for draw in (0, 1))
+    for chosen in ("1", "-1"):
+        page.locator("#label").select_option(chosen)
+        page.wait_for_function("() => state.samples")
+        some = [x[of == 1] if chosen == "1" else x for x, of in ((real, labels), (again, labels_again))]
+        n = min(map(len, some))
+        ends = torch.tensor(page.evaluate("Array.from(state.samples.states.slice(-4000))")).view(-1, 2)
+        text = page.locator("#numbers").inner_text()
+        distance, floor = map(float, re.search(r"sliced W2\s+(\d\.\d+) real data (\d\.\d+)", text).groups())
+        assert floor == pytest.approx(sliced_wasserstein(some[0][:n], some[1][:n]), abs=6e-4)
+        assert distance == pytest.approx(sliced_wasserstein(ends[:n], some[0][:n]), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -355,15 +398,44 @@ def test_other_networks_and_methods(tmp_path, visit, settings):
     one = ttf.sample(net, x, 1, mode_of(config) or "any", cond=cond)
     assert (walked(page, 0, x, 1, labels)[-1] - one).abs().max() < 1e-4
     assert page.locator("#nfe").is_disabled() == (mode_of(config) is None)
+    velocity = page.get_by_label("Time", exact=True)
+    assert velocity.is_visible() == (mode_of(config) == "any")
+    page.get_by_label("flow matching").check()
+    velocity.check()
+    page.get_by_label(method_of(config)).check()
+    assert page.get_by_label("Samples", exact=True).is_checked() == (mode_of(config) != "any")
+    page.get_by_label("One point").check()
+    page.wait_for_function("() => state.track")
+    seen = page.locator("#caption").inner_text(), page.locator("#numbers").inner_text()
+    assert ["from the same noise" in seen[0], "apart" in seen[1]] == 2 * [mode_of(config) == "any"]
+    page.get_by_label("Samples", exact=True).check()
     if mode_of(config) == "few":  # the first jump is the same, then comes noise of the page's own
         states = walked(page, 0, x, 2)
         assert (states[1] - 0.5 * one).std() == pytest.approx(0.5, rel=0.4)
-    page.wait_for_function("() => play.state.samples")
-    ends = torch.tensor(page.evaluate("Array.from(play.state.samples.states.slice(-4000))")).view(-1, 2)
+    page.wait_for_function("() => state.samples")
+    ends = torch.tensor(page.evaluate("Array.from(state.samples.states.slice(-4000))")).view(-1, 2)
     near = json.loads(re.search(r'"near":(\{.*?\})', (folder / "play.html").read_text())[1])
     real = np.frombuffer(base64.b64decode(near["points"]), "<i2").reshape(-1, 2) * np.array(near["scale"])
     share = off_data(ends, torch.from_numpy(real))
     assert f"{round(share * 2000):,} of 2,000" in page.locator("#numbers").inner_text() and len(real) == 20_000
+
+
+def test_an_unfinished_run_is_not_shown_beside_finished_ones(run, tmp_path):
+    own = trained(run)
+    with pytest.raises(ValueError, match=r"is at step 40 of 300: .*train toy --out .*toy --resume first$"):
+        play.play(own._replace(saved=own.saved | {"step": 40}), tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_in_making_the_page_is_no_note_of_the_main_command(tmp_path, monkeypatch, capsys):
+    """A run that has no page says so and ends well; where one could be made, what goes wrong ends as everywhere."""
+    np.save(tmp_path / "solid.npy", np.random.default_rng(0).normal(size=(400, 3)))
+    short = ["--set", *SMALL, "steps=3", "warmup_steps=1", "base_steps=1"]
+    assert main([*short, "--data", str(tmp_path / "solid.npy"), "--out", str(tmp_path / "solid")]) == 0
+    assert "no page to play with: a page to play with is of points in the plane" in capsys.readouterr().out
+    monkeypatch.setattr(play, "LARGEST_PAGE", 1000)
+    assert main([*short, "--out", str(tmp_path / "plane")]) == 2
+    assert "do not fit into a page" in capsys.readouterr().err
 
 
 def test_wrong_uses_say_what_is_wrong_in_one_line(run, tmp_path, capsys):

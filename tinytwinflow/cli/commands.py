@@ -21,7 +21,7 @@ from ..runs.evaluate import evaluate
 from ..runs.export import export, refuse_out
 from ..runs.folder import attach, condition_of, painter, read_config, read_log, trained
 from ..runs.methods import compared_methods, entry
-from ..runs.play import play
+from ..runs.play import play, refuse_page
 from ..runs.recipes import configured
 from ..runs.run import RESULTS, begin, finish, resume
 from ..runs.settings import listed, loss_of, method_of
@@ -57,10 +57,13 @@ def run_toy(args):
     config, device = config_of(args, "toy"), device_of(args.device)
     run = finish(begin(config, folder, device, replace=True))
     measure(run, with_baseline=True)
+    own = trained(folder, device)._replace(data=run.data)
     try:
-        print(play(trained(folder, device)._replace(data=run.data), with_base=False))
+        refuse_page(own, folder / "play.html")
     except ValueError as error:  # of points that no plane holds, say
         print(f"no page to play with: {error}")
+    else:
+        print(play(own, with_base=False))
     print(f"{time.perf_counter() - began:.0f} s on {device}, {torch.get_num_threads()} threads")
 
 

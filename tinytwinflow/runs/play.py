@@ -112,6 +112,12 @@ def near_of(config, data, real):
     return {"points": _text(codes.T.astype("<i2")), "scale": scale.tolist(), "limit": limit_of(kept)}
 
 
+def floor_of(x, y):
+    """The distance that the page shows for two sets of real points; None where one of them has fewer than two."""
+    most = min(len(x), len(y))
+    return sliced_wasserstein(x[:most], y[:most]) if most > 1 else None
+
+
 def _network(own):
     """A trained network as the page has it, but for its weights.  -> dict, and its tensors"""
     tensors, about = tensors_of(own.net)
@@ -127,8 +133,9 @@ def page_of(runs, data, hint=""):
     """
     own = runs[0]
     config, about = own.config, own.saved["data"]
-    (real, labels), (again, _) = data.fresh(ON_PAGE, 0), data.fresh(ON_PAGE, 1)
-    classes, most = about["classes"] if config["conditional"] else 0, min(len(real), len(again))
+    (real, labels), (again, labels_again) = data.fresh(ON_PAGE, 0), data.fresh(ON_PAGE, 1)
+    classes = about["classes"] if config["conditional"] else 0
+    floors = [floor_of(real, again), *(floor_of(real[labels == k], again[labels_again == k]) for k in range(classes))]
     noise = torch.randn(2 * ON_PAGE, 2, generator=torch.Generator().manual_seed(config["seed"]))
     networks, tensors = zip(*map(_network, runs))
     count = sum(w.numel() for w in tensors[0].values())
@@ -143,7 +150,7 @@ def page_of(runs, data, hint=""):
         "real": _points(real),
         "labels": labels.tolist() if classes else [],
         "near": near_of(config, data, real),
-        "floor": sliced_wasserstein(real[:most], again[:most]),
+        "floors": floors,
         "scaled": about.get("mean") is not None,
         "hint": hint,
     }
@@ -164,13 +171,19 @@ def page_of(runs, data, hint=""):
     return written(bits)
 
 
-def refuse_page(config, shape, classes, out):
+def refuse_page(own, out):
     """Raise ValueError if no page can be made of a run, or written there."""
+    config, (shape, classes) = own.config, (own.saved["data"][key] for key in ("shape", "classes"))
     if tuple(shape) != (2,):
         what = f"points of {shape[0]} numbers" if len(shape) == 1 else "images"
         raise ValueError(f"a page to play with is of points in the plane, this run makes {what}")
     if config["conditional"] and not classes:
         raise ValueError("a page to play with has labels or no condition, this run has conditions of another kind")
+    if own.saved["step"] < config["steps"]:
+        raise ValueError(
+            f"{own.folder} is at step {own.saved['step']} of {config['steps']}: "
+            f"python -m tinytwinflow train {config['recipe']} --out {own.folder} --resume first"
+        )
     if out.suffix != ".html" or out.is_dir():
         raise ValueError(f"--out takes FILE.html, got {out}{', a folder' * out.is_dir()}")
 
@@ -179,10 +192,11 @@ def play(own, out=None, with_base=True, device="cpu"):
     """Write the page of a run, and train what it stands beside if it is not there yet, see `evaluate.baseline`.
 
     own: see `folder.Trained`, with a folder. out: FILE.html, by default play.html in that folder. with_base: train the
-    any-step base alone, too. -> the path. Raises ValueError for a run of anything but points in the plane.
+    any-step base alone, too. -> the path. Raises ValueError for a run of anything but points in the plane, or one that
+    has not taken its last step.
     """
     out, config = Path(out or own.folder / "play.html"), own.config
-    refuse_page(config, own.saved["data"]["shape"], own.saved["data"]["classes"], out)
+    refuse_page(own, out)
     data = own.data
     if data is None:
         data = data_of(config)
