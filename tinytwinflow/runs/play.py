@@ -112,7 +112,7 @@ def near_of(config, data, real):
     return {"points": _text(codes.T.astype("<i2")), "scale": scale.tolist(), "limit": limit_of(kept)}
 
 
-def floor_of(x, y):
+def floor_between(x, y):
     """The distance that the page shows for two sets of real points; None where one of them has fewer than two."""
     most = min(len(x), len(y))
     return sliced_wasserstein(x[:most], y[:most]) if most > 1 else None
@@ -135,7 +135,10 @@ def page_of(runs, data, hint=""):
     config, about = own.config, own.saved["data"]
     (real, labels), (again, labels_again) = data.fresh(ON_PAGE, 0), data.fresh(ON_PAGE, 1)
     classes = about["classes"] if config["conditional"] else 0
-    floors = [floor_of(real, again), *(floor_of(real[labels == k], again[labels_again == k]) for k in range(classes))]
+    floors = [
+        floor_between(real, again),
+        *(floor_between(real[labels == k], again[labels_again == k]) for k in range(classes)),
+    ]
     noise = torch.randn(2 * ON_PAGE, 2, generator=torch.Generator().manual_seed(config["seed"]))
     networks, tensors = zip(*map(_network, runs))
     count = sum(w.numel() for w in tensors[0].values())
