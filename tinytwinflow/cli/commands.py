@@ -46,18 +46,17 @@ def show(folder, result, kept, off):
 
 
 def measure(run, with_baseline):
-    """Measure and draw a run that has taken its last step, its network as the checkpoint has it."""
+    """Measure and draw a run that has taken its last step, its network as the checkpoint has it.  -> Trained"""
     own = trained(run.folder, run.device)._replace(data=run.data if run.world is None else None)
     show(run.folder, *evaluate(own, nfes=(1, 2, 4), with_baseline=with_baseline, device=run.device))
+    return own
 
 
 def run_toy(args):
     began = time.perf_counter()
     folder = Path(args.out or "runs/toy")
     config, device = config_of(args, "toy"), device_of(args.device)
-    run = finish(begin(config, folder, device, replace=True))
-    measure(run, with_baseline=True)
-    own = trained(folder, device)._replace(data=run.data)
+    own = measure(finish(begin(config, folder, device, replace=True)), with_baseline=True)
     try:
         refuse_page(own, folder / "play.html")
     except ValueError as error:  # of points that no plane holds, say
