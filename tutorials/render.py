@@ -188,8 +188,9 @@ def main():
             fetch_mathjax(args.out)
         except OSError as error:
             print(f"render: formulas stay as they are typed, npm does not bring mathjax ({error})", file=sys.stderr)
+    style = style_of()
     for path in chosen:
-        write(path, args.out, style_of())
+        write(path, args.out, style)
         print(args.out / page_of(path))
 
 

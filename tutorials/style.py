@@ -14,6 +14,7 @@ from matplotlib.path import Path
 from PIL import Image
 
 from tinytwinflow.evaluation import pictures
+from tinytwinflow.method import twin
 
 QUICK = os.environ.get("TTF_QUICK") == "1"
 
@@ -27,6 +28,8 @@ EXACT = "#009e73"  # known in closed form
 OTHERS = ("#9b5fc0", "#56b4e9", "#8c6d31", "#cc79a7")
 
 WIDTH = 10.0  # inches, of every picture
+
+same = twin.same_time  # the time t for every row of x
 
 plt.rcParams.update({
     "figure.dpi": 72, "figure.facecolor": "white", "figure.constrained_layout.use": True,
@@ -105,11 +108,6 @@ def seeded(number):
 def noise(n, generator):
     """n points of Gaussian noise.  -> (n, 2), double"""
     return torch.randn(n, 2, generator=generator, dtype=torch.float64)
-
-
-def same(t, x):
-    """The time t for every row of x."""
-    return torch.full((len(x),), float(t), dtype=x.dtype)
 
 
 def ways(axis, states, color=INK, width=2.0, **options):

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.tensor.debug import CommDebugMode
 
 import tinytwinflow as ttf
 from tinytwinflow.training import distributed
@@ -47,29 +47,17 @@ def start(world, parallel):
     return state
 
 
-class Messages(TorchDispatchMode):
-    """While it is entered, notes the name of each message between processes."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            self.names.append(function.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 def one_step(state, world):
     """One loss and its gradient.  -> calls of the network, gathers, hand-outs of gradients"""
     calls = []
     hooks = [net.register_forward_hook(lambda *_: calls.append(1)) for net in (state.net, state.teacher)]
     turns = world.reseed(state.generator, 0)
-    with Messages() as messages:
+    with CommDebugMode() as messages:
         loss_of_batch(LOSS, state, *batch(world.rank, 0), NULL, turns=turns).total.backward()
     for hook in hooks:
         hook.remove()
-    return [len(calls), *(sum(word in name for name in messages.names) for word in ("allgather", "reduce_scatter"))]
+    sent = messages.get_comm_counts().items()  # collectives, and how often each was called
+    return [len(calls), *(sum(n for name, n in sent if word in str(name)) for word in ("allgather", "reduce_scatter"))]
 
 
 def alone(size):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from style import DATA, FAKE, FLOW, INK, ONE, OTHERS, arrows, canvas, dots, plt
+from style import DATA, FAKE, FLOW, INK, ONE, OTHERS, arrows, canvas, dots, plt, same
 
 from tinytwinflow import gap, generate, sample
 from tinytwinflow.bars import bar
@@ -25,20 +25,18 @@ from tinytwinflow.runs.recipes import configured
 from tinytwinflow.runs.run import begin, finish, steps
 
 DATA_SET, TIME, FRAMES = mixture("8gaussians"), 0.3, 50
-
-
-def noises():
-    """Noise of the fakes (3000, 2), and noise that is put on the first 120 of them."""
-    return torch.randn(3000, 2, generator=seeded(1)), torch.randn(120, 2, generator=seeded(2))
+REAL = DATA_SET.sample(3000, seeded(3))
+Z = torch.randn(3000, 2, generator=seeded(1))  # of the fakes, in every frame
+NOISE = torch.randn(120, 2, generator=seeded(2))  # is put on the first of them
+FOLLOWED = (Z.norm(dim=1) < 1.8).nonzero()[:4, 0]  # fakes that are in the picture from the first
 
 
 def shot(net):
     """What a frame shows: the fakes, some of them noised, where the gap there pulls them, the share off the data."""
-    z, noise = noises()
     with torch.no_grad():
-        x = generate(net, z)
-        x_t = interpolate(x[: len(noise)], noise, TIME)
-        pull = -gap(net, x_t, torch.full((len(noise),), TIME))  # z - F moves along -dv where F moves along +dv
+        x = generate(net, Z)
+        x_t = interpolate(x[: len(NOISE)], NOISE, TIME)
+        pull = -gap(net, x_t, same(TIME, x_t))  # z - F moves along -dv where F moves along +dv
     return x, x_t, pull, off_data(x.double(), DATA_SET)
 
 
@@ -54,7 +52,7 @@ def goal_of(config):
     """What flow matching leaves off the data in 100 steps: same network, data, steps and noise."""
     net = finish(begin(config | FLOW_MATCHING)).state.average
     with torch.no_grad():
-        return off_data(sample(net, noises()[0], steps=100, mode="multi").double(), DATA_SET)
+        return off_data(sample(net, Z, steps=100, mode="multi").double(), DATA_SET)
 
 
 def frame(film, base_film, number, config, goal):
@@ -62,14 +60,12 @@ def frame(film, base_film, number, config, goal):
     (step, (x, x_t, pull, _)), last = film[number], film[-1][0]
     flow, base = config["warmup_steps"], config["warmup_steps"] + config["base_steps"]
     phase = "flow matching" if step < flow else "any-step base" if step < base else "any-step base and twin"
-    real = DATA_SET.sample(3000, seeded(3))
     figure, (left, middle, right) = canvas(3, height=3.4)
     figure.suptitle(f"training step {step:,}: {phase}")
     for axis, title in ((left, "one-step samples, the fakes"), (middle, "where the gap pulls noised fakes")):
-        dots(axis, real, title, DATA, size=4, limit=2.2, alpha=0.25)
+        dots(axis, REAL, title, DATA, size=4, limit=2.2, alpha=0.25)
     dots(left, x, left.get_title(), ONE, size=4, limit=2.2)
-    followed = (noises()[0].norm(dim=1) < 1.8).nonzero()[:4, 0]  # all in the picture from the first
-    for i, color in zip(followed, OTHERS):
+    for i, color in zip(FOLLOWED, OTHERS):
         way = torch.stack([x[i] for _, (x, *_) in film[max(0, number - 11) : number + 1]])
         left.plot(*way.T, color=color, lw=1.4)
         left.plot(*way[-1], "o", color=color, ms=6, mec="white", mew=0.8)
@@ -77,8 +73,8 @@ def frame(film, base_film, number, config, goal):
     arrows(middle, x_t, 4 * pull, longest=0.9)
     if step <= base:
         middle.set_title(f"no gap yet: the twin begins at {base:,}")
-    for end, begin_, color in ((flow, 0, "#eeeeee"), (base, flow, "#f6f6f6")):
-        right.axvspan(begin_, end, color=color, lw=0)
+    right.axvspan(0, flow, color="#eeeeee", lw=0)
+    right.axvspan(flow, base, color="#f6f6f6", lw=0)
     at, share = zip(*((step, off) for step, (*_, off) in film))
     right.plot(at, [off for _, (*_, off) in base_film], color=INK, lw=1, ls=":")
     right.text(last, 0.06, "any-step base alone", color=INK, ha="right", fontsize=8)

@@ -6,8 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinytwinflow import TwinFlowLoss, peers
@@ -244,19 +245,6 @@ def test_parts_of_a_step(tiny):
     assert three["trained"] == 3 * count and three["weights"] == 4 * 5 * count and three["optimiser"] == 3 * 8 * count
 
 
-class Messages(TorchDispatchMode):
-    """While it is entered, notes the name of each message between processes."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            self.names.append(function.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 def traffic_counted(world):
     """The messages of one step of a sharded loss, and the number of calls that were made."""
     from tinytwinflow.training.loop import loss_of_batch
@@ -266,17 +254,21 @@ def traffic_counted(world):
     for network in (state.net, state.teacher):
         network.register_forward_hook(lambda *_: made.append(1))
     same = world.reseed(state.generator, 0)
-    with Messages() as messages:
+    with CommDebugMode() as messages:
         x, label = torch.randn(6, 1, 4, 4), torch.arange(6) % 3
         loss_of_batch(LOSS, state, x, label, torch.tensor([3]), 0.0, same).total.backward()
-    return {"messages": messages.names, "calls": len(made), "pieces": 3}
+    return {
+        "messages": {str(name): n for name, n in messages.get_comm_counts().items()},
+        "calls": len(made),
+        "pieces": 3,
+    }
 
 
 def test_each_call_gathers_the_weights_once_and_the_backward_pass_once_more(tmp_path):
     """The law behind `traffic`, from the collectives of a real sharded step with recomputed blocks."""
     world = together(2, traffic_counted, tmp_path)[0]
-    gathered = sum("allgather" in name for name in world["messages"])
-    handed = sum("reduce_scatter" in name for name in world["messages"])
+    gathered = sum(n for name, n in world["messages"].items() if "allgather" in name)
+    handed = sum(n for name, n in world["messages"].items() if "reduce_scatter" in name)
     assert world["calls"] == 6
     assert gathered == world["pieces"] * (world["calls"] + 1) and handed == world["pieces"]
 

@@ -80,9 +80,7 @@ class Pipeline:
     options: dict = field(default_factory=dict)  # more for encode_prompt; without guidance, a second prompt
     own: tuple = ()  # arguments that it fills in itself when it makes a picture, but not for the empty prompt
     frames: bool = False  # whether its autoencoder is one of videos: an axis of frames, a mean and deviation a channel
-    plain: dict = field(
-        default_factory=dict
-    )  # arguments of a call that switch off guidance, and what changes sizes or words
+    plain: dict = field(default_factory=dict)  # of a call: without guidance, and sizes and words as they are given
     encode: Callable | None = None  # (pipeline, prompts, tokens) -> conditions, where its encode_prompt needs more
     sees: Callable | None = None  # (pipeline, picture to edit) -> as its text encoder is shown it; None if it is not
     edits: bool | None = False  # whether it must be shown a picture to edit; None: it may be

@@ -54,10 +54,8 @@ def yardstick(config, data=None, folder=None, device="cpu", shown=False):
 
     by_classifier, near = config.get("features", "classifier") == "classifier", None
     if real.ndim == 2 or by_classifier and not source.classes:  # images without labels are measured as points
-        near, D = toys.mixture(config["data"]), real[0].numel()
-        if near is None:
-            most = 200_000 // D if D <= 8 else 5000
-            near = (source.neighbours(most) if hasattr(source, "neighbours") else real[:most]).flatten(1)
+        D = real[0].numel()
+        near = near_of(config, source, real, 200_000 // D if D <= 8 else 5000)
 
         def measure(x, label):
             return measure_points(x.flatten(1), real.flatten(1), near)
@@ -80,6 +78,14 @@ def yardstick(config, data=None, folder=None, device="cpu", shown=False):
 
     floor, held_out = measure(again, label_again), getattr(source, "held_out", True)
     return Yardstick(real, label, measure, floor, lambda x: pixels(x[:64]) if vae else x, held_out, near)
+
+
+def near_of(config, source, real, most):
+    """What samples are to be near: a mixture, or so many real samples at most.  -> GaussianMixture or (m, D)"""
+    mixture = toys.mixture(config["data"])
+    if mixture is not None:
+        return mixture
+    return (source.neighbours(most) if hasattr(source, "neighbours") else real[:most]).flatten(1)
 
 
 def rows_of(own, nfes, yard, shown=False):

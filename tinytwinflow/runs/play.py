@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data import toys
 from ..evaluation.metrics import limit_of, sliced_wasserstein
 from ..files import aside
+from ..method.exact import GaussianMixture
 from ..nets import MLP, PredictsData, Shifted
 from .build import data_of
 from .checks import same_data
-from .evaluate import base_alone, baseline
+from .evaluate import base_alone, baseline, near_of
 from .settings import method_of, mode_of
 
 LARGEST_PAGE = 1_500_000  # bytes
@@ -97,17 +97,15 @@ def _points(x):
     return _text(x.numpy().astype("<f4"))
 
 
-def near_of(config, data, real):
+def limits_of(near):
     """What is off the data, for the page: a mixture, or some real points, and how far from them is too far.
 
     Points are kept in 16 bits, and the limit is that of the points as they are kept. -> dict
     """
-    mixture = toys.mixture(config["data"])
-    if mixture is not None:
-        white = torch.linalg.inv(torch.linalg.cholesky(mixture.covs))
-        return {"means": mixture.means.tolist(), "white": white.tolist(), "limit": limit_of(mixture)}
-    x = data.neighbours(NEIGHBOURS) if hasattr(data, "neighbours") else real
-    codes, scale = rounded(x.T, 16)
+    if isinstance(near, GaussianMixture):
+        white = torch.linalg.inv(torch.linalg.cholesky(near.covs))
+        return {"means": near.means.tolist(), "white": white.tolist(), "limit": limit_of(near)}
+    codes, scale = rounded(near.T, 16)
     kept = torch.from_numpy(codes * scale[:, None].astype(np.float64)).T
     return {"points": _text(codes.T.astype("<i2")), "scale": scale.tolist(), "limit": limit_of(kept)}
 
@@ -152,7 +150,7 @@ def page_of(runs, data, hint=""):
         "renoise": _points(noise[ON_PAGE:]),
         "real": _points(real),
         "labels": labels.tolist() if classes else [],
-        "near": near_of(config, data, real),
+        "near": limits_of(near_of(config, data, real, NEIGHBOURS)),
         "floors": floors,
         "scaled": about.get("mean") is not None,
         "hint": hint,
